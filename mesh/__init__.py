@@ -1,0 +1,1 @@
+"""The mesh's vocabulary, its peer state machines and its transport."""

@@ -1,0 +1,7 @@
+"""``python -m mesh``."""
+
+import sys
+
+from mesh.main import main
+
+sys.exit(main())

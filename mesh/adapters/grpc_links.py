@@ -1,0 +1,281 @@
+"""Links: one long-lived gRPC stream per direction between two agents.
+
+Whoever has something to send dials (``LinkPool``) and its packets go down that stream;
+acknowledgements and beacons come back up it (``LinkServer``). A receive loop only decodes and hands
+over: it waits for no computation and no send (rule R8). Every outbox is bounded; one that
+overflows is a peer that does not read, and its link is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from mesh.adapters.codec import Decoder, encode
+from mesh.errors import PeerError
+from mesh.messages import FEATURES, WIRE_VERSION, Message
+from mesh.types import Address, NodeId
+from protos.gen import mesh_pb2 as pb
+from protos.gen import mesh_pb2_grpc as rpc
+
+log = logging.getLogger(__name__)
+
+OUTBOX_MAX = 4096
+HANDSHAKE_TIMEOUT_S = 3.0
+MESSAGE_BYTES_MAX = 4 << 20
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who we are to peers."""
+
+    cluster: str
+    node: NodeId
+
+
+class Upstream(Protocol):
+    """Where acknowledgements for a frame go: back up the stream that it came down."""
+
+    def reply(self, message: Message) -> None: ...
+
+
+class _Outbox:
+    """Packets waiting for a stream; written by one task."""
+
+    def __init__(self) -> None:
+        self._packets: deque[pb.Packet] = deque()
+        self._wake = asyncio.Event()
+        self.broken = False
+        self.bytes_sent = 0
+
+    def put(self, message: Message) -> bool:
+        """Queue a message; false when the peer has not read for too long."""
+        if self.broken or len(self._packets) >= OUTBOX_MAX:
+            self.broken = True
+            return False
+        self._packets.extend(encode(message))
+        self._wake.set()
+        return True
+
+    async def pump(self, write: Callable[[pb.Packet], Any]) -> None:
+        """Write for ever; ends by cancellation or with the stream's error."""
+        while True:
+            while self._packets:
+                packet = self._packets.popleft()
+                self.bytes_sent += packet.ByteSize()
+                await write(packet)
+            self._wake.clear()
+            if not self._packets:
+                await self._wake.wait()
+
+
+class _Link:
+    """The dialled stream to one address."""
+
+    def __init__(self, pool: LinkPool, address: Address) -> None:
+        self.outbox = _Outbox()
+        self.node: NodeId | None = None
+        self._pool, self._address = pool, address
+        self.task = asyncio.create_task(self._run(), name=f"link to {address}")
+
+    async def _run(self) -> None:
+        reason = "closed"
+        try:
+            async with grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS) as channel:
+                call = rpc.PeerStub(channel).Link()
+                await self._handshake(call)
+                writer = asyncio.create_task(self.outbox.pump(call.write))
+                try:
+                    reason = await self._receive(call, writer)
+                finally:
+                    writer.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, Exception):
+                        await writer
+                    call.cancel()
+        except grpc.RpcError as error:
+            reason = _describe(error)
+        except TimeoutError:
+            reason = f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
+        except PeerError as error:
+            reason = str(error)
+        finally:
+            self.outbox.broken = True
+            self._pool.ended(self._address, self, reason)
+
+    async def _handshake(self, call: Any) -> None:
+        me = self._pool.identity
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            hello = pb.Hello(
+                cluster=me.cluster, wire_version=WIRE_VERSION, features=FEATURES, node=me.node
+            )
+            await call.write(pb.Packet(hello=hello))
+            answer = await call.read()
+        if answer is grpc.aio.EOF or answer.WhichOneof("kind") != "welcome":
+            raise PeerError(f"{self._address} did not answer the handshake; is it a mesh agent?")
+        if not answer.welcome.accepted:
+            raise PeerError(f"{self._address} refused us: {answer.welcome.reason}")
+        self.node = NodeId(answer.welcome.node)
+
+    async def _receive(self, call: Any, writer: asyncio.Task[None]) -> str:
+        decoder = Decoder()
+        while True:
+            read = asyncio.ensure_future(call.read())
+            # One wait for both ends: a write error would else go unseen until the next packet.
+            await asyncio.wait({read, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                read.cancel()
+                writer.result()
+            packet = read.result()
+            if packet is grpc.aio.EOF:
+                return "the peer ended the stream"
+            message = decoder.decode(packet)
+            if message is not None:
+                self._pool.received(self._address, message)
+
+
+class LinkPool:
+    """Outgoing links by address; dials when first used and again after a loss."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        received: Callable[[Address, Message], None],
+        lost: Callable[[Address, str], None],
+    ) -> None:
+        self.identity = identity
+        self.received = received
+        self._lost = lost
+        self._links: dict[Address, _Link] = {}
+        self._closing = False
+
+    def send(self, address: Address, message: Message) -> None:
+        """Queue a message. A link that cannot take it is reported through ``lost``, later, once."""
+        link = self._links.get(address)
+        if link is None or link.outbox.broken:
+            if self._closing:
+                return
+            if link is not None:
+                link.task.cancel()
+            link = self._links[address] = _Link(self, address)
+        if not link.outbox.put(message):
+            link.task.cancel()
+
+    def ended(self, address: Address, link: _Link, reason: str) -> None:
+        """A link's task is over."""
+        if self._links.get(address) is link:
+            del self._links[address]
+        if not self._closing:
+            log.info("link to %s ended: %s", address, reason)
+            self._lost(address, reason)
+
+    def bytes_sent(self) -> dict[Address, int]:
+        """Bytes of packets written so far, by address, of the links that are open."""
+        return {address: link.outbox.bytes_sent for address, link in self._links.items()}
+
+    async def close(self) -> None:
+        """End all links."""
+        self._closing = True
+        tasks = [link.task for link in self._links.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Incoming:
+    """One accepted stream; replies go back up it."""
+
+    def __init__(self, peer: NodeId) -> None:
+        self.peer = peer
+        self.outbox = _Outbox()
+
+    def reply(self, message: Message) -> None:
+        self.outbox.put(message)
+
+
+class LinkServer(rpc.PeerServicer):
+    """Accepts links of peers of the same cluster and wire version."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        received: Callable[[Incoming, Message], None],
+        lost: Callable[[Incoming], None],
+    ) -> None:
+        self._identity, self._received, self._lost = identity, received, lost
+
+    async def Link(  # noqa: N802 (gRPC's name)
+        self, request_iterator: AsyncIterator[pb.Packet], context: Any
+    ) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                first = await context.read()
+        except TimeoutError:
+            return
+        refusal = self._refusal(first)
+        hello = first.hello if refusal is None else pb.Hello()
+        welcome = pb.Welcome(
+            accepted=refusal is None,
+            reason=refusal or "",
+            node=self._identity.node,
+            features=FEATURES & hello.features,
+        )
+        await context.write(pb.Packet(welcome=welcome))
+        if refusal is not None:
+            log.warning("refused the link of %s: %s", context.peer(), refusal)
+            return
+        incoming = Incoming(NodeId(hello.node))
+        writer = asyncio.create_task(incoming.outbox.pump(context.write))
+        try:
+            decoder = Decoder()
+            while (packet := await context.read()) is not grpc.aio.EOF:
+                message = decoder.decode(packet)
+                if message is not None:
+                    self._received(incoming, message)
+        except PeerError as error:
+            log.warning("link of %s broke the contract: %s", incoming.peer, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            incoming.outbox.broken = True
+            writer.cancel()
+            self._lost(incoming)
+
+    def _refusal(self, packet: Any) -> str | None:
+        if packet is grpc.aio.EOF or packet.WhichOneof("kind") != "hello":
+            return "the first packet was no hello"
+        hello, me = packet.hello, self._identity
+        if hello.cluster != me.cluster:
+            return f"this is cluster {me.cluster!r}, not {hello.cluster!r}"
+        if hello.wire_version != WIRE_VERSION:
+            return f"this agent speaks wire version {WIRE_VERSION}, not {hello.wire_version}"
+        return None
+
+
+def _describe(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name.lower()}: {error.details()}"
+    return str(error)

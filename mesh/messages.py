@@ -1,0 +1,141 @@
+"""What peers say to each other, as values; ``protos/mesh.proto`` is the same on the wire."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.types import Address, Epoch, Route, Sampling, SessionId, StageTime, Token
+
+WIRE_VERSION = 1
+FEATURES = 0
+"""Feature bits that this version speaks: none beyond the first wire version yet."""
+
+
+class Cause(enum.Enum):
+    """Why a stage refused or lost a session; values are those of the wire."""
+
+    FULL = 1
+    NO_SHARD = 2
+    STREAM_BROKEN = 3
+    SILENT = 4
+    BAD_FRAME = 5
+    RUNTIME = 6
+    DEADLINE = 7
+    STALE_EPOCH = 8
+    DRAINING = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Opens a session at ``position`` (rule R2) along ``route``; ``stage`` is the receiver's place.
+
+    ``positions`` is the most that the session may take, ``window`` the frames that may be
+    unacknowledged on a hop, ``deadline_ms`` what was left when it was sent.
+    """
+
+    session: SessionId
+    epoch: Epoch
+    position: int
+    route: Route
+    stage: int
+    owner_address: Address
+    positions: int
+    window: int
+    deadline_ms: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    sampling: Sampling
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    session: SessionId
+    epoch: Epoch
+    stage: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    session: SessionId
+    epoch: Epoch
+    stage: int
+    cause: Cause
+    reason: str
+    retry_after_ms: int = 1000
+
+
+@dataclass(slots=True)
+class Frame:
+    """``length`` positions of a session; ``payload`` is opaque here (token ids or activations).
+
+    Mutable only in ``arrived_ns``, which the receiver stamps.
+    """
+
+    session: SessionId
+    epoch: Epoch
+    position: int
+    length: int
+    sample: bool
+    payload: Any
+    stage: int = 0
+    """The receiver's place in the route."""
+    times: tuple[StageTime, ...] = ()
+    arrived_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token on its way from the last stage to the owner."""
+
+    session: SessionId
+    epoch: Epoch
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Everything below ``position`` has been computed at ``stage``."""
+
+    session: SessionId
+    epoch: Epoch
+    position: int
+    stage: int = 0
+    """Who computed it."""
+    held_us: int = 0
+    """From the frame's arrival to this acknowledgement; the rest of the round trip was the hop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beacon:
+    runs: int
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    session: SessionId
+    epoch: Epoch
+    reason: str
+    stage: int = 0
+    """The receiver's place in the route."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopLost:
+    """A report to the owner: ``stage`` cannot go on (rule R1: peers report, the owner decides)."""
+
+    session: SessionId
+    epoch: Epoch
+    stage: int
+    cause: Cause
+    detail: str
+    position: int = 0
+
+
+Message = (
+    Open | Opened | Refused | list[Frame] | list[Sampled] | list[Ack] | Beacon | Close | HopLost
+)

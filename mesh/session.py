@@ -1,0 +1,315 @@
+"""A session as its owner sees it: a pure machine, events in, effects out.
+
+::
+
+                 frames acknowledged           first token
+      start  ->  PREFILL ───────────────────▶  DECODE ──▶ DONE
+                    │                             │
+                    └──── refused, hop lost, ─────┴──▶ FAILED
+                          deadline
+
+The prompt goes out in chunks, at most ``window`` of them unacknowledged (rule R8); each token
+that comes back is kept in the token log, shown to the client and fed to the first stage. Opening
+is optimistic: frames follow the ``Open`` down the same stream without waiting for an answer,
+because a stage that refuses drops what follows.
+
+The feed comes first among the effects of a token: the next step computes while this one is
+written down. ``KeepToken`` always stands before its ``EmitToken`` (rule R6).
+
+Recovery adds the states *rerouting* and *replaying* here; the epoch and every position that
+it needs are kept from the start.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+
+from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost
+from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Token
+
+_STORY_KEPT = 24
+
+
+class State(enum.Enum):
+    """Where a session stands."""
+
+    PREFILL = "prefill"
+    """The prompt is going through the stages; no token yet."""
+    DECODE = "decode"
+    """Tokens are coming, one step at a time."""
+    DONE = "done"
+    """Ended as asked: stop token, length, or the client had enough."""
+    FAILED = "failed"
+    """Ended with an error; the recovery ladder will stand before this state."""
+
+
+class Finish(enum.Enum):
+    """Why a session is done (OpenAI's finish reasons, and a client that left)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client left, or the text layer found a stop string (``finish`` says which)."""
+
+    finish: Finish = Finish.CANCELLED
+
+
+@dataclass(frozen=True, slots=True)
+class ClientBusy:
+    """The client does not read: feed no further tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReady:
+    """The client reads again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A deadline may have passed."""
+
+
+Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class SendOpen:
+    order: Open
+
+
+@dataclass(frozen=True, slots=True)
+class SendFrame:
+    """``tokens`` from ``position`` on, to the first stage."""
+
+    position: int
+    tokens: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeepToken:
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class EmitToken:
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class SendClose:
+    close: Close
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last effect of a session: ``finish`` or ``error``."""
+
+    finish: Finish | None = None
+    error: MeshError | None = None
+
+
+Effect = SendOpen | SendFrame | KeepToken | EmitToken | SendClose | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOrder:
+    """What a session is asked to do. Times are nanoseconds on the clock of ``now``."""
+
+    session: SessionId
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    tokens_max: int
+    stop_tokens: frozenset[int]
+    positions_max: int
+    """Positions that the model's context holds."""
+    deadline_ns: int
+    chunk: int = 64
+    window: int = 4
+    step_timeout_ns: int = 30_000_000_000
+
+
+class Session:
+    """One generation with its route, owned by this node."""
+
+    def __init__(
+        self, order: SessionOrder, route: LayeredRoute, owner: NodeId, address: Address, now: int
+    ) -> None:
+        self.order, self.route = order, route
+        self.epoch = Epoch(1, owner)
+        self.address = address
+        self.state = State.PREFILL
+        self.generated: list[int] = []
+        self.finish: Finish | None = None
+        self._sent = 0
+        self._in_flight: deque[int] = deque()
+        self._paused = False
+        self._held: Token | None = None
+        self._progress_ns = now
+        self._story: deque[str] = deque(maxlen=_STORY_KEPT)
+
+    @property
+    def positions(self) -> int:
+        """Most positions that this session may take; what every stage reserves."""
+        order = self.order
+        return min(order.positions_max, len(order.prompt) + order.tokens_max)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in (State.DONE, State.FAILED)
+
+    def start(self, now: int) -> list[Effect]:
+        """Open the route and send the first chunks."""
+        order = self.order
+        opening = Open(
+            session=order.session,
+            epoch=self.epoch,
+            position=0,
+            route=self.route,
+            stage=0,
+            owner_address=self.address,
+            positions=self.positions,
+            window=order.window,
+            deadline_ms=max(1, (order.deadline_ns - now) // 1_000_000),
+            prompt=order.prompt,
+            generated=(),
+            sampling=order.sampling,
+        )
+        return [SendOpen(opening), *self._prefill()]
+
+    def next_deadline(self) -> int | None:
+        """When a ``Tick`` is due; ``None`` once ended."""
+        if self.ended:
+            return None
+        if self._paused:
+            return self.order.deadline_ns
+        return min(self.order.deadline_ns, self._progress_ns + self.order.step_timeout_ns)
+
+    def handle(self, event: Event, now: int) -> list[Effect]:
+        """Take one event. Events of another epoch, and any after the end, change nothing."""
+        self._story.append(type(event).__name__)
+        if self.ended:
+            return []
+        if isinstance(event, Opened | Refused | Ack | Sampled | HopLost) and event.epoch != self.epoch:
+            return []
+        match event:
+            case Sampled(token=token):
+                return self._sampled(token, now)
+            case Ack(position=position):
+                return self._acknowledged(position, now)
+            case Opened():
+                self._progress_ns = now
+                return []
+            case ClientBusy():
+                self._paused = True
+                return []
+            case ClientReady():
+                return self._resume(now)
+            case Tick():
+                return self._tick(now)
+            case Refused():
+                return self._fail(_refusal(event, self.route))
+            case HopLost():
+                return self._fail(_loss(event, self.route))
+            case Cancelled(finish=finish):
+                return self._finish(finish)
+        raise InvalidTransition("session", self.state.value, repr(event), list(self._story))
+
+    def _prefill(self) -> list[Effect]:
+        prompt, chunk = self.order.prompt, self.order.chunk
+        effects: list[Effect] = []
+        while self._sent < len(prompt) and len(self._in_flight) < self.order.window:
+            tokens = prompt[self._sent : self._sent + chunk]
+            last = self._sent + len(tokens) == len(prompt)
+            effects.append(SendFrame(self._sent, tokens, last))
+            self._sent += len(tokens)
+            self._in_flight.append(self._sent)
+        return effects
+
+    def _acknowledged(self, position: int, now: int) -> list[Effect]:
+        self._progress_ns = now
+        while self._in_flight and self._in_flight[0] <= position:
+            self._in_flight.popleft()
+        return self._prefill() if self.state is State.PREFILL else []
+
+    def _sampled(self, token: Token, now: int) -> list[Effect]:
+        expected = len(self.order.prompt) + len(self.generated)
+        if token.position < expected:
+            return []  # duplicate
+        if token.position > expected or self._sent < expected:
+            return self._fail(
+                PeerError(f"the last stage sent position {token.position}, expected was {expected}")
+            )
+        self.state = State.DECODE
+        self._progress_ns = now
+        self.generated.append(token.token)
+        written: list[Effect] = [KeepToken(token), EmitToken(token)]
+        if token.token in self.order.stop_tokens:
+            return written + self._finish(Finish.STOP)
+        if len(self.order.prompt) + len(self.generated) >= self.positions:
+            return written + self._finish(Finish.LENGTH)
+        if self._paused:
+            self._held = token
+            return written
+        return [self._feed(token), *written]
+
+    def _feed(self, token: Token) -> Effect:
+        self._sent = token.position + 1
+        return SendFrame(token.position, (token.token,), sample=True)
+
+    def _resume(self, now: int) -> list[Effect]:
+        self._paused = False
+        self._progress_ns = now
+        held, self._held = self._held, None
+        return [self._feed(held)] if held else []
+
+    def _tick(self, now: int) -> list[Effect]:
+        if now >= self.order.deadline_ns:
+            return self._fail(
+                StageLost(f"the request's deadline passed after {len(self.generated)} tokens")
+            )
+        if not self._paused and now >= self._progress_ns + self.order.step_timeout_ns:
+            seconds = self.order.step_timeout_ns / 1e9
+            return self._fail(
+                StageLost(f"no stage of {self.route} made progress for {seconds:g} s")
+            )
+        return []
+
+    def _finish(self, finish: Finish) -> list[Effect]:
+        self.state, self.finish = State.DONE, finish
+        return [self._close(finish.value), Ended(finish=finish)]
+
+    def _fail(self, error: MeshError) -> list[Effect]:
+        self.state = State.FAILED
+        return [self._close(str(error)), Ended(error=error)]
+
+    def _close(self, reason: str) -> Effect:
+        return SendClose(Close(self.order.session, self.epoch, reason))
+
+
+def _stage_name(route: LayeredRoute, index: int) -> str:
+    if not 0 <= index < len(route.stages):
+        return f"stage {index}"
+    stage = route.stages[index]
+    return f"stage {index} (layers {stage.layers} on {stage.node})"
+
+
+def _refusal(event: Refused, route: LayeredRoute) -> MeshError:
+    message = f"{_stage_name(route, event.stage)} refused the session: {event.reason}"
+    if event.cause is Cause.FULL:
+        return Full(message, retry_after_s=event.retry_after_ms / 1000)
+    return NoRoute(message, retry_after_s=event.retry_after_ms / 1000)
+
+
+def _loss(event: HopLost, route: LayeredRoute) -> MeshError:
+    where = _stage_name(route, event.stage)
+    return StageLost(f"{where} was lost: {event.cause.name.lower()}: {event.detail}")
+
+

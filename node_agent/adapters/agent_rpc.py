@@ -1,0 +1,96 @@
+"""The agent's control surface over gRPC: its record, joins, leases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from mesh.errors import InputError, MeshError
+from mesh.types import Address
+from node_agent.adapters.peers import HEARTBEAT_S
+from node_agent.adapters.records import node_record, replica_record
+from node_agent.adapters.replicas import ReplicaManager, ShardKey
+from protos.gen import agent_pb2 as pb
+from protos.gen import agent_pb2_grpc as rpc
+from scheduler.cluster import Node
+
+
+class AgentService(rpc.AgentServicer):
+    """Serves ``protos/agent.proto``. ``changed`` must be called when the record changes."""
+
+    def __init__(
+        self,
+        cluster: str,
+        record: Callable[[], Node],
+        know: Callable[[list[Address]], None],
+        replicas: ReplicaManager,
+    ) -> None:
+        self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
+        self._waiters: set[asyncio.Event] = set()
+        self._closing = False
+
+    def changed(self) -> None:
+        """Send the record to all watchers now."""
+        for waiter in self._waiters:
+            waiter.set()
+
+    def close(self) -> None:
+        """End all watches."""
+        self._closing = True
+        self.changed()
+
+    async def _admit(self, cluster: str, context: Any) -> None:
+        if cluster != self._cluster:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"this is cluster {self._cluster!r}, not {cluster!r}"
+            )
+
+    async def Watch(  # noqa: N802 (gRPC's name)
+        self, request: pb.WatchRequest, context: Any
+    ) -> AsyncIterator[pb.NodeRecord]:
+        await self._admit(request.cluster, context)
+        if request.address:
+            self._know([Address(request.address)])
+        waiter = asyncio.Event()
+        self._waiters.add(waiter)
+        try:
+            while not self._closing:
+                yield node_record(self._record(), self._cluster)
+                try:
+                    async with asyncio.timeout(HEARTBEAT_S):
+                        await waiter.wait()
+                except TimeoutError:
+                    continue
+                waiter.clear()
+        finally:
+            self._waiters.discard(waiter)
+
+    async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:  # noqa: N802
+        await self._admit(request.cluster, context)
+        self._know([Address(a) for a in request.addresses])
+        return pb.JoinReply()
+
+    async def HoldShard(  # noqa: N802
+        self, request: pb.HoldShardRequest, context: Any
+    ) -> AsyncIterator[pb.ReplicaRecord]:
+        await self._admit(request.cluster, context)
+        key = ShardKey(
+            request.model,
+            request.layer_start,
+            request.layer_end,
+            request.runtime or "onnx",
+            request.quantization or "int8",
+        )
+        statuses = self._replicas.hold(key, request.holder)
+        try:
+            async for status in statuses:
+                yield replica_record(status)
+        except InputError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except MeshError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        finally:
+            await statuses.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""What this machine is: one probe a file."""

@@ -1,0 +1,288 @@
+"""The HTTP side of an agent: OpenAI's API, what the mesh knows, metrics.
+
+A handler that is cancelled is a client that left: its sessions are stopped on the way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from mesh.errors import InputError, MeshError, RequestError
+from mesh.session import Finish
+from mesh.types import SessionId
+from node_agent.adapters.metrics import AgentMetrics
+from node_agent.adapters.session_driver import SessionDriver, SessionHandle
+from node_agent.ingress.answer import Choice, Envelope, error_body, error_of, usage_of
+from node_agent.ingress.schema import Generation, parse_chat, parse_completion
+from node_agent.ingress.text import TextAssembler
+
+log = logging.getLogger(__name__)
+
+BODY_MAX = 4 << 20
+_SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class Job:
+    """A request on its way: sessions, one a choice, and the text that becomes of them."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        envelope: Envelope,
+        choices: list[Choice],
+        handles: list[SessionHandle],
+        prompt_tokens: int,
+    ) -> None:
+        self.generation, self.envelope = generation, envelope
+        self.choices, self.handles, self.prompt_tokens = choices, handles, prompt_tokens
+
+    @property
+    def logprobs(self) -> bool:
+        return self.generation.sampling.logprobs >= 0
+
+    def usage(self) -> dict[str, Any]:
+        return usage_of(self.prompt_tokens, sum(c.tokens for c in self.choices))
+
+    def stop(self) -> None:
+        """Free every session that still runs."""
+        for handle in self.handles:
+            handle.stop()
+
+    async def texts(self) -> AsyncIterator[tuple[Choice, str]]:
+        """Text of all choices as it comes; each choice ends with its ``finish`` set."""
+        if len(self.handles) == 1:
+            async for piece in self._texts_of(0):
+                yield self.choices[0], piece
+            return
+        merged: asyncio.Queue[tuple[int, str | None, BaseException | None]] = asyncio.Queue(64)
+
+        async def pump(index: int) -> None:
+            try:
+                async for piece in self._texts_of(index):
+                    await merged.put((index, piece, None))
+                await merged.put((index, None, None))
+            except MeshError as error:
+                await merged.put((index, None, error))
+
+        tasks = [asyncio.create_task(pump(i)) for i in range(len(self.handles))]
+        try:
+            running = len(tasks)
+            while running:
+                index, text, error = await merged.get()
+                if error is not None:
+                    raise error
+                if text is None:
+                    running -= 1
+                else:
+                    yield self.choices[index], text
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _texts_of(self, index: int) -> AsyncIterator[str]:
+        choice, handle = self.choices[index], self.handles[index]
+        async for token in handle.tokens():
+            if choice.assembler.stopped:
+                continue
+            piece = choice.push(token)
+            if choice.assembler.stopped:
+                handle.stop(Finish.STOP)
+            if piece or self.logprobs:
+                yield piece
+        rest = choice.flush()
+        choice.finish = "stop" if choice.assembler.stopped else (handle.finish or Finish.STOP).value
+        yield rest
+
+
+Start = Callable[[Generation], Awaitable[Job]]
+
+
+class HttpApi:
+    """Routes of the API over what the agent gives it."""
+
+    def __init__(
+        self,
+        start: Start,
+        models: Callable[[], list[dict[str, Any]]],
+        nodes: Callable[[], dict[str, Any]],
+        driver: SessionDriver,
+        metrics: AgentMetrics,
+        before_metrics: Callable[[], None],
+    ) -> None:
+        self._start, self._models, self._nodes = start, models, nodes
+        self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
+        self._runner: web.AppRunner | None = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Serve; returns the port. Raises ``OSError`` when it is taken."""
+        app = web.Application(client_max_size=BODY_MAX, middlewares=[self._errors])
+        app.router.add_get("/v1/models", self._list_models)
+        app.router.add_get("/v1/models/{name:.+}", self._one_model)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_get("/mesh/v1/nodes", self._list_nodes)
+        app.router.add_get("/mesh/v1/sessions/{id}", self._session)
+        app.router.add_get("/metrics", self._show_metrics)
+        app.router.add_get("/health", self._health)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, reuse_address=True)
+        await site.start()
+        return int(self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """Stop listening and end what is open."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @web.middleware
+    async def _errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except MeshError as error:
+            return self._error(error)
+        except web.HTTPRequestEntityTooLarge:
+            body = error_body(
+                f"the body is over {BODY_MAX} bytes; send less", "invalid_request_error", "too_large", None
+            )
+            return web.json_response(body, status=413)
+        except web.HTTPException as error:
+            message = f"{request.method} {request.path}: {error.reason}"
+            body = error_body(message, "invalid_request_error", "unknown_url", None)
+            return web.json_response(body, status=error.status)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            body = error_body("internal error; see the agent's log", "server_error", None, None)
+            return web.json_response(body, status=500)
+
+    def _error(self, error: MeshError) -> web.Response:
+        status, body, retry_after_s = error_of(error)
+        headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
+        if isinstance(error, InputError) and not isinstance(error, RequestError):
+            status = 503  # our store is broken, not the request
+        if status >= 500:
+            log.warning("request failed: %s", error)
+        return web.json_response(body, status=status, headers=headers)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, parse_chat(await request.read()))
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, parse_completion(await request.read()))
+
+    async def _generate(self, request: web.Request, generation: Generation) -> web.StreamResponse:
+        job = await self._start(generation)
+        try:
+            if generation.stream:
+                return await self._stream(request, job)
+            async for _ in job.texts():
+                pass
+            choices = [job.envelope.message(c, job.logprobs) for c in job.choices]
+            return _json(job.envelope.whole(choices, job.usage()))
+        finally:
+            job.stop()
+
+    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+        envelope, generation = job.envelope, job.generation
+        texts = job.texts()
+        # Refusals come before the first token: they deserve a status of their own.
+        first = await anext(texts, None)
+        response = web.StreamResponse(headers=_SSE_HEADERS)
+        await response.prepare(request)
+        usage: Any = {} if generation.include_usage else None
+        opened: set[int] = set()
+
+        async def send(choice: Choice, text: str) -> None:
+            role = generation.chat and choice.index not in opened
+            opened.add(choice.index)
+            delta = envelope.delta(choice, text, choice.finish, job.logprobs, role)
+            await _event(response, envelope.chunk([delta], usage))
+
+        try:
+            if first is not None:
+                await send(*first)
+            async for choice, text in texts:
+                await send(choice, text)
+            if generation.include_usage:
+                await _event(response, envelope.chunk([], job.usage()))
+            await response.write(b"data: [DONE]\n\n")
+        except MeshError as error:
+            await _event(response, error_of(error)[1])
+        finally:
+            await texts.aclose()  # type: ignore[attr-defined]
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        return response
+
+    async def _list_models(self, request: web.Request) -> web.Response:
+        return _json({"object": "list", "data": self._models()})
+
+    async def _one_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        for model in self._models():
+            if model["id"] == name:
+                return _json(model)
+        raise RequestError(
+            f"the model {name!r} does not exist here", param="model", code="model_not_found", status=404
+        )
+
+    async def _list_nodes(self, request: web.Request) -> web.Response:
+        return _json(self._nodes())
+
+    async def _session(self, request: web.Request) -> web.Response:
+        wanted = request.match_info["id"]
+        name = wanted.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        trace = self._driver.traces.get(SessionId(name))
+        if trace is None:
+            raise RequestError(f"no session {wanted!r} is known here", code="not_found", status=404)
+        return _json(trace.report())
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        self._before_metrics()
+        return web.Response(
+            body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return _json({"status": "draining" if self._driver.draining else "ok", "sessions": len(self._driver)})
+
+
+def new_envelope(job_id: SessionId, model: str, chat: bool) -> Envelope:
+    """An envelope whose id names the first choice's session."""
+    prefix = "chatcmpl-" if chat else "cmpl-"
+    return Envelope(prefix + job_id, int(time.time()), model, chat)
+
+
+def new_choice(index: int, model: Any, stop: tuple[str, ...]) -> Choice:
+    """An empty choice."""
+    return Choice(index, model, TextAssembler(stop))
+
+
+def _json(body: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+
+async def _event(response: web.StreamResponse, body: Any) -> None:
+    await response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
+
+

@@ -1,0 +1,218 @@
+"""Runtime over ONNX Runtime: fused attention on pre-allocated KV buffers, bound by pointer."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from mesh.errors import ConfigError, ShardError
+from node_agent.adapters.model_store import verify_files
+from node_agent.shards.manifest import GRAPH_FILE, ShardManifest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BINDINGS_KEPT = 64
+_PAGE = mmap.PAGESIZE
+_MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
+_QUIET = 3
+_PREFILL_STEPS_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxOptions:
+    """``providers`` in order of preference; the first that is installed and loads is used."""
+
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    threads: int = 0
+    """Threads of one run; 0 leaves it to ONNX Runtime (all cores)."""
+
+
+class _Binding:
+    """Everything bound for one row range: runs again by writing into ``inputs`` and ``seqlens``."""
+
+    def __init__(self, shard: OnnxShard, slot: int, batch: int, steps: int, rows: int) -> None:
+        info, session = shard.info, shard.session
+        self.io = session.io_binding()
+        self.seqlens = np.zeros(batch, dtype=np.int32)
+        self.total = np.zeros((), dtype=np.int32)
+        self.inputs: NDArray[Any] = (
+            np.zeros((batch, steps), dtype=np.int64)
+            if info.first
+            else np.zeros((batch, steps, info.model.width), dtype=np.float32)
+        )
+        self.rows = np.array([steps - 1] if rows == 1 else range(steps), dtype=np.int64)
+        self.output = (
+            np.zeros((batch, len(self.rows), info.model.vocabulary), dtype=np.float32)
+            if info.last
+            else np.zeros((batch, steps, info.model.width), dtype=np.float32)
+        )
+        self._input("tokens" if info.first else "hidden", self.inputs)
+        self._input("seqlens_k", self.seqlens)
+        self._input("total_len", self.total)
+        if info.last:
+            self._input("logit_rows", self.rows)
+        self._output("logits" if info.last else "hidden_out", self.output)
+        for layer, (keys, values) in zip(
+            range(info.layers.start, info.layers.end), shard.cache, strict=True
+        ):
+            for side, buffer in (("k", keys), ("v", values)):
+                view = buffer[slot : slot + batch]
+                self._input(f"past_{side}.{layer}", view)
+                self._output(f"present_{side}.{layer}", view)
+
+    def _input(self, name: str, array: NDArray[Any]) -> None:
+        self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _output(self, name: str, array: NDArray[Any]) -> None:
+        self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class OnnxShard:
+    """A shard on ONNX Runtime; see ``node_agent.ports.Runtime``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: ShardManifest,
+        *,
+        slots: int,
+        capacity: int,
+        options: OnnxOptions,
+    ) -> None:
+        self.info = manifest.info
+        self.slots, self.capacity = slots, capacity
+        self.session, self.provider = _open(folder / GRAPH_FILE, options)
+        start, end = manifest.layers
+        shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
+        self.cache = [(_pages(shape), _pages(shape)) for _ in range(end - start)]
+        self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+
+    def _decode_binding(self, slot: int, batch: int) -> _Binding:
+        key = (slot, batch)
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = self._bindings[key] = _Binding(self, slot, batch, 1, 1)
+            if len(self._bindings) > _BINDINGS_KEPT:
+                self._bindings.popitem(last=False)
+        else:
+            self._bindings.move_to_end(key)
+        return binding
+
+    def decode(self, slot: int, positions: Sequence[int], inputs: NDArray[Any]) -> NDArray[Any]:
+        binding = self._decode_binding(slot, len(positions))
+        binding.seqlens[:] = positions
+        binding.total[()] = max(positions) + 1
+        binding.inputs[:, 0] = inputs
+        self.session.run_with_iobinding(binding.io)
+        return binding.output[:, 0]
+
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+        return self._chunk(slot, position, inputs, rows=1)
+
+    def logits_of_all(self, slot: int, position: int, tokens: NDArray[Any]) -> NDArray[Any]:
+        """Logits after every step of a chunk, float32 ``[steps, vocabulary]``: to measure perplexity."""
+        return self._chunk(slot, position, tokens, rows=len(tokens))
+
+    def _chunk(self, slot: int, position: int, inputs: NDArray[Any], rows: int) -> NDArray[Any]:
+        steps = len(inputs)
+        if not 0 < steps <= _PREFILL_STEPS_MAX or position + steps > self.capacity:
+            raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
+        binding = _Binding(self, slot, 1, steps, rows)
+        binding.seqlens[0] = position + steps - 1
+        binding.total[()] = position + steps
+        binding.inputs[0] = inputs
+        self.session.run_with_iobinding(binding.io)
+        return binding.output[0]
+
+    def release(self, slot: int) -> None:
+        for layer in self.cache:
+            for buffer in layer:
+                _forget_pages(buffer, slot)
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self.cache.clear()
+        del self.session
+
+
+def _pages(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeroed memory that the system hands out page by page as it is touched."""
+    count = int(np.prod(shape))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, count * 4, flags=flags)
+    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
+
+
+def _forget_pages(buffer: NDArray[np.float32], slot: int) -> None:
+    stride = buffer.strides[0]
+    memory = buffer.base
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    if isinstance(memory, memoryview):
+        memory = memory.obj
+    begin, end = -(-slot * stride // _PAGE) * _PAGE, (slot + 1) * stride // _PAGE * _PAGE
+    if isinstance(memory, mmap.mmap) and end > begin:
+        memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _open(graph: Path, options: OnnxOptions) -> tuple[ort.InferenceSession, str]:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _QUIET
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.enable_mem_pattern = False
+    # Idle thread pools spin by default: two shards on one machine would then fight for cores.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    installed = ort.get_available_providers()
+    reasons = []
+    for provider in options.providers:
+        if provider not in installed:
+            reasons.append(f"{provider} is not in this build of ONNX Runtime")
+            continue
+        chain = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        try:
+            session = ort.InferenceSession(str(graph), settings, providers=chain)
+        except Exception as error:  # the library raises many kinds, none of them documented
+            reasons.append(f"{provider}: {error}")
+            continue
+        if session.get_providers()[0] == provider:
+            return session, provider + (f" (not {'; '.join(reasons)})" if reasons else "")
+        reasons.append(f"{provider} did not load")
+    raise ConfigError(
+        f"no execution provider of {', '.join(options.providers)} can run {graph}: {'; '.join(reasons)}; "
+        f"installed are {', '.join(installed)}"
+    )
+
+
+def load_shard(
+    folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: OnnxOptions
+) -> OnnxShard:
+    """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError``."""
+    verify_files(folder, manifest.files)
+    shard = OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
+    with np.load(folder / manifest.test_vector.file) as vector:
+        inputs, expected = vector["input"], vector["expected"]
+    result = shard.prefill(0, 0, inputs)
+    error = relative_error(result[0] if shard.info.last else result, expected)
+    shard.release(0)
+    if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
+        raise ShardError(
+            f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
+            f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
+        )
+    return shard
+
+
+def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:
+    """RMS of the difference over RMS of what was expected; infinite where shapes differ."""
+    if result.shape != expected.shape:
+        return float("inf")
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))

@@ -1,0 +1,217 @@
+"""A loaded shard at work: one compute thread, fed by the book that decides what runs next.
+
+The event loop decides (``StageBook``), the thread computes; they share nothing but the run that is
+handed over. What was computed is copied out of the runtime's buffer in the thread, so that the
+next run may start while the last one's rows are still being sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mesh.messages import Cause, Frame, Open
+from mesh.types import Epoch, SessionId, Token
+from node_agent.adapters.metrics import StageMetrics
+from node_agent.ports import Runtime
+from node_agent.sampling import sample
+from node_agent.stage import Refusal, Run, StageBook, StageSession
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A row of a run: ``output`` is float32 ``[length, width]``, a ``Token`` of a last shard, or
+    ``None`` where a last shard had nothing to sample."""
+
+    session: StageSession
+    frame: Frame
+    output: Any
+    queue_us: int
+    compute_us: int
+
+
+class Replica:
+    """Runs a ``StageBook`` over a ``Runtime``.
+
+    ``forward(rows)`` is called on the loop with what a run computed, ``failed(session, cause,
+    detail)`` for each session whose row could not be.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        kv_budget_bytes: int,
+        metrics: StageMetrics,
+        forward: Callable[[list[Computed]], None],
+        failed: Callable[[StageSession, Cause, str], None],
+    ) -> None:
+        self.runtime = runtime
+        # One position of each slot is for rows that nobody reads.
+        self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
+        self.runs = 0
+        self._metrics, self._forward, self._failed = metrics, forward, failed
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[Run | int | None] = queue.SimpleQueue()
+        self._busy = False
+        self._thread = threading.Thread(
+            target=self._compute, name=f"compute {runtime.info.layers}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def working(self) -> bool:
+        """Something is queued or being computed."""
+        return self._busy or self.book.queued > 0
+
+    def open(self, order: Open) -> StageSession | Refusal:
+        return self.book.open(order, time.monotonic_ns())
+
+    def accept(self, frame: Frame) -> Refusal | None:
+        """Take a frame; ``dispatch`` starts it."""
+        refusal = self._check(frame) or self.book.accept(frame)
+        if refusal is None:
+            frame.arrived_ns = frame.arrived_ns or time.monotonic_ns()
+        return refusal
+
+    def _check(self, frame: Frame) -> Refusal | None:
+        payload, info = frame.payload, self.runtime.info
+        if info.first:
+            if payload.dtype != np.int64 or payload.shape != (frame.length,):
+                return Refusal(Cause.BAD_FRAME, "the first stage takes tokens, one a position")
+            if payload.min() < 0 or payload.max() >= info.model.vocabulary:
+                return Refusal(Cause.BAD_FRAME, "a token is outside the vocabulary")
+            return None
+        if payload.dtype != np.float32 or payload.shape != (frame.length, info.model.width):
+            return Refusal(
+                Cause.BAD_FRAME,
+                f"activations have the shape {list(payload.shape)}, due is {[frame.length, info.model.width]}",
+            )
+        if not np.isfinite(payload).all():
+            return Refusal(Cause.BAD_FRAME, "activations hold NaN or infinity")
+        return None
+
+    def acknowledged(self, session: SessionId, epoch: Epoch, position: int) -> None:
+        self.book.acknowledged(session, epoch, position)
+        self.dispatch()
+
+    def close_session(self, session: SessionId, epoch: Epoch | None = None) -> bool:
+        """Free a session's slot at once."""
+        closed = self.book.close(session, epoch)
+        if closed is None:
+            return False
+        self._jobs.put(closed.slot)
+        return True
+
+    def dispatch(self) -> None:
+        """Start the next run if the thread is idle."""
+        if self._busy:
+            return
+        run = self.book.next_run()
+        if run is not None:
+            self._busy = True
+            self._jobs.put(run)
+
+    def _compute(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if isinstance(job, int):
+                self.runtime.release(job)
+                continue
+            started = time.monotonic_ns()
+            outcome: list[Any] | Exception
+            try:
+                outcome = self._run(job)
+            except Exception as error:  # the thread must live; the sessions of this run do not
+                outcome = error
+            ended = time.monotonic_ns()
+            try:
+                self._loop.call_soon_threadsafe(self._done, job, outcome, started, ended)
+            except RuntimeError:
+                return  # the loop is closed: we are shutting down
+        self.runtime.close()
+
+    def _run(self, run: Run) -> list[Any]:
+        """Outputs by row: activations ``[length, width]``, a ``Token`` or ``None``."""
+        live = list(run.live)
+        _, _, first = live[0]
+        if first.length > 1:
+            result = self.runtime.prefill(run.slot, run.positions[0], first.payload)
+        else:
+            result = self.runtime.decode(run.slot, run.positions, self._gather(run))
+        if not self.runtime.info.last:
+            result = result.copy()
+            if first.length > 1:
+                return [result]
+            return [result[i : i + 1] if row else None for i, row in enumerate(run.rows)]
+        outputs: list[Any] = [None] * len(run.rows)
+        for i, session, frame in live:
+            if frame.sample:
+                outputs[i] = self._sample(session, frame, result[i])
+        return outputs
+
+    def _gather(self, run: Run) -> NDArray[Any]:
+        info = self.runtime.info
+        if len(run.rows) == 1 and run.rows[0] is not None:
+            return run.rows[0][1].payload  # type: ignore[no-any-return]
+        inputs: NDArray[Any] = (
+            np.zeros(len(run.rows), dtype=np.int64)
+            if info.first
+            else np.zeros((len(run.rows), info.model.width), dtype=np.float32)
+        )
+        for i, _, frame in run.live:
+            inputs[i] = frame.payload[0]
+        return inputs
+
+    def _sample(self, session: StageSession, frame: Frame, logits: NDArray[np.float32]) -> Token:
+        position = frame.position + frame.length
+        how = session.order.sampling
+        history = (*session.order.generated, *session.sampled) if session.sampled else session.order.generated
+        token, logprob, top = sample(logits, how, history, position)
+        return Token(position, token, logprob, top)
+
+    def _done(self, run: Run, outcome: list[Any] | Exception, started: int, ended: int) -> None:
+        self._busy = False
+        self.runs += 1
+        compute_us = (ended - started) // 1000
+        results = []
+        for i, session, frame in run.live:
+            if not self.book.finished(session, frame):
+                continue
+            if isinstance(outcome, Exception):
+                log.error("run failed: %s", outcome, exc_info=outcome)
+                self._failed(session, Cause.RUNTIME, f"{type(outcome).__name__}: {outcome}")
+                continue
+            output = outcome[i]
+            if isinstance(output, Token):
+                session.sampled.append(output.token)
+            queue_us = max(0, (started - frame.arrived_ns) // 1000)
+            results.append(Computed(session, frame, output, queue_us, compute_us))
+            self._metrics.ran(frame.length, compute_us, queue_us)
+        if results:
+            self._forward(results)
+        self.dispatch()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new sessions, wait for the running ones, then drop weights and memory."""
+        self.book.draining = True
+        deadline = time.monotonic() + timeout_s
+        while self.book.sessions and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        for session in list(self.book.sessions.values()):
+            self._failed(session, Cause.DRAINING, "the replica was unloaded")
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)

@@ -1,0 +1,224 @@
+"""Replicas of this node: loaded with their first lease, unloaded with their last."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mesh.errors import Full, InputError, MeshError
+from mesh.types import ShardInfo
+from node_agent.adapters.fingerprint.memory import probe_memory
+from node_agent.adapters.metrics import AgentMetrics, StageMetrics
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.replica import Replica
+from node_agent.adapters.stage_host import StageHost
+from node_agent.config import AgentConfig
+from node_agent.lease import LeaseBook
+from node_agent.ports import Runtime
+from node_agent.shards.manifest import ShardManifest
+from scheduler.cluster import Replica as ReplicaStatus
+from scheduler.cluster import ReplicaState
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_MEMORY_MARGIN = 0.9
+_KV_SHARE = 0.5
+RUNTIME = "onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKey:
+    """What a lease asks for."""
+
+    model: str
+    start: int
+    end: int
+    runtime: str
+    quantization: str
+
+
+@dataclass(slots=True)
+class _Held:
+    key: ShardKey
+    info: ShardInfo | None = None
+    state: ReplicaState = ReplicaState.LOADING
+    reason: str = ""
+    replica: Replica | None = None
+    task: asyncio.Task[None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ReplicaManager:
+    """Loads and unloads replicas as leases come and go; ``changed`` is called on every change."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        store: ModelStore,
+        host: StageHost,
+        metrics: AgentMetrics,
+        changed: Callable[[], None],
+    ) -> None:
+        self._config, self._store, self._host = config, store, host
+        self._metrics, self._changed = metrics, changed
+        self._leases: LeaseBook[ShardKey] = LeaseBook()
+        self._held: dict[ShardKey, _Held] = {}
+        self._committed_bytes = 0
+        self._loading = asyncio.Lock()
+        self._unloading: set[asyncio.Task[None]] = set()
+
+    def memory_free(self) -> int:
+        """Bytes that further shards and their KV memory may take."""
+        if self._config.memory:
+            return max(0, self._config.memory * _MIB - self._committed_bytes)
+        return int(probe_memory().free * _MEMORY_MARGIN)
+
+    def status(self) -> tuple[ReplicaStatus, ...]:
+        """All replicas as peers see them."""
+        return tuple(
+            self._status(held) for _, held in sorted(self._held.items(), key=lambda i: str(i[0])) if held.info
+        )
+
+    def _status(self, held: _Held) -> ReplicaStatus:
+        assert held.info is not None
+        book = held.replica.book if held.replica else None
+        return ReplicaStatus(
+            held.info,
+            held.state,
+            held.reason,
+            len(book.sessions) if book else 0,
+            book.slots if book else 0,
+            book.capacity if book else 0,
+            book.reserved_bytes if book else 0,
+            book.kv_budget_bytes if book else 0,
+            held.replica.runtime.provider if held.replica else "",
+            self._leases.count(held.key),
+        )
+
+    async def hold(self, key: ShardKey, holder: str) -> AsyncIterator[ReplicaStatus]:
+        """Hold a replica for as long as this is iterated; yields its status on every change.
+
+        Raises ``InputError`` or ``Full`` when it cannot be loaded.
+        """
+        lease = uuid.uuid4().hex
+        held = self._held.get(key)
+        if self._leases.acquire(key, lease, holder) or held is None:
+            held = self._held[key] = _Held(key)
+            held.task = asyncio.create_task(self._load(held), name=f"load {key}")
+        try:
+            while True:
+                held.changed.clear()
+                if held.state is ReplicaState.FAILED and held.info is None:
+                    raise InputError(held.reason)
+                if held.info is not None:
+                    yield self._status(held)
+                await held.changed.wait()
+        finally:
+            if self._leases.release(key, lease) and self._held.get(key) is held:
+                self._begin_unload(held)
+
+    async def _load(self, held: _Held) -> None:
+        key = held.key
+        try:
+            async with self._loading:
+                folder, manifest = await asyncio.to_thread(self._find, key)
+                held.info = manifest.info
+                self._tell(held)
+                kv_budget, slots, capacity = self._memory_for(manifest.info)
+                replica_runtime = await asyncio.to_thread(
+                    self._load_runtime, folder, manifest, slots, capacity
+                )
+                stage_metrics = StageMetrics(self._metrics, manifest.info)
+                digest = manifest.info.digest
+                held.replica = Replica(
+                    replica_runtime, kv_budget, stage_metrics, self._host.forward, self._host.failed
+                )
+                self._host.replicas[digest] = held.replica
+                self._host.metrics[digest] = stage_metrics
+                self._committed_bytes += manifest.info.weight_bytes + kv_budget
+                held.state = ReplicaState.SERVING
+                log.info(
+                    "serving %s on %s",
+                    manifest.info,
+                    replica_runtime.provider,
+                    extra={"shard": str(manifest.info), "model_version": str(manifest.info.model.ref)},
+                )
+        except (MeshError, OSError) as error:
+            held.state, held.reason = ReplicaState.FAILED, str(error)
+            log.error("shard %s:%s-%s was not loaded: %s", key.model, key.start, key.end, error)
+        finally:
+            self._tell(held)
+
+    def _find(self, key: ShardKey) -> tuple[Path, ShardManifest]:
+        if key.runtime != RUNTIME:
+            raise InputError(f"the runtime {key.runtime!r} is not in this agent; it has {RUNTIME}")
+        folder = self._store.shard_folder(key.model, key.runtime, key.quantization, key.start, key.end)
+        if not folder.exists():
+            # Needs the packages of the extra "shard"; a node that lacks them gets its shards made.
+            from node_agent.adapters.shard_maker import make_shard
+
+            folder = make_shard(self._store, key.model, key.start, key.end, key.quantization)
+        return folder, self._store.manifest(folder)
+
+    def _memory_for(self, info: ShardInfo) -> tuple[int, int, int]:
+        """KV budget in bytes, slots and positions a slot; raises ``Full`` when memory does not do."""
+        config = self._config
+        free = self.memory_free() - info.weight_bytes
+        context = min(config.context, info.model.context_max)
+        all_slots = config.slots * context * info.kv_bytes_per_token
+        budget = config.kv_memory * _MIB or min(all_slots, int(free * _KV_SHARE))
+        if free < 0 or budget > free or budget < context * info.kv_bytes_per_token:
+            raise Full(
+                f"{info} needs {info.weight_bytes / _MIB:.0f} MiB for weights and "
+                f"{context * info.kv_bytes_per_token / _MIB:.0f} MiB of KV memory for one session of {context} "
+                f"positions; {self.memory_free() / _MIB:.0f} MiB are free. Lower context, or cut smaller shards"
+            )
+        return budget, config.slots, context
+
+    def _load_runtime(
+        self, folder: Path, manifest: ShardManifest, slots: int, context: int
+    ) -> Runtime:
+        from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
+
+        options = OnnxOptions(self._config.providers, self._config.threads)
+        return load_shard(folder, manifest, slots=slots, capacity=context + 1, options=options)
+
+    def _begin_unload(self, held: _Held) -> None:
+        del self._held[held.key]
+        self._tell(held)
+        task = asyncio.create_task(self._unload(held), name=f"unload {held.key}")
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+
+    async def _unload(self, held: _Held) -> None:
+        if held.task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({held.task})
+        if held.replica is None or held.info is None:
+            return
+        held.state = ReplicaState.DRAINING
+        await held.replica.drain(self._config.drain_timeout)
+        if self._host.replicas.get(held.info.digest) is held.replica:
+            del self._host.replicas[held.info.digest]
+            del self._host.metrics[held.info.digest]
+        self._committed_bytes -= held.info.weight_bytes + held.replica.book.kv_budget_bytes
+        self._metrics.forget(held.info)
+        log.info("unloaded %s", held.info, extra={"shard": str(held.info)})
+
+    def _tell(self, held: _Held) -> None:
+        held.changed.set()
+        self._changed()
+
+    async def close(self) -> None:
+        """Drain and unload everything; leases end with the streams that hold them."""
+        for held in list(self._held.values()):
+            self._begin_unload(held)
+        if self._unloading:
+            await asyncio.wait(set(self._unloading), timeout=self._config.drain_timeout + 5)
+

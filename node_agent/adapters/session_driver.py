@@ -1,0 +1,251 @@
+"""Runs the sessions that this node owns: the pure ``Session`` on asyncio, links and token log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from mesh.errors import Full, MeshError, Unavailable
+from mesh.messages import Frame, Message
+from mesh.session import (
+    Cancelled,
+    ClientBusy,
+    ClientReady,
+    Effect,
+    EmitToken,
+    Ended,
+    Event,
+    Finish,
+    KeepToken,
+    SendClose,
+    SendFrame,
+    SendOpen,
+    Session,
+    SessionOrder,
+    Tick,
+)
+from mesh.types import LayeredRoute, SessionId, Token
+from node_agent.adapters.metrics import AgentMetrics
+from node_agent.adapters.stage_host import StageHost
+from node_agent.ports import TokenLog
+from node_agent.trace import SessionTrace
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+TRACES_KEPT = 256
+CLIENT_BEHIND_MAX = 64
+"""Tokens that may wait for a client before its session, and no other, is paused."""
+_CLIENT_BEHIND_RESUME = 8
+
+
+class SessionHandle:
+    """One running session as the API sees it: an iterator of tokens, then a finish or an error."""
+
+    def __init__(self, driver: SessionDriver, session: Session, trace: SessionTrace) -> None:
+        self.session, self.trace = session, trace
+        self._driver = driver
+        self._waiting: asyncio.Queue[Token | Ended] = asyncio.Queue()
+        self.ended: Ended | None = None
+
+    def push(self, item: Token | Ended) -> None:
+        """From the driver: a token for the client, or the end."""
+        self._waiting.put_nowait(item)
+        if isinstance(item, Token) and self._waiting.qsize() == CLIENT_BEHIND_MAX:
+            self._driver.handle(self.session, ClientBusy())
+
+    async def tokens(self) -> AsyncIterator[Token]:
+        """Tokens in order; raises the session's error. ``finish`` is set when it ends well."""
+        while True:
+            item = await self._waiting.get()
+            if isinstance(item, Ended):
+                self.ended = item
+                if item.error is not None:
+                    raise item.error
+                return
+            if self._waiting.qsize() == _CLIENT_BEHIND_RESUME:
+                self._driver.handle(self.session, ClientReady())
+            yield item
+
+    @property
+    def finish(self) -> Finish | None:
+        return self.ended.finish if self.ended else None
+
+    def stop(self, finish: Finish = Finish.CANCELLED) -> None:
+        """Free the session along its route at once; harmless when it has ended."""
+        self._driver.handle(self.session, Cancelled(finish))
+
+
+class SessionDriver:
+    """All sessions owned by this node, at most ``sessions_max`` of them."""
+
+    def __init__(
+        self,
+        host: StageHost,
+        token_log: TokenLog,
+        metrics: AgentMetrics,
+        sessions_max: int,
+        keep_s: float,
+    ) -> None:
+        self._host, self._log, self._metrics = host, token_log, metrics
+        self._sessions_max, self._keep_s = sessions_max, keep_s
+        self._running: dict[SessionId, SessionHandle] = {}
+        self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, order: SessionOrder, route: LayeredRoute, model: str) -> SessionHandle:
+        """Begin a session; raises ``Full`` when this ingress runs as many as it may."""
+        if self.draining:
+            raise Unavailable("this agent is draining; ask another", retry_after_s=5)
+        if len(self._running) >= self._sessions_max:
+            self._metrics.refused.labels(self._metrics.node_id, "ingress_full").inc()
+            raise Full(f"this agent runs {len(self._running)} sessions already, its limit")
+        now = time.monotonic_ns()
+        session = Session(order, route, self._host.node, self._host.address, now)
+        trace = SessionTrace(order.session, model, route, len(order.prompt), now)
+        handle = SessionHandle(self, session, trace)
+        try:
+            self._log.begin(order.session, order.prompt, time.time() + self._keep_s)
+        except OSError as error:
+            raise Unavailable(f"the token log cannot be written: {error}", retry_after_s=5) from error
+        self._running[order.session] = handle
+        self.traces[order.session] = trace
+        while len(self.traces) > TRACES_KEPT:
+            self.traces.popitem(last=False)
+        self._metrics.owned.labels(self._metrics.node_id).set(len(self._running))
+        self._carry_out(handle, session.start(now))
+        return handle
+
+    def on_message(self, message: Message) -> None:
+        """A token, acknowledgement, refusal or loss for a session of ours."""
+        events = message if isinstance(message, list) else [message]
+        for event in events:
+            handle = self._running.get(getattr(event, "session", SessionId("")))
+            if handle is not None:
+                self.handle(handle.session, event)  # type: ignore[arg-type]
+
+    def handle(self, session: Session, event: Event) -> None:
+        """Give an event to a session and do what it asks for."""
+        handle = self._running.get(session.order.session)
+        if handle is None:
+            return
+        try:
+            self._carry_out(handle, session.handle(event, time.monotonic_ns()))
+        except MeshError as error:
+            log.exception("session %s failed", session.order.session)
+            self._end(handle, Ended(error=error))
+
+    def link_lost(self, address: str, reason: str) -> None:
+        """The link to a first stage broke."""
+        from mesh.messages import Cause, HopLost
+
+        for handle in list(self._running.values()):
+            session = handle.session
+            if session.route.stages[0].address == address:
+                lost = HopLost(
+                    session.order.session, session.epoch, 0, Cause.STREAM_BROKEN, reason
+                )
+                self.handle(session, lost)
+
+    def _carry_out(self, handle: SessionHandle, effects: list[Effect]) -> None:
+        session = handle.session
+        first = session.route.stages[0].address
+        for effect in effects:
+            match effect:
+                case SendFrame(position, tokens, sample):
+                    frame = Frame(
+                        session.order.session,
+                        session.epoch,
+                        position,
+                        len(tokens),
+                        sample,
+                        np.array(tokens, dtype=np.int64),
+                    )
+                    self._host.note_sent(first, [frame])
+                    self._host.deliver(first, [frame])
+                case KeepToken(token):
+                    try:
+                        self._log.append(session.order.session, token.position, (token.token,))
+                    except OSError as error:
+                        self._lose(handle, f"the token log cannot be written: {error}")
+                        return
+                case EmitToken(token):
+                    now = time.monotonic_ns()
+                    handle.trace.token(token, now)
+                    handle.push(token)
+                case SendOpen(order):
+                    self._host.deliver(first, order)
+                case SendClose(close):
+                    self._host.deliver(first, close)
+                case Ended():
+                    self._end(handle, effect)
+
+    def _lose(self, handle: SessionHandle, reason: str) -> None:
+        """Our own disk failed: no token may reach the client that is not in the log (rule R6)."""
+        self._carry_out(
+            handle,
+            [
+                e
+                for e in handle.session.handle(Cancelled(), time.monotonic_ns())
+                if isinstance(e, SendClose)
+            ],
+        )
+        self._end(handle, Ended(error=Unavailable(reason, retry_after_s=5)))
+
+    def _end(self, handle: SessionHandle, ended: Ended) -> None:
+        order, trace = handle.session.order, handle.trace
+        if self._running.pop(order.session, None) is None:
+            return
+        trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
+        trace.outcome = ended.finish.value if ended.finish else f"failed: {ended.error}"
+        handle.push(ended)
+        metrics, node = self._metrics, self._metrics.node_id
+        metrics.owned.labels(node).set(len(self._running))
+        metrics.finished.labels(node, ended.finish.value if ended.finish else "failed").inc()
+        metrics.tokens.labels(node).inc(trace.tokens)
+        if trace.tokens:
+            metrics.ttft.labels(node, trace.model).observe(trace.ttft_ms / 1000)
+        if trace.tokens > 1:
+            metrics.tpot.labels(node, trace.model).observe(trace.tpot_ms / 1000)
+        extra = {
+            "session": order.session,
+            "model_version": trace.model,
+            "tokens": trace.tokens,
+            "ttft_ms": round(trace.ttft_ms, 1),
+            "tpot_ms": round(trace.tpot_ms, 2),
+        }
+        if ended.error:
+            log.warning("session ended: %s", trace.outcome, extra=extra)
+        else:
+            log.info("session ended: %s", trace.outcome, extra=extra)
+
+    async def run(self) -> None:
+        """Deadlines, and tokens of sessions that nobody will ask for again."""
+        swept = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic_ns()
+            for handle in list(self._running.values()):
+                due = handle.session.next_deadline()
+                if due is not None and now >= due:
+                    self.handle(handle.session, Tick())
+            if time.monotonic() - swept > max(1.0, min(60.0, self._keep_s / 4)):
+                swept = time.monotonic()
+                try:
+                    await asyncio.to_thread(lambda: list(self._log.expire(time.time())))
+                except OSError as error:
+                    log.error("the token log cannot be trimmed: %s", error)
+
+    def stop_all(self, reason: str) -> None:
+        """End every session: the agent stops."""
+        for handle in list(self._running.values()):
+            handle.stop()
+            self._end(handle, Ended(error=Unavailable(reason)))

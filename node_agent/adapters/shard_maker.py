@@ -1,0 +1,307 @@
+"""Makes shards on disk: reads the GGUF once per quantization, then cuts for the price of a graph.
+
+The numpy reference runs along with the first conversion and leaves the hidden states at every
+layer boundary (``check.npz``), from which the test vector of any cut is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from mesh.errors import InputError, ModelFileError
+from node_agent.adapters.model_store import (
+    ModelStore,
+    Progress,
+    disk_errors,
+    new_file,
+    new_folder,
+    no_progress,
+    sha256_of,
+    verify_files,
+)
+from node_agent.shards.architecture import (
+    Architecture,
+    architecture_of,
+    check_tensors,
+    layer_tensors,
+    rope_tables,
+)
+from node_agent.shards.gguf_file import GgufFile, dequantize, parse_gguf
+from node_agent.shards.manifest import (
+    CHECK_FILE,
+    FORMAT,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    Boundary,
+    ModelCard,
+    ShardManifest,
+    StoredFile,
+    TestVector,
+    write_document,
+)
+from node_agent.shards.onnx_graph import StoredTensor, build_graph
+from node_agent.shards.packing import (
+    EMBEDDING,
+    HEAD,
+    ROPE,
+    layer_unit,
+    pack_embedding,
+    pack_head,
+    pack_layer,
+    units_of,
+)
+from node_agent.shards.quantize import QUANTIZATIONS, QuantizedMatrix, repack_q8_0
+from node_agent.shards.reference import rms_norm, run_layer
+from node_agent.shards.tokenizer import build_tokenizer_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RUNTIME = "onnx"
+_ALIGNMENT = 64
+_CHECK_TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon."
+_CHECK_TOKENS_MAX = 24
+_TOLERANCE = {"fp32": 1e-3, "int8": 0.15}
+"""Relative RMS error allowed on a test vector; int8 rounds activations as well as weights."""
+_INDEX_FILE = "index.json"
+
+
+class WeightIndex(msgspec.Struct, frozen=True):
+    """``index.json`` of a folder of weights."""
+
+    format: int
+    model_digest: str
+    tensors: dict[str, dict[str, StoredTensor]]
+    files: dict[str, StoredFile]
+
+
+def open_gguf(path: Path) -> tuple[memoryview, GgufFile]:
+    """The file's bytes and its directory; raises ``ModelFileError``.
+
+    The map is never closed by hand: arrays made from it point into it, and it goes with the last.
+    """
+    if path.stat().st_size == 0:
+        raise ModelFileError(f"{path} is empty")
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return data, parse_gguf(data)
+
+
+def model_card(path: Path, name: str, digest: str, origin: str) -> tuple[ModelCard, str]:
+    """Card and ``tokenizer.json`` of a GGUF file; raises ``ModelFileError`` if we cannot run it."""
+    import hashlib
+
+    _, gguf = open_gguf(path)
+    metadata = gguf.metadata
+    spec = architecture_of(metadata, gguf.tensors)
+    check_tensors(spec, gguf.tensors)
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    if len(tokens) > spec.vocabulary:
+        raise ModelFileError(
+            f"the tokenizer has {len(tokens)} tokens, the embedding {spec.vocabulary} rows"
+        )
+    tokenizer = build_tokenizer_json(metadata)
+
+    def token(field: str) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{field}_token_id")
+        return value if isinstance(value, int) and 0 <= value < len(tokens) else None
+
+    bos, eos, eot = token("bos"), token("eos"), token("eot")
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ModelFileError("the chat template is no text")
+    return ModelCard(
+        format=FORMAT,
+        name=name,
+        digest=digest,
+        source=origin,
+        source_quantization=gguf.tensors["blk.0.ffn_down.weight"].kind_name,
+        architecture=spec,
+        tokenizer_family=str(metadata.get("tokenizer.ggml.model")),
+        chat_template=template,
+        bos=tokens[bos] if bos is not None else "",
+        eos=tokens[eos] if eos is not None else "",
+        add_bos=bool(
+            metadata.get(
+                "tokenizer.ggml.add_bos_token",
+                metadata.get("tokenizer.ggml.model") == "llama",
+            )
+        ),
+        stop_tokens=tuple(sorted({t for t in (eos, eot) if t is not None})),
+        tokenizer_sha256=hashlib.sha256(tokenizer.encode()).hexdigest(),
+    ), tokenizer
+
+
+class _Converter:
+    """One pass over a GGUF: packs every unit and runs the reference beside it."""
+
+    def __init__(
+        self, data: memoryview, gguf: GgufFile, spec: Architecture, quantization: str, folder: Path
+    ) -> None:
+        self.data, self.gguf, self.spec = data, gguf, spec
+        self.quantization, self.folder = quantization, folder
+        self.tensors: dict[str, dict[str, StoredTensor]] = {}
+        self.files: dict[str, StoredFile] = {}
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        return dequantize(self.data, self.gguf.tensors[name])
+
+    def matrix(self, name: str) -> NDArray[np.float32] | QuantizedMatrix:
+        """A big matrix, without loss where the file's own type allows."""
+        tensor = self.gguf.tensors[name]
+        if self.quantization == "int8" and tensor.kind_name == "Q8_0":
+            raw = np.frombuffer(
+                self.data[tensor.offset : tensor.offset + tensor.nbytes], dtype=np.uint8
+            )
+            return repack_q8_0(raw, *tensor.shape)
+        return self.values(name)
+
+    def write(self, unit: str, arrays: Iterator[tuple[str, NDArray[Any]]]) -> None:
+        path = self.folder / f"{unit}.bin"
+        stored: dict[str, StoredTensor] = {}
+        with path.open("xb") as file:
+            for name, array in arrays:
+                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                stored[name] = StoredTensor(
+                    path.name, array.dtype.name, array.shape, file.tell(), array.nbytes
+                )
+                file.write(np.ascontiguousarray(array).data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.tensors[unit] = stored
+        self.files[path.name] = StoredFile(sha256_of(path), path.stat().st_size)
+
+
+def convert_weights(
+    store: ModelStore, name: str, quantization: str, progress: Progress = no_progress
+) -> tuple[Path, WeightIndex]:
+    """Weights of a model in ``quantization``, made if they are not there yet."""
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization {quantization!r} is unknown; known are {', '.join(QUANTIZATIONS)}")
+    card = store.card(name)
+    spec = card.architecture
+    folder = store.folder(name) / "weights" / quantization
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+        index = msgspec.json.decode((folder / _INDEX_FILE).read_bytes(), type=WeightIndex)
+        if index.format == FORMAT and index.model_digest == card.digest:
+            return folder, index
+    total = spec.layers + 2
+    what = f"converting {name} to {quantization}"
+    data, gguf = open_gguf(store.folder(name) / "model.gguf")
+    with new_folder(folder) as temporary:
+        progress(what, 0, total)
+        maker = _Converter(data, gguf, spec, quantization, temporary)
+        factors = maker.values("rope_freqs.weight") if "rope_freqs.weight" in gguf.tensors else None
+        cos, sin = rope_tables(spec, spec.context_max, factors)
+        maker.write(ROPE, iter([("cos", cos), ("sin", sin)]))
+        maker.write(EMBEDDING, pack_embedding(maker.matrix("token_embd.weight"), quantization))
+        norm = maker.values("output_norm.weight")
+        head = None if spec.head_tied else maker.matrix("output.weight")
+        maker.write(HEAD, pack_head(norm, head, quantization))
+        tokens = check_tokens(store, name)
+        embedding = maker.values("token_embd.weight")
+        states = [embedding[tokens]]
+        for layer in range(spec.layers):
+            progress(what, layer + 1, total)
+            weights = {r: maker.values(t) for r, t in layer_tensors(spec, layer).items()}
+            maker.write(layer_unit(layer), pack_layer(spec, weights, quantization))
+            states.append(run_layer(spec, weights, states[-1], cos[: len(tokens)], sin[: len(tokens)]))
+        output = embedding if spec.head_tied else maker.values("output.weight")
+        logits = rms_norm(states[-1][-1], norm, spec.norm_epsilon) @ output.T
+        np.savez(temporary / CHECK_FILE, tokens=tokens, states=np.stack(states), logits=logits)
+        index = WeightIndex(FORMAT, card.digest, maker.tensors, maker.files)
+        (temporary / _INDEX_FILE).write_bytes(msgspec.json.encode(index))
+        progress(what, total, total)
+    return folder, index
+
+
+def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
+    """The token ids that test vectors are made from: a fixed text, through the model's tokenizer."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_str(store.tokenizer_json(name)).encode(_CHECK_TEXT).ids
+    return np.array(ids[:_CHECK_TOKENS_MAX] or [0], dtype=np.int64)
+
+
+def make_shard(
+    store: ModelStore,
+    name: str,
+    start: int,
+    end: int,
+    quantization: str = "int8",
+    progress: Progress = no_progress,
+) -> Path:
+    """Folder of the shard ``[start, end)``, made if it is not there yet.
+
+    Raises ``InputError`` for a cut that the model does not have, ``ModelFileError`` for a GGUF
+    that cannot be read.
+    """
+    card = store.card(name)
+    spec = card.architecture
+    if not 0 <= start < end <= spec.layers:
+        raise InputError(f"the cut {start}-{end} is not within the {spec.layers} layers of {name}")
+    target = store.shard_folder(name, RUNTIME, quantization, start, end)
+    if (target / MANIFEST_FILE).exists() and store.manifest(target).model_digest == card.digest:
+        return target
+    weights, index = convert_weights(store, name, quantization, progress)
+    what = f"shard {start}-{end}"
+    progress(what, 0, 1)
+    units = units_of(spec, start, end)
+    with new_folder(target) as temporary:
+        files = {}
+        for unit in units:
+            file = f"{unit}.bin"
+            _link(weights / file, temporary / file)
+            files[file] = index.files[file]
+        graph = build_graph(spec, start, end, quantization, index.tensors)
+        (temporary / GRAPH_FILE).write_bytes(graph)
+        with np.load(weights / CHECK_FILE) as reference:
+            np.savez(
+                temporary / CHECK_FILE,
+                input=reference["tokens"] if start == 0 else reference["states"][start],
+                expected=reference["logits"] if end == spec.layers else reference["states"][end],
+            )
+        for file in (GRAPH_FILE, CHECK_FILE):
+            path = temporary / file
+            files[file] = StoredFile(sha256_of(path), path.stat().st_size)
+        manifest = ShardManifest(
+            format=FORMAT,
+            model=name,
+            model_digest=card.digest,
+            layers=(start, end),
+            model_layers=spec.layers,
+            vocabulary=spec.vocabulary,
+            context_max=spec.context_max,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            boundary=Boundary("float32", spec.width),
+            runtime=RUNTIME,
+            quantization=quantization,
+            weight_bytes=sum(index.files[f"{unit}.bin"].size for unit in units),
+            kv_bytes_per_token=spec.kv_bytes_per_token_layer * (end - start),
+            files=files,
+            test_vector=TestVector(CHECK_FILE, _TOLERANCE[quantization]),
+        )
+        verify_files(temporary, files)
+        (temporary / MANIFEST_FILE).write_bytes(write_document(manifest))
+    progress(what, 1, 1)
+    return target
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with disk_errors(target):
+            shutil.copyfile(source, target)

@@ -1,0 +1,371 @@
+"""This node's stages: takes what links bring, feeds the replicas, sends on what they compute.
+
+Also the place where "the next stage is on this node" is decided: such a hop is a function call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from mesh.adapters.grpc_links import Upstream
+from mesh.messages import (
+    Ack,
+    Beacon,
+    Cause,
+    Close,
+    Frame,
+    HopLost,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    Sampled,
+)
+from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId, StageTime, Token
+from node_agent.adapters.metrics import StageMetrics
+from node_agent.adapters.replica import Computed, Replica
+from node_agent.stage import Refusal, StageSession
+
+log = logging.getLogger(__name__)
+
+ACK_DELAY_S = 0.003
+"""Acknowledgements of decode steps are gathered this long: they are off the token's path."""
+BEACON_INTERVAL_S = 0.1
+_HOP_SMOOTHING = 0.1
+_SENT_KEPT = 1024
+
+Key = tuple[SessionId, int]
+
+
+class Owner(Protocol):
+    """The sessions that this node owns (the ingress side)."""
+
+    def on_message(self, message: Message) -> None: ...
+
+
+@dataclass(slots=True)
+class _Placed:
+    """A session at one of our replicas, and who feeds it."""
+
+    replica: Replica
+    metrics: StageMetrics
+    upstream: Upstream
+    order: Open
+
+
+@dataclass(slots=True)
+class _AckBox:
+    """Acknowledgements owed to one upstream; cumulative, so only the last of each session counts."""
+
+    owed: dict[Key, Ack] = field(default_factory=dict)
+    arrived_ns: dict[Key, int] = field(default_factory=dict)
+    timer: asyncio.TimerHandle | None = None
+
+
+class StageHost:
+    """Routes messages between links, replicas on this node and the sessions it owns."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        address: Address,
+        send: Callable[[Address, Message], None],
+        refused: Callable[[str], None],
+    ) -> None:
+        self.node, self.address = node, address
+        self.replicas: dict[Digest, Replica] = {}
+        self.metrics: dict[Digest, StageMetrics] = {}
+        self.owner: Owner | None = None
+        self._send_remote, self._count_refused = send, refused
+        self._placed: dict[Key, _Placed] = {}
+        self._acks: dict[int, tuple[Upstream, _AckBox]] = {}
+        self._sent_ns: OrderedDict[tuple[SessionId, int, int], int] = OrderedDict()
+        self._hop_us: dict[Address, float] = {}
+        self._local = _LocalUpstream(self)
+
+    # -- messages in ---------------------------------------------------------------------------
+
+    def received(self, upstream: Upstream, message: Message) -> None:
+        """A message came down a link (or from this node itself)."""
+        match message:
+            case [Frame(), *_]:
+                self._frames(upstream, message)  # type: ignore[arg-type]
+            case Open():
+                self._open(upstream, message)
+            case Close():
+                self._close(message)
+            case _:
+                if self.owner is not None:
+                    self.owner.on_message(message)
+
+    def replied(self, address: Address, message: Message) -> None:
+        """A message came back up a link that we dialled."""
+        if isinstance(message, list):
+            for ack in message:
+                if isinstance(ack, Ack):
+                    self._acknowledged(address, ack)
+
+    def deliver(self, address: Address, message: Message) -> None:
+        """Send to an agent, which may be this one."""
+        if address == self.address:
+            self.received(self._local, message)
+        else:
+            self._send_remote(address, message)
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def _open(self, upstream: Upstream, order: Open) -> None:
+        route = order.route
+        if not isinstance(route, LayeredRoute):
+            self._refuse(order, Cause.NO_SHARD, "this agent opens layer-wise routes only")
+            return
+        stage = route.stages[order.stage]
+        replica = self.replicas.get(stage.shard)
+        if stage.node != self.node or replica is None:
+            self._refuse(
+                order, Cause.NO_SHARD, f"the shard {stage.shard[:12]} of layers {stage.layers} is not loaded"
+            )
+            return
+        outcome = replica.open(order)
+        if isinstance(outcome, Refusal):
+            self._refuse(order, outcome.cause, outcome.reason)
+            return
+        self._placed[order.session, order.stage] = _Placed(
+            replica, self.metrics[stage.shard], upstream, order
+        )
+        if order.stage + 1 < len(route.stages):
+            left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
+            onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
+            self.deliver(route.stages[onward.stage].address, onward)
+        else:
+            opened = Opened(order.session, order.epoch, order.stage, outcome.position)
+            self.deliver(order.owner_address, opened)
+
+    def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
+        self._count_refused(cause.name.lower())
+        self.deliver(
+            order.owner_address, Refused(order.session, order.epoch, order.stage, cause, reason)
+        )
+
+    def _close(self, close: Close) -> None:
+        key = (close.session, close.stage)
+        placed = self._placed.get(key)
+        if placed is None or close.epoch < placed.order.epoch:
+            return
+        self._forget(key, placed)
+        self._pass_close(placed.order, close.reason)
+
+    def _pass_close(self, order: Open, reason: str) -> None:
+        route = order.route
+        if isinstance(route, LayeredRoute) and order.stage + 1 < len(route.stages):
+            onward = Close(order.session, order.epoch, reason, order.stage + 1)
+            self.deliver(route.stages[onward.stage].address, onward)
+
+    def _forget(self, key: Key, placed: _Placed) -> None:
+        del self._placed[key]
+        placed.replica.close_session(key[0], placed.order.epoch)
+        placed.replica.dispatch()
+
+    def _report(self, order: Open, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
+        """Tell the owner (rule R1); it closes the session everywhere."""
+        lost = HopLost(order.session, order.epoch, stage, cause, detail, position)
+        self.deliver(order.owner_address, lost)
+
+    def failed(self, session: StageSession, cause: Cause, detail: str) -> None:
+        """A replica could not compute a session's row."""
+        order = session.order
+        placed = self._placed.get((order.session, order.stage))
+        if placed is not None:
+            self._forget((order.session, order.stage), placed)
+        self._report(order, order.stage, cause, detail, session.position)
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def _frames(self, upstream: Upstream, frames: list[Frame]) -> None:
+        now = time.monotonic_ns()
+        touched: dict[int, Replica] = {}
+        for frame in frames:
+            placed = self._placed.get((frame.session, frame.stage))
+            if placed is None:
+                continue  # closed just now, or refused: what follows an Open is dropped with it
+            frame.arrived_ns = now
+            refusal = placed.replica.accept(frame)
+            if refusal is not None:
+                self._forget((frame.session, frame.stage), placed)
+                self._report(placed.order, frame.stage, refusal.cause, refusal.reason)
+                self._pass_close(placed.order, refusal.reason)
+                continue
+            touched[id(placed.replica)] = placed.replica
+        for replica in touched.values():
+            replica.dispatch()
+
+    def forward(self, rows: list[Computed]) -> None:
+        """A run is done: tokens to their owners, activations to the next stages, acks upstream."""
+        tokens: dict[Address, list[Sampled]] = {}
+        frames: dict[Address, list[Frame]] = {}
+        for row in rows:
+            order = row.session.order
+            route = order.route
+            if not isinstance(route, LayeredRoute):
+                continue
+            if isinstance(row.output, Token):
+                times = (*row.frame.times, StageTime(row.queue_us, row.compute_us, 0))
+                token = replace(row.output, times=times)
+                tokens.setdefault(order.owner_address, []).append(
+                    Sampled(order.session, order.epoch, token)
+                )
+            elif row.output is not None:
+                stage = order.stage + 1
+                address = route.stages[stage].address
+                hop_us = int(self._hop_us.get(address, 0.0))
+                frames.setdefault(address, []).append(
+                    Frame(
+                        order.session,
+                        order.epoch,
+                        row.frame.position,
+                        row.frame.length,
+                        row.frame.sample,
+                        row.output,
+                        stage,
+                        (*row.frame.times, StageTime(row.queue_us, row.compute_us, hop_us)),
+                    )
+                )
+        for address, batch in tokens.items():
+            self.deliver(address, batch)
+        for address, onward in frames.items():
+            if address != self.address:
+                self._note_sent(onward)
+            self.deliver(address, onward)
+        for row in rows:
+            self._owe_ack(row)
+
+    def _note_sent(self, frames: list[Frame]) -> None:
+        now = time.monotonic_ns()
+        for frame in frames:
+            self._sent_ns[frame.session, frame.stage, frame.position + frame.length] = now
+        while len(self._sent_ns) > _SENT_KEPT:
+            self._sent_ns.popitem(last=False)
+
+    # -- acknowledgements ----------------------------------------------------------------------
+
+    def _owe_ack(self, row: Computed) -> None:
+        order = row.session.order
+        key = (order.session, order.stage)
+        placed = self._placed.get(key)
+        if placed is None:
+            return
+        end = row.frame.position + row.frame.length
+        if placed.upstream is self._local:
+            self._acknowledged(self.address, Ack(order.session, order.epoch, end, order.stage))
+            return
+        _, box = self._acks.setdefault(id(placed.upstream), (placed.upstream, _AckBox()))
+        box.owed[key] = Ack(order.session, order.epoch, end, order.stage)
+        box.arrived_ns[key] = row.frame.arrived_ns
+        if row.frame.length > 1:
+            self._flush_acks(placed.upstream)
+        elif box.timer is None:
+            loop = asyncio.get_running_loop()
+            box.timer = loop.call_later(ACK_DELAY_S, self._flush_acks, placed.upstream)
+
+    def _flush_acks(self, upstream: Upstream) -> None:
+        entry = self._acks.get(id(upstream))
+        if entry is None:
+            return
+        box = entry[1]
+        if box.timer is not None:
+            box.timer.cancel()
+            box.timer = None
+        now = time.monotonic_ns()
+        acks: list[Ack] = [
+            replace(ack, held_us=(now - box.arrived_ns[key]) // 1000)
+            for key, ack in box.owed.items()
+        ]
+        box.owed.clear()
+        box.arrived_ns.clear()
+        if acks:
+            upstream.reply(acks)
+
+    def _acknowledged(self, address: Address, ack: Ack) -> None:
+        sent = self._sent_ns.pop((ack.session, ack.stage, ack.position), None)
+        if sent is not None:
+            hop_us = max(0.0, ((time.monotonic_ns() - sent) / 1000 - ack.held_us) / 2)
+            known = self._hop_us.get(address, hop_us)
+            self._hop_us[address] = known + _HOP_SMOOTHING * (hop_us - known)
+        if ack.stage == 0:
+            if self.owner is not None:
+                self.owner.on_message([ack])
+            return
+        placed = self._placed.get((ack.session, ack.stage - 1))
+        if placed is not None:
+            placed.replica.acknowledged(ack.session, ack.epoch, ack.position)
+            if sent is not None:
+                placed.metrics.hopped(int(self._hop_us[address]))
+
+    def hop_us(self, address: Address) -> int:
+        """Estimate of the one-way time to an address, microseconds; 0 if unknown."""
+        return int(self._hop_us.get(address, 0.0))
+
+    def note_sent(self, address: Address, frames: list[Frame]) -> None:
+        """The ingress sends frames itself; note when, so that its hop is measured as well."""
+        if address != self.address:
+            self._note_sent(frames)
+
+    # -- losses --------------------------------------------------------------------------------
+
+    def downstream_lost(self, address: Address, reason: str) -> None:
+        """A link that we dialled broke: every session whose next stage is there is reported."""
+        self._hop_us.pop(address, None)
+        for placed in list(self._placed.values()):
+            order, route = placed.order, placed.order.route
+            if not isinstance(route, LayeredRoute):
+                continue
+            following = order.stage + 1
+            if following < len(route.stages) and route.stages[following].address == address:
+                self._report(order, following, Cause.STREAM_BROKEN, reason)
+            elif order.owner_address == address and address != self.address:
+                # Nobody is left to feed this session or to hear of it.
+                self._forget((order.session, order.stage), placed)
+
+    def upstream_lost(self, upstream: Upstream) -> None:
+        """A peer's link to us ended: what it fed cannot go on, and the owner closes the rest."""
+        self._acks.pop(id(upstream), None)
+        for key, placed in list(self._placed.items()):
+            if placed.upstream is upstream:
+                self._forget(key, placed)
+                self._pass_close(placed.order, "the stage before was lost")
+
+    # -- time ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Beacons while there is work, and the end of sessions whose deadline passed."""
+        while True:
+            await asyncio.sleep(BEACON_INTERVAL_S)
+            busy: dict[int, tuple[Upstream, Replica]] = {}
+            for placed in self._placed.values():
+                if placed.upstream is not self._local and placed.replica.working:
+                    busy[id(placed.upstream)] = (placed.upstream, placed.replica)
+            for upstream, replica in busy.values():
+                upstream.reply(Beacon(replica.runs, replica.book.queued))
+            now = time.monotonic_ns()
+            for replica in self.replicas.values():
+                for session in replica.book.overdue(now):
+                    stage = replica.book.sessions[session].order.stage
+                    expired = self._placed.get((session, stage))
+                    if expired is not None:
+                        self._forget((session, stage), expired)
+
+
+class _LocalUpstream:
+    """The stage before is on this node, or this node's ingress."""
+
+    def __init__(self, host: StageHost) -> None:
+        self._host = host
+
+    def reply(self, message: Message) -> None:
+        self._host.replied(self._host.address, message)

@@ -1,0 +1,1 @@
+"""Subcommands of ``mesh``. Importing one costs nothing: what is heavy is imported when it runs."""

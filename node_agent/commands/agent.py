@@ -1,0 +1,48 @@
+"""Run one agent.
+
+Settings come from a TOML file (--config), then MESH_* variables, then flags; later ones win.
+The agent runs until SIGINT or SIGTERM, then drains: new requests are refused, running ones may end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+SUMMARY = "run one agent: host shards, join peers, serve the API"
+SECTION = "Run it"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags, one for each setting."""
+    from node_agent.config import fields, variable
+
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tied", action="store_true", help="stop when standard input ends")
+    for item in fields():
+        default = ",".join(item.default) if isinstance(item.default, tuple) else item.default
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"),
+            dest=item.name,
+            metavar=item.name.upper(),
+            help=f"{item.metadata['about']} [{variable(item.name)}; default: {default}]".replace("%", "%%"),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the settings and run."""
+    from mesh.errors import ConfigError
+    from node_agent.config import fields, load_config
+    from node_agent.main import run_agent
+
+    text = None
+    if args.config:
+        try:
+            text = Path(args.config).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the settings file {args.config} cannot be read: {error}") from None
+    flags = {f.name: getattr(args, f.name) for f in fields()}
+    config = load_config(text, args.config or "", os.environ, flags)
+    return run_agent(config, args.ready_fd, args.tied)

@@ -1,0 +1,171 @@
+"""Settings of an agent: one frozen value, read once, from file, environment and flags.
+
+Later sources win: defaults, TOML file, ``MESH_*`` variables, flags. Every setting says what it
+trades; the README's table is made from here (and a test holds it to that).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mesh.errors import ConfigError
+
+
+def setting(default: Any, about: str, *, unit: str = "", low: float = -math.inf) -> Any:
+    """A documented field; ``low`` is the least value that a number may have."""
+    return field(default=default, metadata={"about": about, "unit": unit, "low": low})
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What ``mesh agent`` can be told."""
+
+    data_dir: str = setting("", "Where this node keeps its identity and token log. Empty: MESH_HOME/agent.")
+    home: str = setting("", "Where models and shards are. Empty: ~/.local/share/inference-mesh.")
+    name: str = setting("", "Name of the node for people. Empty: the host's name.")
+    cluster: str = setting("default", "Agents of another cluster are strangers: links to them are refused.")
+    host: str = setting("127.0.0.1", "Address that peers connect to. Beyond loopback, anyone who reaches it can use the node.")
+    port: int = setting(7070, "Port for peers (gRPC). 0: any free one.", low=0)
+    advertise: str = setting("", "Address that peers are told, where it differs from host.")
+    api_host: str = setting("127.0.0.1", "Address of the OpenAI API.")
+    api_port: int = setting(8080, "Port of the OpenAI API. 0: any free one.", low=0)
+    peers: tuple[str, ...] = setting((), "Other agents as host:port. One is enough: it knows the rest.")
+    shards: tuple[str, ...] = setting((), "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/QUANTIZATION.")
+    providers: tuple[str, ...] = setting(("CPUExecutionProvider",), "ONNX Runtime execution providers in order of preference; the first that loads is used and named in 'mesh nodes'.")
+    threads: int = setting(0, "Threads of one run. 0: all cores. More is faster for one session until replicas on the node compete.", low=0)
+    slots: int = setting(16, "Sessions a replica holds at once. More batch better and share the KV memory.", low=1)
+    context: int = setting(2048, "Most positions of a session (prompt and answer), within the model's own limit.", unit="positions", low=16)
+    kv_memory: int = setting(0, "KV memory of a replica. 0: what all slots at full context take, at most half of the memory that is free.", unit="MiB", low=0)
+    memory: int = setting(0, "Memory for shards and KV that the node offers. 0: what is free, within the cgroup's limit, less a tenth.", unit="MiB", low=0)
+    sessions: int = setting(64, "Sessions this agent runs as an ingress; beyond it answers 429.", low=1)
+    chunk: int = setting(64, "Positions of a prefill frame. Larger is faster alone; smaller overlaps stages better and yields sooner to decode steps.", unit="positions", low=1)
+    window: int = setting(4, "Frames of a session that may be unacknowledged on a hop.", low=1)
+    request_timeout: float = setting(600.0, "A session ends everywhere after this.", unit="s", low=0.1)
+    step_timeout: float = setting(30.0, "A session fails when no stage makes progress for so long.", unit="s", low=0.1)
+    token_log: str = setting("on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only.")
+    keep: float = setting(600.0, "How long a session's tokens are kept.", unit="s", low=0.0)
+    drain_timeout: float = setting(10.0, "How long a stopping agent waits for its sessions.", unit="s", low=0.0)
+    log_level: str = setting("info", "debug, info, warning or error.")
+    log_format: str = setting("auto", "json, text, or auto: text on a terminal, JSON elsewhere.")
+
+
+_CHOICES = {
+    "token_log": ("on", "off"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("auto", "json", "text"),
+}
+_TRUE_PORT_MAX = 65535
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_SHARD = re.compile(r"([A-Za-z0-9._-]+):(\d+)-(\d+)(?:/([a-z0-9]+))?")
+
+
+def fields() -> tuple[dataclasses.Field[Any], ...]:
+    """The settings in order."""
+    return dataclasses.fields(AgentConfig)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"MESH_{name.upper()}"
+
+
+def load_config(
+    file_text: str | None,
+    file_name: str,
+    environment: Mapping[str, str],
+    flags: Mapping[str, Any],
+) -> AgentConfig:
+    """Merge the sources and check every value; raises ``ConfigError`` naming source and setting."""
+    values: dict[str, Any] = {}
+    known = {f.name: f for f in fields()}
+    if file_text is not None:
+        try:
+            document = tomllib.loads(file_text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file_name} is no TOML: {error}") from None
+        for name, value in document.items():
+            if name not in known:
+                close = ", ".join(n for n in known if n[:3] == name[:3]) or ", ".join(known)
+                raise ConfigError(f"{file_name}: there is no setting {name!r}; did you mean one of {close}?")
+            values[name] = _coerce(known[name], value, f"{file_name}: {name}")
+    for name, known_field in known.items():
+        text = environment.get(variable(name))
+        if text is not None and text != "":
+            values[name] = _coerce(known_field, text, variable(name))
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = _coerce(known[name], value, "--" + name.replace("_", "-"))
+    config = AgentConfig(**values)
+    _check(config)
+    return config
+
+
+def _coerce(target: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """``value`` in the type of ``target``'s default; lists may come as comma-separated text."""
+    default = target.default
+    if isinstance(default, tuple):
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise ConfigError(f"{where} is {value!r}; it must be a list of texts")
+        return tuple(i.strip() for i in items if i.strip())
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise ConfigError(f"{where} is {value!r}; it must be a text")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ConfigError(f"{where} is {value!r}; it must be a number")
+    try:
+        number = type(default)(value)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{where} is {value!r}; it must be a number") from None
+    if isinstance(value, float) and number != value:
+        raise ConfigError(f"{where} is {value!r}; it must be a whole number")
+    return number
+
+
+def _check(config: AgentConfig) -> None:
+    for item in fields():
+        value, low = getattr(config, item.name), item.metadata["low"]
+        if isinstance(value, int | float) and not (math.isfinite(value) and low <= value < 2**40):
+            raise ConfigError(f"{item.name} is {value}; it must be at least {low:g}")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(choices)}")
+    for name in ("port", "api_port"):
+        if getattr(config, name) > _TRUE_PORT_MAX:
+            raise ConfigError(f"{name} is {getattr(config, name)}; ports end at {_TRUE_PORT_MAX}")
+    if not _NAME.fullmatch(config.cluster):
+        raise ConfigError(f"cluster is {config.cluster!r}; use letters, digits, '.', '_' and '-'")
+    for address in config.peers:
+        match = _ADDRESS.fullmatch(address)
+        if not match or int(match[2]) > _TRUE_PORT_MAX:
+            raise ConfigError(f"peers has {address!r}; write host:port")
+    for shard in config.shards:
+        parse_shard(shard)
+    if not config.providers:
+        raise ConfigError("providers is empty; name at least CPUExecutionProvider")
+
+
+def parse_shard(text: str) -> tuple[str, int, int, str]:
+    """``MODEL:START-END[/QUANTIZATION]`` -> model, start, end, quantization."""
+    match = _SHARD.fullmatch(text)
+    if not match or int(match[2]) >= int(match[3]):
+        raise ConfigError(f"{text!r} names no shard; write MODEL:START-END, for example smollm2-135m:0-10")
+    return match[1], int(match[2]), int(match[3]), match[4] or "int8"
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table, for the README."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for item in fields():
+        default = ", ".join(item.default) if isinstance(item.default, tuple) else str(item.default)
+        unit = f" ({item.metadata['unit']})" if item.metadata["unit"] else ""
+        lines.append(f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['about']}{unit} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The OpenAI API as values: requests in, answers out. The HTTP server is an adapter."""

@@ -1,0 +1,464 @@
+"""Wires one agent and runs it: links, stages, leases, sessions, API.
+
+Start-up order: data directory (locked by RocksDB), peer port, API port, then shards. Shut-down is
+the reverse: no new requests, running sessions get ``drain_timeout`` to end, leases end, ports close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
+from mesh.adapters.logs import set_up_logs
+from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
+from mesh.session import SessionOrder
+from mesh.types import Address, LayeredRoute, SessionId
+from node_agent import __version__
+from node_agent.adapters.agent_rpc import AgentService
+from node_agent.adapters.fingerprint.cpu import probe_cores
+from node_agent.adapters.fingerprint.memory import probe_memory
+from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
+from node_agent.adapters.identity import node_identity
+from node_agent.adapters.memory_store import MemoryTokenLog
+from node_agent.adapters.metrics import AgentMetrics
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.peers import ClusterView
+from node_agent.adapters.replicas import ReplicaManager, ShardKey
+from node_agent.adapters.rocksdb_store import RocksTokenLog
+from node_agent.adapters.session_driver import SessionDriver, SessionHandle
+from node_agent.adapters.stage_host import StageHost
+from node_agent.config import AgentConfig, parse_shard
+from node_agent.ingress.chat import TextModel
+from node_agent.ingress.schema import Generation
+from node_agent.paths import default_home
+from node_agent.ports import TokenLog
+from protos.gen import agent_pb2_grpc, mesh_pb2_grpc
+from scheduler.cluster import Node, NodeSeen
+from scheduler.routing import RouteRequest, find_route, models_served
+
+log = logging.getLogger(__name__)
+
+_LONG_TEXT = 4096
+_GRACE_S = 0.5
+_SWITCH_INTERVAL_S = float(os.environ.get("SWI","5e-5"))
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where a started agent listens."""
+
+    node: str
+    address: str
+    api_address: str
+    pid: int
+
+
+class Agent:
+    """One node. ``run`` returns when ``stop`` was called and everything has ended."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        home = Path(config.home) if config.home else default_home()
+        self.config = config
+        self.store = ModelStore(home)
+        self.data_dir = Path(config.data_dir) if config.data_dir else home / "agent"
+        self._stopping = asyncio.Event()
+        self._texts: dict[str, TextModel] = {}
+        self._models_here: tuple[str, ...] = ()
+        self._incarnation = time.time_ns()
+
+    async def run(self, ready: Callable[[Ready], None]) -> None:
+        """Start, call ``ready`` once everything listens, serve until stopped."""
+        config = self.config
+        self.node_id = node_identity(self.data_dir)
+        self.name = config.name or socket.gethostname()
+        set_up_logs(config.log_level, config.log_format, {"node": self.node_id, "name": self.name})
+        self.metrics = AgentMetrics(self.node_id)
+        token_log: TokenLog = (
+            RocksTokenLog(self.data_dir / "tokens") if config.token_log == "on" else MemoryTokenLog()
+        )
+        try:
+            await self._serve(token_log, ready)
+        finally:
+            token_log.close()
+
+    def stop(self) -> None:
+        """Begin an orderly end."""
+        self._stopping.set()
+
+    async def _serve(self, token_log: TokenLog, ready: Callable[[Ready], None]) -> None:
+        config = self.config
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        try:
+            port = server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ConfigError(
+                f"port {config.port} on {config.host} is taken or not ours; choose another with --port"
+            )
+        self.address = Address(f"{config.advertise or config.host}:{port}")
+        self._wire(token_log, server)
+        await server.start()
+        api = HttpApi(
+            self.start_generation,
+            self.list_models,
+            self.list_nodes,
+            self.driver,
+            self.metrics,
+            self._gauges,
+        )
+        try:
+            try:
+                self.api_port = await api.listen(config.api_host, config.api_port)
+            except OSError as error:
+                raise ConfigError(
+                    f"the API cannot listen on {config.api_host}:{config.api_port} ({error.strerror}); "
+                    "choose another with --api-port"
+                ) from None
+            self._announce()
+            ready(Ready(self.node_id, self.address, self._api_address, os.getpid()))
+            log.info("agent %s listens on %s, API on %s", self.name, self.address, self._api_address)
+            self.view.know([Address(p) for p in config.peers])
+            await self._until_stopped()
+            await self._drain()
+        finally:
+            self.driver.stop_all("the agent stopped")
+            await api.close()
+            self.service.close()
+            await self.view.close()
+            await self.pool.close()
+            await server.stop(_GRACE_S)
+            await self.replicas.close()
+
+    def _wire(self, token_log: TokenLog, server: grpc.aio.Server) -> None:
+        config, identity = self.config, Identity(self.config.cluster, self.node_id)
+        self.host = StageHost(
+            self.node_id,
+            self.address,
+            lambda address, message: self.pool.send(address, message),
+            lambda reason: self.metrics.refused.labels(self.node_id, reason).inc(),
+        )
+        self.pool = LinkPool(identity, self.host.replied, self._link_lost)
+        self.driver = SessionDriver(
+            self.host, token_log, self.metrics, config.sessions, config.keep
+        )
+        self.host.owner = self.driver
+        self.view = ClusterView(config.cluster, self.node_id, self.address)
+        self.view.on_new_peers = self._announce
+        self.replicas = ReplicaManager(config, self.store, self.host, self.metrics, self._announce)
+        self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
+        links = LinkServer(identity, self.host.received, self.host.upstream_lost)
+        mesh_pb2_grpc.add_PeerServicer_to_server(links, server)
+        agent_pb2_grpc.add_AgentServicer_to_server(self.service, server)
+        self.api_port = config.api_port
+
+    def _link_lost(self, address: Address, reason: str) -> None:
+        self.host.downstream_lost(address, reason)
+        self.driver.link_lost(address, reason)
+
+    async def _until_stopped(self) -> None:
+        tasks = [
+            asyncio.create_task(self.host.run(), name="stages"),
+            asyncio.create_task(self.driver.run(), name="sessions"),
+            asyncio.create_task(self._stopping.wait(), name="stop"),
+            *(asyncio.create_task(self._hold(s), name=f"hold {s}") for s in self.config.shards),
+        ]
+        try:
+            while not self._stopping.is_set():
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a part that fails ends the agent, loudly
+                    tasks.remove(task)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hold(self, text: str) -> None:
+        """A lease from the settings, for as long as the agent runs."""
+        model, start, end, quantization = parse_shard(text)
+        key = ShardKey(model, start, end, "onnx", quantization)
+        async for _ in self.replicas.hold(key, "settings"):
+            pass
+
+    async def _drain(self) -> None:
+        """Refuse what is new, give what runs its time."""
+        self.driver.draining = True
+        self._announce()
+        deadline = time.monotonic() + self.config.drain_timeout
+        while len(self.driver) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    # -- what we say of ourselves --------------------------------------------------------------
+
+    @property
+    def _api_address(self) -> Address:
+        return Address(f"{self.config.api_host}:{self.api_port}")
+
+    def record(self) -> Node:
+        """This node as peers see it."""
+        memory = probe_memory()
+        return Node(
+            id=self.node_id,
+            name=self.name,
+            address=self.address,
+            api_address=self._api_address,
+            cores=probe_cores(),
+            memory_total_bytes=memory.total,
+            memory_free_bytes=self.replicas.memory_free(),
+            replicas=self.replicas.status(),
+            peers=self.view.peers,
+            models=self._models_here,
+            version=__version__,
+            incarnation=self._incarnation,
+            draining=self.driver.draining,
+        )
+
+    def _announce(self) -> None:
+        self._models_here = tuple(self.store.names())
+        self.view.apply(NodeSeen(self.record()))
+        self.service.changed()
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """``/v1/models``: models of which a replica is known anywhere."""
+        created = self._incarnation // 10**9
+        return [
+            {"id": name, "object": "model", "created": created, "owned_by": "inference-mesh"}
+            for name in sorted(models_served(self.view.snapshot))
+        ]
+
+    def list_nodes(self) -> dict[str, Any]:
+        """``/mesh/v1/nodes``: the snapshot."""
+        self.view.apply(NodeSeen(self.record()))
+        now = time.monotonic_ns()
+        return {
+            "self": self.node_id,
+            "cluster": self.config.cluster,
+            "nodes": [
+                {
+                    "id": n.id,
+                    "name": n.name,
+                    "address": n.address,
+                    "api_address": n.api_address,
+                    "state": "draining" if n.draining and n.state.value == "alive" else n.state.value,
+                    "reason": n.reason,
+                    "since_s": round((now - n.since_ns) / 1e9, 1),
+                    "cores": n.cores,
+                    "memory_total_bytes": n.memory_total_bytes,
+                    "memory_free_bytes": n.memory_free_bytes,
+                    "version": n.version,
+                    "models": list(n.models),
+                    "replicas": [
+                        {
+                            "shard": str(r.shard),
+                            "model": r.shard.model.ref.name,
+                            "layers": [r.shard.layers.start, r.shard.layers.end],
+                            "model_layers": r.shard.model.layers,
+                            "quantization": r.shard.quantization,
+                            "state": r.state.value,
+                            "reason": r.reason,
+                            "provider": r.provider,
+                            "sessions": r.sessions,
+                            "slots": r.slots,
+                            "weight_bytes": r.shard.weight_bytes,
+                            "kv_reserved_bytes": r.kv_reserved_bytes,
+                            "kv_budget_bytes": r.kv_budget_bytes,
+                            "leases": r.leases,
+                        }
+                        for r in n.replicas
+                    ],
+                }
+                for _, n in sorted(self.view.snapshot.nodes.items())
+            ],
+        }
+
+    def _gauges(self) -> None:
+        metrics = self.metrics
+        for replica in self.replicas.status():
+            labels = metrics.labels(replica.shard)
+            metrics.sessions.labels(*labels).set(replica.sessions)
+            metrics.kv_reserved.labels(*labels).set(replica.kv_reserved_bytes)
+            metrics.kv_budget.labels(*labels).set(replica.kv_budget_bytes)
+        for address, count in self.pool.bytes_sent().items():
+            metrics.wire_bytes.labels(self.node_id, address).set(count)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def start_generation(self, generation: Generation) -> Job:
+        """Route, tokenize and open a request's sessions; raises ``MeshError`` with what to say."""
+        name = generation.model
+        shape = models_served(self.view.snapshot).get(name)
+        if shape is None:
+            everywhere = {m for n in self.view.snapshot.alive() for m in n.models}
+            if name in everywhere:
+                raise NoRoute(
+                    f"no node serves {name} yet; hold its shards ('mesh up', or 'shards' in an agent's settings)",
+                    retry_after_s=2,
+                )
+            known = ", ".join(sorted(models_served(self.view.snapshot))) or "none"
+            raise RequestError(
+                f"the model {name!r} does not exist here (served: {known})",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        route = find_route(self.view.snapshot, RouteRequest(name, self.node_id))
+        text = await self._text_model(name, shape.ref.digest)
+        prompts = await self._prompts(text, generation)
+        context = self._context(route, shape.context_max)
+        orders = self._orders(generation, prompts, context, text, shape.vocabulary)
+        envelope = new_envelope(orders[0].session, name, generation.chat)
+        choices = [new_choice(i, text, generation.stop) for i in range(len(orders))]
+        handles: list[SessionHandle] = []
+        try:
+            for i, order in enumerate(orders):
+                if generation.echo:
+                    choices[i].text.append(b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace"))
+                chosen = route if i == 0 else find_route(
+                    self.view.snapshot, RouteRequest(name, self.node_id)
+                )
+                handles.append(self.driver.start(order, chosen, str(shape.ref)))
+        except MeshError:
+            for handle in handles:
+                handle.stop()
+            raise
+        return Job(generation, envelope, choices, handles, sum(map(len, prompts)))
+
+    def _context(self, route: LayeredRoute, model_context: int) -> int:
+        """Positions that every stage of the route has room for."""
+        wanted = {(s.node, s.shard) for s in route.stages}
+        rooms = [
+            r.context_max
+            for n in self.view.snapshot.alive()
+            for r in n.replicas
+            if (n.id, r.shard.digest) in wanted and r.context_max
+        ]
+        return min([model_context, *rooms])
+
+    async def _prompts(self, text: TextModel, generation: Generation) -> list[tuple[int, ...]]:
+        if generation.chat:
+            rendered: tuple[str | tuple[int, ...], ...] = (text.render(generation.messages),)
+        else:
+            rendered = generation.prompts
+        prompts = []
+        for prompt in rendered:
+            if isinstance(prompt, tuple):
+                prompts.append(prompt)
+            elif len(prompt) < _LONG_TEXT:
+                prompts.append(tuple(text.encode(prompt)))
+            else:
+                prompts.append(tuple(await asyncio.to_thread(text.encode, prompt)))
+        return prompts
+
+    def _orders(
+        self,
+        generation: Generation,
+        prompts: list[tuple[int, ...]],
+        context: int,
+        text: TextModel,
+        vocabulary: int,
+    ) -> list[SessionOrder]:
+        config, orders = self.config, []
+        deadline = time.monotonic_ns() + int(config.request_timeout * 1e9)
+        seed = generation.sampling.seed if generation.seeded else secrets.randbits(64)
+        if any(token >= vocabulary for token, _ in generation.sampling.logit_bias):
+            raise RequestError(f"logit_bias names a token beyond the vocabulary of {vocabulary}", param="logit_bias")
+        for prompt in prompts:
+            where = "messages" if generation.chat else "prompt"
+            if not prompt:
+                raise RequestError("the prompt is empty", param=where)
+            if not all(0 <= token < vocabulary for token in prompt):
+                raise RequestError(f"the prompt has token ids outside 0 to {vocabulary - 1}", param=where)
+            if len(prompt) >= context:
+                raise RequestError(
+                    f"the prompt has {len(prompt)} tokens; the context is {context} tokens, answer included",
+                    param=where,
+                    code="context_length_exceeded",
+                )
+            room = context - len(prompt)
+            for choice in range(generation.choices):
+                orders.append(
+                    SessionOrder(
+                        session=SessionId(secrets.token_hex(16)),
+                        prompt=prompt,
+                        sampling=replace(generation.sampling, seed=seed, choice=choice),
+                        tokens_max=min(generation.tokens_max or room, room),
+                        stop_tokens=frozenset(text.card.stop_tokens),
+                        positions_max=context,
+                        deadline_ns=deadline,
+                        chunk=config.chunk,
+                        window=config.window,
+                        step_timeout_ns=int(config.step_timeout * 1e9),
+                    )
+                )
+        return orders
+
+    async def _text_model(self, name: str, digest: str) -> TextModel:
+        known = self._texts.get(name)
+        if known is None or known.card.digest != digest:
+            try:
+                known = await asyncio.to_thread(self._load_text, name)
+            except (InputError, OSError) as error:
+                raise NoRoute(f"this agent cannot read the tokenizer of {name}: {error}") from error
+            self._texts[name] = known
+        if known.card.digest != digest:
+            raise NoRoute(
+                f"this agent has {name}@{known.card.digest[:12]}, the replicas serve {name}@{digest[:12]}; pull the same file"
+            )
+        return known
+
+    def _load_text(self, name: str) -> TextModel:
+        return TextModel(self.store.card(name), self.store.tokenizer_json(name))
+
+
+async def _run(config: AgentConfig, ready_fd: int | None, tied: bool) -> None:
+    agent = Agent(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, agent.stop)
+    if tied:
+        # Whoever started us holds the other end: when they are gone, so are we.
+        loop.add_reader(sys.stdin.fileno(), lambda: _parent_spoke(agent))
+
+    def ready(where: Ready) -> None:
+        if ready_fd is not None:
+            line = json.dumps({f: getattr(where, f) for f in Ready.__slots__}) + "\n"
+            os.write(ready_fd, line.encode())
+            os.close(ready_fd)
+
+    await agent.run(ready)
+
+
+def _parent_spoke(agent: Agent) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        agent.stop()
+
+
+def run_agent(config: AgentConfig, ready_fd: int | None = None, tied: bool = False) -> int:
+    """Run one agent until a signal (or, when ``tied``, the end of standard input)."""
+    # The compute thread needs the interpreter for microseconds a step, and needs it now: with
+    # the default of 5 ms it would wait for whatever the event loop happens to be doing.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        asyncio.run(_run(config, ready_fd, tied))
+    except MeshError as error:
+        print(f"mesh agent: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+

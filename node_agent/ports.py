@@ -1,0 +1,77 @@
+"""What the agent asks of the world; adapters answer, tests answer with values in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mesh.types import SessionId, ShardInfo
+
+
+class Runtime(Protocol):
+    """A loaded shard with KV memory for a fixed number of session slots.
+
+    A slot is a row of KV memory with room for ``capacity`` positions. Where a run writes is given
+    with the run, so truncating a session to a position is running at that position again: what
+    lies beyond is never read. Methods block; one thread calls them.
+    """
+
+    info: ShardInfo
+    slots: int
+    capacity: int
+    provider: str
+    """What computes, e.g. ``CPUExecutionProvider``, and is told to peers."""
+
+    def decode(self, slot: int, positions: Sequence[int], inputs: NDArray[Any]) -> NDArray[Any]:
+        """One step of the sessions in slots ``slot``, ``slot + 1``, ... at their ``positions``.
+
+        ``inputs``: int64 ``[batch]`` tokens for a first shard, float32 ``[batch, width]`` otherwise.
+        Returns float32 ``[batch, width]``, or logits ``[batch, vocabulary]`` of a last shard. The
+        result is overwritten by the next run.
+        """
+        ...
+
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+        """A chunk of one session from ``position`` on.
+
+        ``inputs``: int64 ``[steps]`` or float32 ``[steps, width]``. Returns float32 ``[steps, width]``,
+        or of a last shard the logits ``[1, vocabulary]`` after the chunk's last step.
+        """
+        ...
+
+    def release(self, slot: int) -> None:
+        """Give the slot's memory back to the system."""
+        ...
+
+    def close(self) -> None:
+        """Drop weights and KV memory."""
+        ...
+
+
+class TokenLog(Protocol):
+    """The tokens of sessions, kept before a client sees them (rule R6).
+
+    ``expires_at`` is in seconds since the epoch. Every method raises ``OSError`` when the store
+    cannot do it.
+    """
+
+    def begin(self, session: SessionId, prompt: Sequence[int], expires_at: float) -> None: ...
+
+    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
+        """Keep ``tokens`` at ``position`` and on; returns when a killed process would not lose them."""
+        ...
+
+    def read(self, session: SessionId) -> tuple[list[int], list[int]] | None:
+        """Prompt and generated tokens up to the first gap or damaged record; ``None`` if unknown."""
+        ...
+
+    def forget(self, session: SessionId) -> None: ...
+
+    def expire(self, now: float) -> Iterable[SessionId]:
+        """Forget what has expired and say what that was."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""From a GGUF file to shards: parsing, quantization, graphs, manifests. Pure; no file is opened here."""

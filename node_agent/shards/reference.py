@@ -1,0 +1,69 @@
+"""The network in plain numpy: slow, float32, and written to be checked by reading.
+
+It makes the test vectors that every shard is held to when it is loaded, and it is what the tests
+compare runtimes with. Llama: Touvron et al. 2023; grouped queries: Ainslie et al. 2023; rotary
+embedding: Su et al. 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from node_agent.shards.architecture import Architecture
+
+    Array = NDArray[np.float32]
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+    """``x / rms(x) * weight`` over the last axis."""
+    scale = 1.0 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + epsilon)
+    return (x * scale * weight).astype(np.float32)
+
+
+def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Rotary embedding of ``x`` ``[positions, heads, head_dim]`` by tables ``[positions, head_dim / 2]``."""
+    out = np.empty_like(x)
+    c, s = cos[:, None, :], sin[:, None, :]
+    half = x.shape[-1] // 2
+    first, second = (
+        (slice(0, None, 2), slice(1, None, 2))
+        if interleaved
+        else (slice(0, half), slice(half, None))
+    )
+    a, b = x[..., first], x[..., second]
+    out[..., first] = a * c - b * s
+    out[..., second] = a * s + b * c
+    return out
+
+
+def run_layer(
+    spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array
+) -> Array:
+    """One decoder layer over a whole sequence: float32 ``[positions, width]`` in and out."""
+    positions = x.shape[0]
+    h = rms_norm(x, weights["attn_norm"], spec.norm_epsilon)
+    q, k, v = (h @ weights[role].T for role in "qkv")
+    if spec.qkv_bias:
+        q, k, v = q + weights["q_bias"], k + weights["k_bias"], v + weights["v_bias"]
+    q = rotate(q.reshape(positions, spec.heads, -1), cos, sin, spec.rope_interleaved)
+    k = rotate(k.reshape(positions, spec.kv_heads, -1), cos, sin, spec.rope_interleaved)
+    v = v.reshape(positions, spec.kv_heads, -1)
+    group = spec.heads // spec.kv_heads
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(spec.head_dim)
+    future = np.triu(np.ones((positions, positions), dtype=bool), 1)
+    scores = np.where(future[None], -np.inf, scores)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    scores /= scores.sum(axis=-1, keepdims=True)
+    attended = np.einsum("hqk,khd->qhd", scores, v).reshape(positions, -1)
+    x = x + attended @ weights["o"].T
+    h = rms_norm(x, weights["ffn_norm"], spec.norm_epsilon)
+    gate = h @ weights["gate"].T
+    x = x + (gate / (1.0 + np.exp(-gate)) * (h @ weights["up"].T)) @ weights["down"].T
+    return x.astype(np.float32)

@@ -1,0 +1,260 @@
+"""One replica's sessions: who has which slot, what may be computed next. Pure.
+
+Every session at a stage is a small record: the epoch that opened it, the next position it wants,
+the frames that wait, and the credit it has towards the next stage. ``next_run`` picks what the
+runtime does next:
+
+- Decode steps of different sessions run together (continuous batching). A batch is a range of
+  neighbouring slots, because KV memory is one block per layer; a slot in between that has
+  nothing to do computes a row that nobody reads.
+- A prefill chunk runs alone and yields to decode steps (rule R8), but not for ever: after
+  ``DECODES_PER_PREFILL`` batches a waiting chunk gets its turn.
+- A frame runs only when the next stage has room for its result, so nothing piles up between stages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mesh.messages import Cause, Frame, Open
+from mesh.types import Epoch, SessionId, ShardInfo
+
+DECODES_PER_PREFILL = 4
+_GAP_MAX = 1
+
+
+@dataclass(slots=True)
+class StageSession:
+    """A session at this stage. ``position`` is the next one wanted; below it all is computed."""
+
+    order: Open
+    slot: int
+    reserved_bytes: int
+    deadline_ns: int
+    last: bool
+    position: int
+    queue: deque[Frame] = field(default_factory=deque)
+    queued_to: int = 0
+    """Positions below this are computed or queued."""
+    credit: int = 0
+    unacknowledged: deque[int] = field(default_factory=deque)
+    """End positions of frames that the next stage has not acknowledged."""
+    running: bool = False
+    sampled: list[int] = field(default_factory=list)
+    """Tokens sampled here (last stage): the history that penalties look at."""
+
+    @property
+    def runnable(self) -> bool:
+        return bool(self.queue) and not self.running and (self.last or self.credit > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What to compute: rows of slots ``slot``, ``slot + 1``, ...; ``None`` is a row nobody reads.
+
+    ``positions`` has one entry a row. A single entry whose frame is longer than 1 is a prefill.
+    """
+
+    slot: int
+    rows: tuple[tuple[StageSession, Frame] | None, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def live(self) -> Iterator[tuple[int, StageSession, Frame]]:
+        """Row index, session and frame of the rows that count."""
+        return ((i, *row) for i, row in enumerate(self.rows) if row is not None)
+
+
+class StageBook:
+    """All sessions of one replica."""
+
+    def __init__(
+        self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int
+    ) -> None:
+        self.shard, self.capacity, self.kv_budget_bytes = shard, capacity, kv_budget_bytes
+        self.sessions: dict[SessionId, StageSession] = {}
+        self.reserved_bytes = 0
+        self.draining = False
+        self._slots: list[StageSession | None] = [None] * slots
+        self._decodes_since_prefill = 0
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def queued(self) -> int:
+        """Frames that wait, all sessions together."""
+        return sum(len(s.queue) for s in self.sessions.values())
+
+    def open(self, order: Open, now: int) -> StageSession | Refusal:
+        """Admit a session, or truncate one that is here to a new epoch's position (rule R2)."""
+        known = self.sessions.get(order.session)
+        if known is not None:
+            return self._reopen(known, order)
+        if self.draining:
+            return Refusal(Cause.DRAINING, "the replica is draining")
+        if order.positions > self.capacity:
+            return Refusal(
+                Cause.FULL,
+                f"{order.positions} positions were asked for, this replica has room for {self.capacity} a session",
+            )
+        reserved = order.positions * self.shard.kv_bytes_per_token
+        if self.reserved_bytes + reserved > self.kv_budget_bytes:
+            return Refusal(
+                Cause.FULL,
+                f"no KV memory: {reserved} bytes wanted, {self.kv_budget_bytes - self.reserved_bytes} "
+                f"of {self.kv_budget_bytes} free",
+            )
+        slot = next((i for i, s in enumerate(self._slots) if s is None), None)
+        if slot is None:
+            return Refusal(Cause.FULL, f"all {self.slots} session slots are taken")
+        session = StageSession(
+            order=order,
+            slot=slot,
+            reserved_bytes=reserved,
+            deadline_ns=now + order.deadline_ms * 1_000_000,
+            last=self.shard.last,
+            position=0,
+            credit=order.window,
+        )
+        self._slots[slot] = session
+        self.sessions[order.session] = session
+        self.reserved_bytes += reserved
+        return session
+
+    def _reopen(self, session: StageSession, order: Open) -> StageSession | Refusal:
+        if order.epoch <= session.order.epoch:
+            return Refusal(Cause.STALE_EPOCH, f"the session is at epoch {session.order.epoch.counter}")
+        if order.positions > session.order.positions:
+            return Refusal(Cause.FULL, "a new epoch cannot take more positions than the first")
+        kept = order.position - len(order.prompt)
+        session.order = order
+        session.position = session.queued_to = min(session.position, order.position)
+        session.queue.clear()
+        session.unacknowledged.clear()
+        session.credit = order.window
+        session.running = False
+        del session.sampled[max(kept, 0) :]
+        return session
+
+    def accept(self, frame: Frame) -> Refusal | None:
+        """Queue a frame. Stale epochs, duplicates and unknown sessions are dropped without a word;
+        a gap, a flood or a frame beyond the reservation is the peer's fault and is returned."""
+        session = self.sessions.get(frame.session)
+        if session is None or frame.epoch < session.order.epoch:
+            return None
+        if frame.epoch > session.order.epoch:
+            return Refusal(Cause.BAD_FRAME, "a frame came before its epoch was opened")
+        end = frame.position + frame.length
+        if frame.length < 1 or end > session.order.positions:
+            return Refusal(
+                Cause.BAD_FRAME,
+                f"frame [{frame.position}, {end}) is not within the {session.order.positions} reserved positions",
+            )
+        if end <= session.queued_to:
+            return None
+        if frame.position != session.queued_to:
+            return Refusal(
+                Cause.BAD_FRAME,
+                f"frame [{frame.position}, {end}) came where position {session.queued_to} was due",
+            )
+        if len(session.queue) >= session.order.window:
+            return Refusal(Cause.BAD_FRAME, f"more than {session.order.window} unacknowledged frames")
+        session.queue.append(frame)
+        session.queued_to = end
+        return None
+
+    def next_run(self) -> Run | None:
+        """What to compute now; the sessions in it are marked running."""
+        decodes, prefill = [], None
+        for session in self._slots:
+            if session is None or not session.runnable:
+                continue
+            frame = session.queue[0]
+            if frame.length == 1:
+                decodes.append(session)
+            elif prefill is None or frame.arrived_ns < prefill.queue[0].arrived_ns:
+                prefill = session
+        turn = self._decodes_since_prefill >= DECODES_PER_PREFILL
+        if prefill is not None and (not decodes or turn):
+            self._decodes_since_prefill = 0
+            frame = prefill.queue.popleft()
+            prefill.running = True
+            return Run(prefill.slot, ((prefill, frame),), (frame.position,))
+        if not decodes:
+            return None
+        self._decodes_since_prefill += 1
+        return self._batch(_neighbours(decodes))
+
+    def _batch(self, sessions: list[StageSession]) -> Run:
+        first, last = sessions[0].slot, sessions[-1].slot
+        rows: list[tuple[StageSession, Frame] | None] = []
+        positions = []
+        chosen = {s.slot for s in sessions}
+        for slot in range(first, last + 1):
+            session = self._slots[slot]
+            if slot in chosen and session is not None:
+                frame = session.queue.popleft()
+                session.running = True
+                rows.append((session, frame))
+                positions.append(frame.position)
+            else:
+                # The row writes where the slot's next position goes: overwritten before it is read.
+                rows.append(None)
+                positions.append(min(session.position, self.capacity) if session else 0)
+        return Run(first, tuple(rows), tuple(positions))
+
+    def finished(self, session: StageSession, frame: Frame) -> bool:
+        """Note that a frame was computed; false if its session was closed or reopened meanwhile."""
+        current = self.sessions.get(frame.session)
+        if current is not session or frame.epoch != session.order.epoch:
+            return False
+        session.running = False
+        session.position = frame.position + frame.length
+        if not session.last:
+            session.credit -= 1
+            session.unacknowledged.append(session.position)
+        return True
+
+    def acknowledged(self, session_id: SessionId, epoch: Epoch, position: int) -> None:
+        """The next stage has computed everything below ``position``: credit returns."""
+        session = self.sessions.get(session_id)
+        if session is None or epoch != session.order.epoch:
+            return
+        while session.unacknowledged and session.unacknowledged[0] <= position:
+            session.unacknowledged.popleft()
+            session.credit += 1
+
+    def close(self, session_id: SessionId, epoch: Epoch | None = None) -> StageSession | None:
+        """Free a session's slot and memory; an older epoch closes nothing."""
+        session = self.sessions.get(session_id)
+        if session is None or (epoch is not None and epoch < session.order.epoch):
+            return None
+        del self.sessions[session_id]
+        self._slots[session.slot] = None
+        self.reserved_bytes -= session.reserved_bytes
+        return session
+
+    def overdue(self, now: int) -> list[SessionId]:
+        """Sessions whose deadline has passed."""
+        return [i for i, s in self.sessions.items() if now >= s.deadline_ns]
+
+
+def _neighbours(sessions: list[StageSession]) -> list[StageSession]:
+    """The cluster of neighbouring slots that holds the frame that waits longest."""
+    clusters: list[list[StageSession]] = []
+    for session in sessions:  # in order of slot
+        if clusters and session.slot - clusters[-1][-1].slot <= 1 + _GAP_MAX:
+            clusters[-1].append(session)
+        else:
+            clusters.append([session])
+    return min(clusters, key=lambda c: min(s.queue[0].arrived_ns for s in c))

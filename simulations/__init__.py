@@ -1,0 +1,1 @@
+"""The churn simulator: production code under virtual time."""
