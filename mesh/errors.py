@@ -93,7 +93,5 @@ class InvalidTransition(MeshError):
     """
 
     def __init__(self, machine: str, state: str, event: str, story: list[str]) -> None:
-        super().__init__(
-            f"{machine} in state {state} cannot take {event}; before it: {' -> '.join(story)}"
-        )
+        super().__init__(f"{machine} in state {state} cannot take {event}; before it: {' -> '.join(story)}")
         self.story = story

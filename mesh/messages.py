@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from mesh.types import Address, Epoch, Route, Sampling, SessionId, StageTime, Token
+from mesh.types import Address, Epoch, Route, Sampling, SessionId, Token
 
 WIRE_VERSION = 1
 FEATURES = 0
@@ -52,6 +52,8 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
+    """Stage to owner: the session is open along the route, from ``position`` on."""
+
     session: SessionId
     epoch: Epoch
     stage: int
@@ -60,6 +62,8 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
+    """Stage to owner: not opened, and why."""
+
     session: SessionId
     epoch: Epoch
     stage: int
@@ -83,7 +87,8 @@ class Frame:
     payload: Any
     stage: int = 0
     """The receiver's place in the route."""
-    times: tuple[StageTime, ...] = ()
+    times: tuple[int, ...] = ()
+    """Three numbers a stage passed: see ``Token.times``."""
     arrived_ns: int = 0
 
 
@@ -111,12 +116,16 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Beacon:
+    """Alive, however slow: sent while work is queued."""
+
     runs: int
     queued: int
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
+    """Ends a session at one stage, which passes it on."""
+
     session: SessionId
     epoch: Epoch
     reason: str
@@ -136,6 +145,4 @@ class HopLost:
     position: int = 0
 
 
-Message = (
-    Open | Opened | Refused | list[Frame] | list[Sampled] | list[Ack] | Beacon | Close | HopLost
-)
+Message = Open | Opened | Refused | list[Frame] | list[Sampled] | list[Ack] | Beacon | Close | HopLost

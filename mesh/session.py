@@ -81,6 +81,8 @@ Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | Cl
 
 @dataclass(frozen=True, slots=True)
 class SendOpen:
+    """Open the route."""
+
     order: Open
 
 
@@ -95,16 +97,22 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class KeepToken:
+    """Write a token to the token log."""
+
     token: Token
 
 
 @dataclass(frozen=True, slots=True)
 class EmitToken:
+    """Show a token to the client."""
+
     token: Token
 
 
 @dataclass(frozen=True, slots=True)
 class SendClose:
+    """Close the route."""
+
     close: Close
 
 
@@ -272,14 +280,10 @@ class Session:
 
     def _tick(self, now: int) -> list[Effect]:
         if now >= self.order.deadline_ns:
-            return self._fail(
-                StageLost(f"the request's deadline passed after {len(self.generated)} tokens")
-            )
+            return self._fail(StageLost(f"the request's deadline passed after {len(self.generated)} tokens"))
         if not self._paused and now >= self._progress_ns + self.order.step_timeout_ns:
             seconds = self.order.step_timeout_ns / 1e9
-            return self._fail(
-                StageLost(f"no stage of {self.route} made progress for {seconds:g} s")
-            )
+            return self._fail(StageLost(f"no stage of {self.route} made progress for {seconds:g} s"))
         return []
 
     def _finish(self, finish: Finish) -> list[Effect]:
@@ -311,5 +315,3 @@ def _refusal(event: Refused, route: LayeredRoute) -> MeshError:
 def _loss(event: HopLost, route: LayeredRoute) -> MeshError:
     where = _stage_name(route, event.stage)
     return StageLost(f"{where} was lost: {event.cause.name.lower()}: {event.detail}")
-
-

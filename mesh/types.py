@@ -145,18 +145,9 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class StageTime:
-    """Where a frame's time went at one stage, in microseconds."""
-
-    queue_us: int
-    """From arrival to the start of the run."""
-    compute_us: int
-    hop_us: int
-    """Estimate of the hop onward from this stage, from its acknowledgements; 0 where unknown."""
-
-
-@dataclass(frozen=True, slots=True)
 class TokenLogprob:
+    """A token and the model's natural-log probability of it."""
+
     token: int
     logprob: float
 
@@ -170,4 +161,6 @@ class Token:
     token: int
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
-    times: tuple[StageTime, ...] = field(default=(), compare=False)
+    times: tuple[int, ...] = field(default=(), compare=False)
+    """Microseconds, three numbers a stage: queued (from arrival to the start of the run), computed,
+    and on the hop onward (an estimate from acknowledgements; 0 where unknown)."""

@@ -30,27 +30,66 @@ class AgentConfig:
     home: str = setting("", "Where models and shards are. Empty: ~/.local/share/inference-mesh.")
     name: str = setting("", "Name of the node for people. Empty: the host's name.")
     cluster: str = setting("default", "Agents of another cluster are strangers: links to them are refused.")
-    host: str = setting("127.0.0.1", "Address that peers connect to. Beyond loopback, anyone who reaches it can use the node.")
+    host: str = setting(
+        "127.0.0.1", "Address that peers connect to. Beyond loopback, anyone who reaches it can use the node."
+    )
     port: int = setting(7070, "Port for peers (gRPC). 0: any free one.", low=0)
     advertise: str = setting("", "Address that peers are told, where it differs from host.")
     api_host: str = setting("127.0.0.1", "Address of the OpenAI API.")
     api_port: int = setting(8080, "Port of the OpenAI API. 0: any free one.", low=0)
     peers: tuple[str, ...] = setting((), "Other agents as host:port. One is enough: it knows the rest.")
-    shards: tuple[str, ...] = setting((), "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/QUANTIZATION.")
-    providers: tuple[str, ...] = setting(("CPUExecutionProvider",), "ONNX Runtime execution providers in order of preference; the first that loads is used and named in 'mesh nodes'.")
-    threads: int = setting(0, "Threads of one run. 0: all cores. More is faster for one session until replicas on the node compete.", low=0)
-    slots: int = setting(16, "Sessions a replica holds at once. More batch better and share the KV memory.", low=1)
-    context: int = setting(2048, "Most positions of a session (prompt and answer), within the model's own limit.", unit="positions", low=16)
-    kv_memory: int = setting(0, "KV memory of a replica. 0: what all slots at full context take, at most half of the memory that is free.", unit="MiB", low=0)
-    memory: int = setting(0, "Memory for shards and KV that the node offers. 0: what is free, within the cgroup's limit, less a tenth.", unit="MiB", low=0)
+    shards: tuple[str, ...] = setting(
+        (), "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/QUANTIZATION."
+    )
+    providers: tuple[str, ...] = setting(
+        ("CPUExecutionProvider",),
+        "ONNX Runtime execution providers in order of preference; the first that loads is used and named in 'mesh nodes'.",
+    )
+    threads: int = setting(
+        0,
+        "Threads of one run. 0: all cores. More is faster for one session until replicas on the node compete.",
+        low=0,
+    )
+    slots: int = setting(
+        16, "Sessions a replica holds at once. More batch better and share the KV memory.", low=1
+    )
+    context: int = setting(
+        2048,
+        "Most positions of a session (prompt and answer), within the model's own limit.",
+        unit="positions",
+        low=16,
+    )
+    kv_memory: int = setting(
+        0,
+        "KV memory of a replica. 0: what all slots at full context take, at most half of the memory that is free.",
+        unit="MiB",
+        low=0,
+    )
+    memory: int = setting(
+        0,
+        "Memory for shards and KV that the node offers. 0: what is free, within the cgroup's limit, less a tenth.",
+        unit="MiB",
+        low=0,
+    )
     sessions: int = setting(64, "Sessions this agent runs as an ingress; beyond it answers 429.", low=1)
-    chunk: int = setting(64, "Positions of a prefill frame. Larger is faster alone; smaller overlaps stages better and yields sooner to decode steps.", unit="positions", low=1)
-    window: int = setting(4, "Frames of a session that may be unacknowledged on a hop.", low=1)
+    chunk: int = setting(
+        64,
+        "Positions of a prefill frame. Larger is faster alone; smaller overlaps stages better and yields sooner to decode steps.",
+        unit="positions",
+        low=1,
+    )
+    window: int = setting(8, "Frames of a session that may be unacknowledged on a hop.", low=1)
     request_timeout: float = setting(600.0, "A session ends everywhere after this.", unit="s", low=0.1)
-    step_timeout: float = setting(30.0, "A session fails when no stage makes progress for so long.", unit="s", low=0.1)
-    token_log: str = setting("on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only.")
+    step_timeout: float = setting(
+        30.0, "A session fails when no stage makes progress for so long.", unit="s", low=0.1
+    )
+    token_log: str = setting(
+        "on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only."
+    )
     keep: float = setting(600.0, "How long a session's tokens are kept.", unit="s", low=0.0)
-    drain_timeout: float = setting(10.0, "How long a stopping agent waits for its sessions.", unit="s", low=0.0)
+    drain_timeout: float = setting(
+        10.0, "How long a stopping agent waits for its sessions.", unit="s", low=0.0
+    )
     log_level: str = setting("info", "debug, info, warning or error.")
     log_format: str = setting("auto", "json, text, or auto: text on a terminal, JSON elsewhere.")
 
@@ -122,7 +161,7 @@ def _coerce(target: dataclasses.Field[Any], value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ConfigError(f"{where} is {value!r}; it must be a number")
     try:
-        number = type(default)(value)
+        number = int(value) if isinstance(default, int) else float(value)
     except (ValueError, OverflowError):
         raise ConfigError(f"{where} is {value!r}; it must be a number") from None
     if isinstance(value, float) and number != value:
@@ -167,5 +206,7 @@ def settings_table() -> str:
     for item in fields():
         default = ", ".join(item.default) if isinstance(item.default, tuple) else str(item.default)
         unit = f" ({item.metadata['unit']})" if item.metadata["unit"] else ""
-        lines.append(f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['about']}{unit} |")
+        lines.append(
+            f"| `{item.name}` | {f'`{default}`' if default else ''} | {item.metadata['about']}{unit} |"
+        )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ the reverse: no new requests, running sessions get ``drain_timeout`` to end, lea
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 _LONG_TEXT = 4096
 _GRACE_S = 0.5
-_SWITCH_INTERVAL_S = float(os.environ.get("SWI","5e-5"))
+_SWITCH_INTERVAL_S = 5e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Agent:
                 ) from None
             self._announce()
             ready(Ready(self.node_id, self.address, self._api_address, os.getpid()))
+            gc.freeze()  # what is here now lives as long as we do: no collection need look at it
             log.info("agent %s listens on %s, API on %s", self.name, self.address, self._api_address)
             self.view.know([Address(p) for p in config.peers])
             await self._until_stopped()
@@ -153,9 +155,7 @@ class Agent:
             lambda reason: self.metrics.refused.labels(self.node_id, reason).inc(),
         )
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
-        self.driver = SessionDriver(
-            self.host, token_log, self.metrics, config.sessions, config.keep
-        )
+        self.driver = SessionDriver(self.host, token_log, self.metrics, config.sessions, config.keep)
         self.host.owner = self.driver
         self.view = ClusterView(config.cluster, self.node_id, self.address)
         self.view.on_new_peers = self._announce
@@ -327,10 +327,10 @@ class Agent:
         try:
             for i, order in enumerate(orders):
                 if generation.echo:
-                    choices[i].text.append(b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace"))
-                chosen = route if i == 0 else find_route(
-                    self.view.snapshot, RouteRequest(name, self.node_id)
-                )
+                    choices[i].text.append(
+                        b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace")
+                    )
+                chosen = route if i == 0 else find_route(self.view.snapshot, RouteRequest(name, self.node_id))
                 handles.append(self.driver.start(order, chosen, str(shape.ref)))
         except MeshError:
             for handle in handles:
@@ -376,7 +376,9 @@ class Agent:
         deadline = time.monotonic_ns() + int(config.request_timeout * 1e9)
         seed = generation.sampling.seed if generation.seeded else secrets.randbits(64)
         if any(token >= vocabulary for token, _ in generation.sampling.logit_bias):
-            raise RequestError(f"logit_bias names a token beyond the vocabulary of {vocabulary}", param="logit_bias")
+            raise RequestError(
+                f"logit_bias names a token beyond the vocabulary of {vocabulary}", param="logit_bias"
+            )
         for prompt in prompts:
             where = "messages" if generation.chat else "prompt"
             if not prompt:
@@ -460,5 +462,3 @@ def run_agent(config: AgentConfig, ready_fd: int | None = None, tied: bool = Fal
         print(f"mesh agent: {error}", file=sys.stderr)
         return 2
     return 0
-
-

@@ -52,6 +52,8 @@ class StageSession:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """Why a session or frame was not taken."""
+
     cause: Cause
     reason: str
 
@@ -76,9 +78,7 @@ class Run:
 class StageBook:
     """All sessions of one replica."""
 
-    def __init__(
-        self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int
-    ) -> None:
+    def __init__(self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int) -> None:
         self.shard, self.capacity, self.kv_budget_bytes = shard, capacity, kv_budget_bytes
         self.sessions: dict[SessionId, StageSession] = {}
         self.reserved_bytes = 0

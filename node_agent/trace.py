@@ -42,12 +42,14 @@ class SessionTrace:
         if first:
             self.first_ns = now
         sums = self.first_stages if first else self.stages
-        for i, times in enumerate(token.times):
+        times = token.times
+        for i in range(len(times) // 3):
             if i == len(sums):
                 sums.append(StageSums())
-            sums[i].queue_us += times.queue_us
-            sums[i].compute_us += times.compute_us
-            sums[i].hop_us += times.hop_us
+            each = sums[i]
+            each.queue_us += times[3 * i]
+            each.compute_us += times[3 * i + 1]
+            each.hop_us += times[3 * i + 2]
 
     @property
     def ttft_ms(self) -> float:
@@ -70,9 +72,7 @@ class SessionTrace:
         for i, stage in enumerate(self.route.stages):
             sums = self.stages[i] if i < len(self.stages) else StageSums()
             first = self.first_stages[i] if i < len(self.first_stages) else StageSums()
-            compute, queue, hop = (
-                x / steps / 1000 for x in (sums.compute_us, sums.queue_us, sums.hop_us)
-            )
+            compute, queue, hop = (x / steps / 1000 for x in (sums.compute_us, sums.queue_us, sums.hop_us))
             accounted += compute + queue + hop
             stages.append(
                 {

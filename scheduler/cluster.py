@@ -23,6 +23,8 @@ class NodeState(enum.Enum):
 
 
 class ReplicaState(enum.Enum):
+    """Only ``SERVING`` replicas are in routes."""
+
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
@@ -114,9 +116,7 @@ class ClusterSnapshot:
                 known = nodes.get(node_id)
                 if known is None or known.state is not NodeState.ALIVE:
                     return self
-                nodes[node_id] = replace(
-                    known, state=NodeState.SUSPECT, reason=reason, since_ns=now
-                )
+                nodes[node_id] = replace(known, state=NodeState.SUSPECT, reason=reason, since_ns=now)
             case NodeLeft(node_id):
                 if nodes.pop(node_id, None) is None:
                     return self

@@ -35,8 +35,7 @@ def serving(snapshot: ClusterSnapshot, model: str | None = None) -> list[tuple[N
         for node in snapshot.alive()
         if not node.draining
         for replica in node.replicas
-        if replica.state is ReplicaState.SERVING
-        and (model is None or replica.shard.model.ref.name == model)
+        if replica.state is ReplicaState.SERVING and (model is None or replica.shard.model.ref.name == model)
     ]
 
 
@@ -71,9 +70,7 @@ def find_route(snapshot: ClusterSnapshot, request: RouteRequest) -> LayeredRoute
     raise NoRoute(_explain(snapshot, request, list(groups.values())))
 
 
-def _shortest(
-    replicas: list[tuple[Node, Replica]], ingress: NodeId
-) -> tuple[_Cost, LayeredRoute] | None:
+def _shortest(replicas: list[tuple[Node, Replica]], ingress: NodeId) -> tuple[_Cost, LayeredRoute] | None:
     starts: dict[int, list[tuple[Node, Replica]]] = {}
     for node, replica in replicas:
         starts.setdefault(replica.shard.layers.start, []).append((node, replica))

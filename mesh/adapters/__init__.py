@@ -1,0 +1,1 @@
+"""Where the mesh touches the world: clocks, logs, links, the wire schema."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from mesh.types import (
     Sampling,
     SessionId,
     Stage,
-    StageTime,
     Token,
     TokenLogprob,
 )
@@ -47,20 +46,16 @@ PAYLOAD_MAX = 192 * 1024
 FRAGMENTS_MAX = 1024
 HEADS_MAX = 1024
 _SESSION_BYTES = 16
+_ACTIVATION_DIMENSIONS = 2
 _POSITIONS_MAX = 1 << 24
 
 
 def encode(message: Message) -> Iterator[pb.Packet]:
     """The packets of a message: one, or several fragments of large frames."""
+    if isinstance(message, list):
+        yield from _encode_list(message)
+        return
     match message:
-        case []:
-            return
-        case [Frame(), *_]:
-            yield from _encode_frames(message)  # type: ignore[arg-type]
-        case [Sampled(), *_]:
-            yield pb.Packet(tokens=pb.Tokens(items=[_token(s) for s in message]))  # type: ignore[arg-type]
-        case [Ack(), *_]:
-            yield pb.Packet(acks=pb.Acks(items=[_ack(a) for a in message]))  # type: ignore[arg-type]
         case Open():
             yield pb.Packet(open=_open(message))
         case Opened():
@@ -109,6 +104,16 @@ def encode(message: Message) -> Iterator[pb.Packet]:
             raise TypeError(f"{type(message).__name__} is no message")
 
 
+def _encode_list(items: list[Frame] | list[Sampled] | list[Ack]) -> Iterator[pb.Packet]:
+    kind = type(items[0]) if items else None
+    if kind is Frame:
+        yield from _encode_frames(cast("list[Frame]", items))
+    elif kind is Sampled:
+        yield pb.Packet(tokens=pb.Tokens(items=[_token(s) for s in cast("list[Sampled]", items)]))
+    elif kind is Ack:
+        yield pb.Packet(acks=pb.Acks(items=[_ack(a) for a in cast("list[Ack]", items)]))
+
+
 def _session(session: SessionId) -> bytes:
     return bytes.fromhex(session)
 
@@ -121,31 +126,26 @@ def _cause(cause: Cause) -> Any:
     return cause.value
 
 
-def _times(times: Sequence[StageTime]) -> list[pb.StageTime]:
-    return [
-        pb.StageTime(queue_us=t.queue_us, compute_us=t.compute_us, hop_us=t.hop_us) for t in times
-    ]
-
-
 def _encode_frames(frames: list[Frame]) -> Iterator[pb.Packet]:
     heads = []
     rows: list[NDArray[np.float32]] = []
     for frame in frames:
         head = pb.FrameHead(
-            session=_session(frame.session),
-            epoch=_epoch(frame.epoch),
+            session=bytes.fromhex(frame.session),
+            epoch=frame.epoch.counter,
+            owner=frame.epoch.owner,
             position=frame.position,
             length=frame.length,
             sample=frame.sample,
-            times=_times(frame.times),
             stage=frame.stage,
+            times=frame.times,
         )
-        if frame.payload.dtype == np.float32:
+        if frame.payload.ndim == _ACTIVATION_DIMENSIONS:
             rows.append(frame.payload)
         else:
             head.tokens.extend(frame.payload.tolist())
         heads.append(head)
-    payload = b"".join(row.data for row in rows)
+    payload = rows[0].tobytes() if len(rows) == 1 else b"".join(row.data for row in rows)
     if len(payload) <= PAYLOAD_MAX:
         yield pb.Packet(frames=pb.Frames(heads=heads, activations=payload))
         return
@@ -153,29 +153,29 @@ def _encode_frames(frames: list[Frame]) -> Iterator[pb.Packet]:
     for i in range(count):
         piece = payload[i * PAYLOAD_MAX : (i + 1) * PAYLOAD_MAX]
         yield pb.Packet(
-            frames=pb.Frames(
-                heads=heads if i == 0 else (), activations=piece, fragment=i, fragments=count
-            )
+            frames=pb.Frames(heads=heads if i == 0 else (), activations=piece, fragment=i, fragments=count)
         )
 
 
 def _token(sampled: Sampled) -> pb.TokenItem:
     token = sampled.token
     return pb.TokenItem(
-        session=_session(sampled.session),
-        epoch=_epoch(sampled.epoch),
+        session=bytes.fromhex(sampled.session),
+        epoch=sampled.epoch.counter,
+        owner=sampled.epoch.owner,
         position=token.position,
         token=token.token,
         logprob=token.logprob,
         top=[pb.Logprob(token=t.token, logprob=t.logprob) for t in token.top],
-        times=_times(token.times),
+        times=token.times,
     )
 
 
 def _ack(ack: Ack) -> pb.Ack:
     return pb.Ack(
-        session=_session(ack.session),
-        epoch=_epoch(ack.epoch),
+        session=bytes.fromhex(ack.session),
+        epoch=ack.epoch.counter,
+        owner=ack.epoch.owner,
         position=ack.position,
         stage=ack.stage,
         held_us=ack.held_us,
@@ -250,10 +250,6 @@ def _read_cause(cause: int) -> Cause:
         return Cause.RUNTIME  # a newer peer's cause
 
 
-def _read_times(times: Any) -> tuple[StageTime, ...]:
-    return tuple(StageTime(t.queue_us, t.compute_us, t.hop_us) for t in times)
-
-
 class Decoder:
     """Packets of one stream back to values; puts fragments together. Raises ``PeerError``."""
 
@@ -274,7 +270,7 @@ class Decoder:
                 return [
                     Ack(
                         read_session(a.session),
-                        _read_epoch(a.epoch),
+                        Epoch(a.epoch, NodeId(a.owner)),
                         a.position,
                         a.stage,
                         a.held_us,
@@ -357,13 +353,13 @@ def read_frames(heads: Any, activations: bytes) -> list[Frame]:
         frames.append(
             Frame(
                 read_session(head.session),
-                _read_epoch(head.epoch),
+                Epoch(head.epoch, NodeId(head.owner)),
                 head.position,
                 head.length,
                 head.sample,
                 payload,
                 head.stage,
-                _read_times(head.times),
+                tuple(head.times),
             )
         )
     return frames
@@ -372,13 +368,13 @@ def read_frames(heads: Any, activations: bytes) -> list[Frame]:
 def _read_token(item: pb.TokenItem) -> Sampled:
     return Sampled(
         read_session(item.session),
-        _read_epoch(item.epoch),
+        Epoch(item.epoch, NodeId(item.owner)),
         Token(
             item.position,
             item.token,
             item.logprob if item.HasField("logprob") else None,
             tuple(TokenLogprob(t.token, t.logprob) for t in item.top),
-            _read_times(item.times),
+            tuple(item.times),
         ),
     )
 

@@ -130,9 +130,7 @@ class _Link:
     async def _handshake(self, call: Any) -> None:
         me = self._pool.identity
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            hello = pb.Hello(
-                cluster=me.cluster, wire_version=WIRE_VERSION, features=FEATURES, node=me.node
-            )
+            hello = pb.Hello(cluster=me.cluster, wire_version=WIRE_VERSION, features=FEATURES, node=me.node)
             await call.write(pb.Packet(hello=hello))
             answer = await call.read()
         if answer is grpc.aio.EOF or answer.WhichOneof("kind") != "welcome":
@@ -228,7 +226,7 @@ class LinkServer(rpc.PeerServicer):
     ) -> None:
         self._identity, self._received, self._lost = identity, received, lost
 
-    async def Link(  # noqa: N802 (gRPC's name)
+    async def Link(  # type: ignore[override]  # noqa: N802 (gRPC's name)
         self, request_iterator: AsyncIterator[pb.Packet], context: Any
     ) -> None:
         try:

@@ -1,0 +1,1 @@
+"""Where an agent touches the world: disk, runtimes, sockets, processes."""

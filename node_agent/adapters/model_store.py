@@ -140,9 +140,7 @@ class ModelStore:
             raise ShardError(f"{path} does not match its model card; pull the model again")
         return data.decode()
 
-    def shard_folder(
-        self, name: str, runtime: str, quantization: str, start: int, end: int
-    ) -> Path:
+    def shard_folder(self, name: str, runtime: str, quantization: str, start: int, end: int) -> Path:
         return self.folder(name) / "shards" / f"{runtime}-{quantization}-{start:02d}-{end:02d}"
 
     def shards(self, name: str) -> list[tuple[Path, ShardManifest]]:
@@ -175,7 +173,9 @@ def verify_files(folder: Path, files: dict[str, StoredFile]) -> None:
         try:
             size = path.stat().st_size
             if size != wanted.size:
-                raise ShardError(f"{path} has {size} bytes, its manifest says {wanted.size}; make the shard again")
+                raise ShardError(
+                    f"{path} has {size} bytes, its manifest says {wanted.size}; make the shard again"
+                )
             if sha256_of(path) != wanted.sha256:
                 raise ShardError(f"{path} does not match the SHA-256 in its manifest; make the shard again")
         except FileNotFoundError:

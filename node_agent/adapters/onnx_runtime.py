@@ -60,9 +60,7 @@ class _Binding:
         if info.last:
             self._input("logit_rows", self.rows)
         self._output("logits" if info.last else "hidden_out", self.output)
-        for layer, (keys, values) in zip(
-            range(info.layers.start, info.layers.end), shard.cache, strict=True
-        ):
+        for layer, (keys, values) in zip(range(info.layers.start, info.layers.end), shard.cache, strict=True):
             for side, buffer in (("k", keys), ("v", values)):
                 view = buffer[slot : slot + batch]
                 self._input(f"past_{side}.{layer}", view)
@@ -112,7 +110,8 @@ class OnnxShard:
         binding.total[()] = max(positions) + 1
         binding.inputs[:, 0] = inputs
         self.session.run_with_iobinding(binding.io)
-        return binding.output[:, 0]
+        result: NDArray[Any] = binding.output[:, 0]
+        return result
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
         return self._chunk(slot, position, inputs, rows=1)
@@ -130,7 +129,8 @@ class OnnxShard:
         binding.total[()] = position + steps
         binding.inputs[0] = inputs
         self.session.run_with_iobinding(binding.io)
-        return binding.output[0]
+        result: NDArray[Any] = binding.output[0]
+        return result
 
     def release(self, slot: int) -> None:
         for layer in self.cache:
@@ -153,7 +153,7 @@ def _pages(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 def _forget_pages(buffer: NDArray[np.float32], slot: int) -> None:
     stride = buffer.strides[0]
-    memory = buffer.base
+    memory: Any = buffer.base
     while isinstance(memory, np.ndarray):
         memory = memory.base
     if isinstance(memory, memoryview):

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import grpc
 
@@ -58,9 +59,7 @@ class ClusterView:
         """Watch these agents, if we do not yet."""
         new = [a for a in addresses if a != self._self_address and a not in self._watches]
         for address in new[: max(0, PEERS_MAX - len(self._watches))]:
-            self._watches[address] = asyncio.create_task(
-                self._watch(address), name=f"watch {address}"
-            )
+            self._watches[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
         if new:
             self.on_new_peers()
 
@@ -79,7 +78,7 @@ class ClusterView:
                         if record is grpc.aio.EOF:
                             reason = "it ended the watch"
                             break
-                        node = self._seen(address, record)
+                        node = self._seen(address, cast("pb.NodeRecord", record))
                         wait_s, silent_since = _RETRY_S[0], time.monotonic()
                         if node is None:
                             return

@@ -181,9 +181,7 @@ class ReplicaManager:
             )
         return budget, config.slots, context
 
-    def _load_runtime(
-        self, folder: Path, manifest: ShardManifest, slots: int, context: int
-    ) -> Runtime:
+    def _load_runtime(self, folder: Path, manifest: ShardManifest, slots: int, context: int) -> Runtime:
         from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
 
         options = OnnxOptions(self._config.providers, self._config.threads)
@@ -221,4 +219,3 @@ class ReplicaManager:
             self._begin_unload(held)
         if self._unloading:
             await asyncio.wait(set(self._unloading), timeout=self._config.drain_timeout + 5)
-

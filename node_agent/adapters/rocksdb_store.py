@@ -99,11 +99,11 @@ class RocksTokenLog:
         gone = []
         with _os_errors():
             for key, value in self._db.items(from_key=b"s", read_opt=ReadOptions()):
-                if not key.startswith(b"s"):  # type: ignore[arg-type,union-attr]
+                if not isinstance(key, bytes) or not key.startswith(b"s"):
                     break
-                head = _read_head(value)  # type: ignore[arg-type]
+                head = _read_head(value) if isinstance(value, bytes) else None
                 if head is None or head[0] <= now:
-                    gone.append(SessionId(key[1:].hex()))  # type: ignore[index,union-attr]
+                    gone.append(SessionId(key[1:].hex()))
         for session in gone:
             self.forget(session)
         return gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -51,6 +51,8 @@ class SessionHandle:
         self.session, self.trace = session, trace
         self._driver = driver
         self._waiting: asyncio.Queue[Token | Ended] = asyncio.Queue()
+        self.pending: deque[Effect] = deque()
+        """Effects that wait for the next step to be on its way."""
         self.ended: Ended | None = None
 
     def push(self, item: Token | Ended) -> None:
@@ -97,6 +99,7 @@ class SessionDriver:
         self._running: dict[SessionId, SessionHandle] = {}
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
+        self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -150,54 +153,58 @@ class SessionDriver:
         for handle in list(self._running.values()):
             session = handle.session
             if session.route.stages[0].address == address:
-                lost = HopLost(
-                    session.order.session, session.epoch, 0, Cause.STREAM_BROKEN, reason
-                )
+                lost = HopLost(session.order.session, session.epoch, 0, Cause.STREAM_BROKEN, reason)
                 self.handle(session, lost)
 
     def _carry_out(self, handle: SessionHandle, effects: list[Effect]) -> None:
+        """Do what a session asks for, in order; but feed a next step before writing the last down.
+
+        What waits is lined up before the feed: a feed on this node may come back with the next
+        token before it returns.
+        """
+        if effects and isinstance(effects[0], SendFrame) and handle.session.generated:
+            feed, *written = effects
+            handle.pending.extend(written)
+            self._loop.call_soon(self._drain, handle)
+            self._carry_one(handle, feed)
+            return
+        handle.pending.extend(effects)
+        self._drain(handle)
+
+    def _drain(self, handle: SessionHandle) -> None:
+        while handle.pending:
+            self._carry_one(handle, handle.pending.popleft())
+
+    def _carry_one(self, handle: SessionHandle, effect: Effect) -> None:
         session = handle.session
         first = session.route.stages[0].address
-        for effect in effects:
-            match effect:
-                case SendFrame(position, tokens, sample):
-                    frame = Frame(
-                        session.order.session,
-                        session.epoch,
-                        position,
-                        len(tokens),
-                        sample,
-                        np.array(tokens, dtype=np.int64),
-                    )
-                    self._host.note_sent(first, [frame])
-                    self._host.deliver(first, [frame])
-                case KeepToken(token):
-                    try:
-                        self._log.append(session.order.session, token.position, (token.token,))
-                    except OSError as error:
-                        self._lose(handle, f"the token log cannot be written: {error}")
-                        return
-                case EmitToken(token):
-                    now = time.monotonic_ns()
-                    handle.trace.token(token, now)
-                    handle.push(token)
-                case SendOpen(order):
-                    self._host.deliver(first, order)
-                case SendClose(close):
-                    self._host.deliver(first, close)
-                case Ended():
-                    self._end(handle, effect)
+        match effect:
+            case SendFrame(position, tokens, sample):
+                payload = np.array(tokens, dtype=np.int64)
+                frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
+                self._host.note_sent(first, [frame])
+                self._host.deliver(first, [frame])
+            case KeepToken(token):
+                try:
+                    self._log.append(session.order.session, token.position, (token.token,))
+                except OSError as error:
+                    self._lose(handle, f"the token log cannot be written: {error}")
+            case EmitToken(token):
+                handle.trace.token(token, time.monotonic_ns())
+                handle.push(token)
+            case SendOpen(order):
+                self._host.deliver(first, order)
+            case SendClose(close):
+                self._host.deliver(first, close)
+            case Ended():
+                self._end(handle, effect)
 
     def _lose(self, handle: SessionHandle, reason: str) -> None:
         """Our own disk failed: no token may reach the client that is not in the log (rule R6)."""
-        self._carry_out(
-            handle,
-            [
-                e
-                for e in handle.session.handle(Cancelled(), time.monotonic_ns())
-                if isinstance(e, SendClose)
-            ],
-        )
+        handle.pending.clear()
+        for effect in handle.session.handle(Cancelled(), time.monotonic_ns()):
+            if isinstance(effect, SendClose):
+                self._carry_one(handle, effect)
         self._end(handle, Ended(error=Unavailable(reason, retry_after_s=5)))
 
     def _end(self, handle: SessionHandle, ended: Ended) -> None:

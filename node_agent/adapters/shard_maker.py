@@ -22,7 +22,6 @@ from node_agent.adapters.model_store import (
     ModelStore,
     Progress,
     disk_errors,
-    new_file,
     new_folder,
     no_progress,
     sha256_of,
@@ -106,9 +105,7 @@ def model_card(path: Path, name: str, digest: str, origin: str) -> tuple[ModelCa
     check_tensors(spec, gguf.tensors)
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     if len(tokens) > spec.vocabulary:
-        raise ModelFileError(
-            f"the tokenizer has {len(tokens)} tokens, the embedding {spec.vocabulary} rows"
-        )
+        raise ModelFileError(f"the tokenizer has {len(tokens)} tokens, the embedding {spec.vocabulary} rows")
     tokenizer = build_tokenizer_json(metadata)
 
     def token(field: str) -> int | None:
@@ -159,9 +156,7 @@ class _Converter:
         """A big matrix, without loss where the file's own type allows."""
         tensor = self.gguf.tensors[name]
         if self.quantization == "int8" and tensor.kind_name == "Q8_0":
-            raw = np.frombuffer(
-                self.data[tensor.offset : tensor.offset + tensor.nbytes], dtype=np.uint8
-            )
+            raw = np.frombuffer(self.data[tensor.offset : tensor.offset + tensor.nbytes], dtype=np.uint8)
             return repack_q8_0(raw, *tensor.shape)
         return self.values(name)
 

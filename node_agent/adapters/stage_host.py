@@ -27,15 +27,16 @@ from mesh.messages import (
     Refused,
     Sampled,
 )
-from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId, StageTime, Token
+from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId, Token
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.stage import Refusal, StageSession
 
 log = logging.getLogger(__name__)
 
-ACK_DELAY_S = 0.003
-"""Acknowledgements of decode steps are gathered this long: they are off the token's path."""
+ACK_DELAY_S = 0.04
+"""Acknowledgements of decode steps are gathered this long: they are off the token's path, and a
+message costs the same whether it carries one or twenty."""
 BEACON_INTERVAL_S = 0.1
 _HOP_SMOOTHING = 0.1
 _SENT_KEPT = 1024
@@ -65,6 +66,7 @@ class _AckBox:
 
     owed: dict[Key, Ack] = field(default_factory=dict)
     arrived_ns: dict[Key, int] = field(default_factory=dict)
+    frames: int = 0
     timer: asyncio.TimerHandle | None = None
 
 
@@ -93,9 +95,13 @@ class StageHost:
 
     def received(self, upstream: Upstream, message: Message) -> None:
         """A message came down a link (or from this node itself)."""
+        if isinstance(message, list):
+            if message and isinstance(message[0], Frame):
+                self._frames(upstream, message)
+            elif self.owner is not None:
+                self.owner.on_message(message)
+            return
         match message:
-            case [Frame(), *_]:
-                self._frames(upstream, message)  # type: ignore[arg-type]
             case Open():
                 self._open(upstream, message)
             case Close():
@@ -149,9 +155,7 @@ class StageHost:
 
     def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
         self._count_refused(cause.name.lower())
-        self.deliver(
-            order.owner_address, Refused(order.session, order.epoch, order.stage, cause, reason)
-        )
+        self.deliver(order.owner_address, Refused(order.session, order.epoch, order.stage, cause, reason))
 
     def _close(self, close: Close) -> None:
         key = (close.session, close.stage)
@@ -215,11 +219,10 @@ class StageHost:
             if not isinstance(route, LayeredRoute):
                 continue
             if isinstance(row.output, Token):
-                times = (*row.frame.times, StageTime(row.queue_us, row.compute_us, 0))
-                token = replace(row.output, times=times)
-                tokens.setdefault(order.owner_address, []).append(
-                    Sampled(order.session, order.epoch, token)
-                )
+                times = (*row.frame.times, row.queue_us, row.compute_us, 0)
+                out = row.output
+                token = Token(out.position, out.token, out.logprob, out.top, times)
+                tokens.setdefault(order.owner_address, []).append(Sampled(order.session, order.epoch, token))
             elif row.output is not None:
                 stage = order.stage + 1
                 address = route.stages[stage].address
@@ -233,7 +236,7 @@ class StageHost:
                         row.frame.sample,
                         row.output,
                         stage,
-                        (*row.frame.times, StageTime(row.queue_us, row.compute_us, hop_us)),
+                        (*row.frame.times, row.queue_us, row.compute_us, hop_us),
                     )
                 )
         for address, batch in tokens.items():
@@ -242,8 +245,7 @@ class StageHost:
             if address != self.address:
                 self._note_sent(onward)
             self.deliver(address, onward)
-        for row in rows:
-            self._owe_ack(row)
+        asyncio.get_running_loop().call_soon(self._owe_acks, rows)
 
     def _note_sent(self, frames: list[Frame]) -> None:
         now = time.monotonic_ns()
@@ -253,6 +255,10 @@ class StageHost:
             self._sent_ns.popitem(last=False)
 
     # -- acknowledgements ----------------------------------------------------------------------
+
+    def _owe_acks(self, rows: list[Computed]) -> None:
+        for row in rows:
+            self._owe_ack(row)
 
     def _owe_ack(self, row: Computed) -> None:
         order = row.session.order
@@ -267,7 +273,9 @@ class StageHost:
         _, box = self._acks.setdefault(id(placed.upstream), (placed.upstream, _AckBox()))
         box.owed[key] = Ack(order.session, order.epoch, end, order.stage)
         box.arrived_ns[key] = row.frame.arrived_ns
-        if row.frame.length > 1:
+        box.frames += 1
+        # Credit must be back before the sender runs out of it.
+        if row.frame.length > 1 or box.frames * 2 >= order.window * len(box.owed):
             self._flush_acks(placed.upstream)
         elif box.timer is None:
             loop = asyncio.get_running_loop()
@@ -283,11 +291,11 @@ class StageHost:
             box.timer = None
         now = time.monotonic_ns()
         acks: list[Ack] = [
-            replace(ack, held_us=(now - box.arrived_ns[key]) // 1000)
-            for key, ack in box.owed.items()
+            replace(ack, held_us=(now - box.arrived_ns[key]) // 1000) for key, ack in box.owed.items()
         ]
         box.owed.clear()
         box.arrived_ns.clear()
+        box.frames = 0
         if acks:
             upstream.reply(acks)
 

@@ -1,8 +1,8 @@
 """Ask a question and see the route that the answer took.
 
-  mesh ask "What is the capital of France?"             asks the agent at MESH_API (127.0.0.1:8080)
-  mesh ask --nodes 3 "What is the capital of France?"   starts three agents for this one question
-  mesh ask --json "..."                                 one JSON object, for scripts
+mesh ask "What is the capital of France?"             asks the agent at MESH_API (127.0.0.1:8080)
+mesh ask --nodes 3 "What is the capital of France?"   starts three agents for this one question
+mesh ask --json "..."                                 one JSON object, for scripts
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("question", help="'-' reads it from standard input")
     parser.add_argument("--api", help="base URL of an agent [MESH_API; default http://127.0.0.1:8080]")
-    parser.add_argument("--nodes", type=int, metavar="N", help="start N agents for this question and stop them after")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="start N agents for this question and stop them after"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", default="int8", help="with --nodes: int8 (default) or fp32")
     parser.add_argument("--system", default=_SYSTEM, help="system message (empty: the model's own)")

@@ -1,16 +1,17 @@
 """Models: fetch them, cut them, look at them.
 
-  mesh model pull smollm2-135m            from the catalogue, digest checked
-  mesh model pull mine --from FILE.gguf   from a file, a URL, or hf:owner/repo/file.gguf
-  mesh model shard smollm2-135m --cuts 10,20
-  mesh model shard smollm2-135m --layers 0-12
-  mesh model list
-  mesh model verify smollm2-135m          every file against its SHA-256, every shard against its test vector
+mesh model pull smollm2-135m            from the catalogue, digest checked
+mesh model pull mine --from FILE.gguf   from a file, a URL, or hf:owner/repo/file.gguf
+mesh model shard smollm2-135m --cuts 10,20
+mesh model shard smollm2-135m --layers 0-12
+mesh model list
+mesh model verify smollm2-135m          every file against its SHA-256, every shard against its test vector
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ def _ranges(args: argparse.Namespace, layers: int) -> list[tuple[int, int]]:
         edges = [layers * i // parts for i in range(parts + 1)]
     if sorted(set(edges)) != edges:
         raise InputError(f"--cuts is {args.cuts!r}; give rising layer numbers between 0 and {layers}")
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _shard(store: ModelStore, args: argparse.Namespace) -> int:
@@ -150,7 +151,13 @@ def _list(store: ModelStore, args: argparse.Namespace) -> int:
         ]
         for card, shards in models
     ]
-    print(table(["model", "layers", "file", "shards"], rows, empty=f"no models in {store.root}; 'mesh model pull smollm2-135m'"))
+    print(
+        table(
+            ["model", "layers", "file", "shards"],
+            rows,
+            empty=f"no models in {store.root}; 'mesh model pull smollm2-135m'",
+        )
+    )
     return 0
 
 

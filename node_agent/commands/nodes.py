@@ -42,7 +42,13 @@ def nodes_table(snapshot: dict[str, Any]) -> str:
     rows = []
     for node in snapshot["nodes"]:
         state = node["state"] + (f": {node['reason']}" if node["reason"] else "")
-        head = [node["name"], node["id"], node["address"], state, f"{node['memory_free_bytes'] / 2**30:.1f} GiB"]
+        head = [
+            node["name"],
+            node["id"],
+            node["address"],
+            state,
+            f"{node['memory_free_bytes'] / 2**30:.1f} GiB",
+        ]
         if not node["replicas"]:
             rows.append([*head, "-", "", "", ""])
         for i, replica in enumerate(node["replicas"]):

@@ -36,9 +36,7 @@ def progress_bars() -> Iterator[Progress]:
         def render(self, task: Any) -> Any:
             return DownloadColumn().render(task) if (task.total or 0) > _BIG else super().render(task)
 
-    with Progress(
-        TextColumn("{task.description:<28}"), BarColumn(), Amount(), console=console
-    ) as bars:
+    with Progress(TextColumn("{task.description:<28}"), BarColumn(), Amount(), console=console) as bars:
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:

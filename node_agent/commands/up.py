@@ -25,9 +25,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="agents (default 3)")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", default="int8", help="int8 (default) or fp32")
-    parser.add_argument("--api-port", type=int, default=8080, help="API port of the first agent; the others count up from it. 0: any free ones")
-    parser.add_argument("--port", type=int, default=0, help="peer port of the first agent (default: any free ones)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every agent, e.g. threads=2")
+    parser.add_argument(
+        "--api-port",
+        type=int,
+        default=8080,
+        help="API port of the first agent; the others count up from it. 0: any free ones",
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="peer port of the first agent (default: any free ones)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of every agent, e.g. threads=2",
+    )
     parser.add_argument("--home", help="where models are kept [MESH_HOME]")
 
 
@@ -63,9 +76,7 @@ async def _run(args: argparse.Namespace) -> int:
             raise InputError(f"--set {pair!r} must be NAME=VALUE")
         settings[name.replace("-", "_")] = value
     home = Path(args.home) if args.home else default_home()
-    options = MeshOptions(
-        args.nodes, home, home / "run" / "up", args.api_port, args.port, settings=settings
-    )
+    options = MeshOptions(args.nodes, home, home / "run" / "up", args.api_port, args.port, settings=settings)
     try:
         async with LocalMesh(options) as mesh:
             with progress_bars() as progress:

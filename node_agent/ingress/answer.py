@@ -25,19 +25,19 @@ class Choice:
     """Tokens whose text is not out yet."""
     offset: int = 0
 
-    def push(self, token: Token) -> str:
-        """Text that this token makes certain."""
+    def push(self, token: Token) -> tuple[str, bool]:
+        """Text that this token makes certain, and whether a stop string was completed."""
         self.tokens += 1
         self.pending.append(token)
         return self._out(self.assembler.push(self.model.bytes_of(token.token)))
 
-    def flush(self) -> str:
-        """Text that was held back."""
+    def flush(self) -> tuple[str, bool]:
+        """Text that was held back, and whether it completed a stop string."""
         return self._out(self.assembler.flush())
 
-    def _out(self, text: str) -> str:
+    def _out(self, text: str) -> tuple[str, bool]:
         self.text.append(text)
-        return text
+        return text, self.assembler.stopped
 
     def take_pending(self) -> list[Token]:
         """Tokens since the last chunk."""
@@ -64,9 +64,7 @@ class Envelope:
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request without ``stream``."""
-        return self._body("chat.completion" if self.chat else "text_completion", choices) | {
-            "usage": usage
-        }
+        return self._body("chat.completion" if self.chat else "text_completion", choices) | {"usage": usage}
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -143,8 +141,7 @@ def completion_logprobs(choice: Choice, tokens: list[Token]) -> dict[str, Any]:
         "tokens": names,
         "token_logprobs": [t.logprob for t in tokens],
         "top_logprobs": [
-            {model.name_of(a.token).decode("utf-8", "replace"): a.logprob for a in t.top}
-            for t in tokens
+            {model.name_of(a.token).decode("utf-8", "replace"): a.logprob for a in t.top} for t in tokens
         ],
         "text_offset": offsets,
     }

@@ -30,9 +30,7 @@ class TextModel:
         from jinja2 import TemplateError
 
         if self._template is None:
-            raise RequestError(
-                f"{self.card.name} has no chat template; use /v1/completions", param="model"
-            )
+            raise RequestError(f"{self.card.name} has no chat template; use /v1/completions", param="model")
         try:
             return str(
                 self._template.render(

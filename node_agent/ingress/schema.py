@@ -28,15 +28,21 @@ _SEED_MASK = (1 << 64) - 1
 
 
 class StreamOptions(msgspec.Struct):
+    """OpenAI's ``stream_options``."""
+
     include_usage: bool = False
 
 
 class Part(msgspec.Struct):
+    """A part of a message; only text is supported."""
+
     type: str
     text: str | None = None
 
 
 class ChatMessage(msgspec.Struct):
+    """One message of a chat."""
+
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
@@ -61,6 +67,8 @@ class _Common(msgspec.Struct, kw_only=True):
 
 
 class ChatBody(_Common, kw_only=True):
+    """Body of ``/v1/chat/completions``."""
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -71,6 +79,8 @@ class ChatBody(_Common, kw_only=True):
 
 
 class CompletionBody(_Common, kw_only=True):
+    """Body of ``/v1/completions``."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = None
@@ -203,9 +213,7 @@ def parse_chat(body: bytes) -> Generation:
     """``POST /v1/chat/completions``."""
     request: ChatBody = _decode(body, ChatBody)
     wants_json = (request.response_format or {}).get("type", "text") != "text"
-    _refuse_unsupported(
-        tools=request.tools, functions=request.functions, response_format=wants_json
-    )
+    _refuse_unsupported(tools=request.tools, functions=request.functions, response_format=wants_json)
     if not request.messages:
         raise RequestError("messages is empty; send at least one message", param="messages")
     messages = tuple(
@@ -231,7 +239,9 @@ def _content(message: ChatMessage, where: str) -> str:
     texts = []
     for part in message.content or ():
         if part.type != "text" or part.text is None:
-            raise RequestError(f"a content part of type {part.type!r} is not supported; send text", param=where)
+            raise RequestError(
+                f"a content part of type {part.type!r} is not supported; send text", param=where
+            )
         texts.append(part.text)
     return "".join(texts)
 

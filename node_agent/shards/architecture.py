@@ -61,9 +61,7 @@ class Architecture:
         return 2 * 4 * self.kv_heads * self.head_dim
 
 
-def architecture_of(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> Architecture:
+def architecture_of(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Architecture:
     """Read the architecture; raises ``ModelFileError`` naming what is missing or unsupported."""
     family = metadata.get("general.architecture")
     if family not in SUPPORTED:

@@ -61,6 +61,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
+    """Metadata by key and tensors by name."""
+
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
@@ -153,9 +155,7 @@ def parse_gguf(data: memoryview) -> GgufFile:
         for dimension in shape:
             elements *= dimension
         if elements == 0 or (shape and shape[-1] % block):
-            raise ModelFileError(
-                f"the GGUF file is damaged: tensor {name} has the shape {list(shape)}"
-            )
+            raise ModelFileError(f"the GGUF file is damaged: tensor {name} has the shape {list(shape)}")
         nbytes = elements // block * block_bytes
         if base + offset + nbytes > len(data):
             raise ModelFileError(

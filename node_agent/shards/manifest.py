@@ -25,6 +25,8 @@ CARD_FILE, MANIFEST_FILE, GRAPH_FILE, CHECK_FILE = (
 
 
 class StoredFile(msgspec.Struct, frozen=True):
+    """A file's SHA-256 (hex) and size in bytes."""
+
     sha256: str
     size: int
 
@@ -138,7 +140,9 @@ def read_document(data: bytes, kind: type[_Document], where: str) -> _Document:
         document = msgspec.json.decode(data, type=kind)
         version = getattr(document, "format", FORMAT)
         if version != FORMAT:
-            raise ShardError(f"{where} has format {version}, this version reads {FORMAT}; make the shards again")
+            raise ShardError(
+                f"{where} has format {version}, this version reads {FORMAT}; make the shards again"
+            )
         if isinstance(document, ShardManifest):
             _check_manifest(document, where)
         return document

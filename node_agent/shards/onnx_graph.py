@@ -77,12 +77,8 @@ class _Builder:
             self.initializers[label] = proto
         return label
 
-    def add(
-        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
-    ) -> str:
-        self.nodes.append(
-            helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes)
-        )
+    def add(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs[0]
 
     def norm(self, x: str, unit: str, name: str, out: str) -> str:
@@ -200,8 +196,8 @@ def build_graph(
     if last:
         builder.head(x)
     value = helper.make_tensor_value_info
-    hidden = ["batch", "steps", spec.width]
-    cache = ["batch", spec.kv_heads, "capacity", spec.head_dim]
+    hidden: list[str | int | None] = ["batch", "steps", spec.width]
+    cache: list[str | int | None] = ["batch", spec.kv_heads, "capacity", spec.head_dim]
     inputs = [
         value("tokens", TensorProto.INT64, ["batch", "steps"])
         if first

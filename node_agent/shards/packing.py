@@ -74,9 +74,7 @@ def pack_layer(
         yield "qkv.bias", np.concatenate([weights[f"{r}_bias"] for r in "qkv"])
     yield from pack_matrix("o", weights["o"], quantization)
     yield "ffn_norm", weights["ffn_norm"]
-    yield from pack_matrix(
-        "gate_up", np.concatenate([weights["gate"], weights["up"]]), quantization
-    )
+    yield from pack_matrix("gate_up", np.concatenate([weights["gate"], weights["up"]]), quantization)
     yield from pack_matrix("down", weights["down"], quantization)
 
 

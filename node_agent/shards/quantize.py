@@ -43,9 +43,7 @@ def quantize_int8(matrix: NDArray[np.float32]) -> QuantizedMatrix:
     safe = np.where(scales > 0.0, scales, np.float32(1.0))
     zeros = np.clip(np.rint(-low / safe), 0, 255)
     values = np.clip(np.rint(blocks / safe[..., None]) + zeros[..., None], 0, 255)
-    return QuantizedMatrix(
-        values.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8)
-    )
+    return QuantizedMatrix(values.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8))
 
 
 def repack_q8_0(raw: NDArray[np.uint8], rows: int, columns: int) -> QuantizedMatrix:
@@ -53,6 +51,4 @@ def repack_q8_0(raw: NDArray[np.uint8], rows: int, columns: int) -> QuantizedMat
     blocks = raw.reshape(rows, columns // BLOCK, 2 + BLOCK)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     values = (blocks[..., 2:] ^ np.uint8(0x80)).reshape(rows, columns)
-    return QuantizedMatrix(
-        np.ascontiguousarray(values), scales, np.full(scales.shape, 128, dtype=np.uint8)
-    )
+    return QuantizedMatrix(np.ascontiguousarray(values), scales, np.full(scales.shape, 128, dtype=np.uint8))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     """``x / rms(x) * weight`` over the last axis."""
     scale = 1.0 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + epsilon)
-    return (x * scale * weight).astype(np.float32)
+    normed: Array = (x * scale * weight).astype(np.float32)
+    return normed
 
 
 def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
@@ -32,9 +33,7 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     c, s = cos[:, None, :], sin[:, None, :]
     half = x.shape[-1] // 2
     first, second = (
-        (slice(0, None, 2), slice(1, None, 2))
-        if interleaved
-        else (slice(0, half), slice(half, None))
+        (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, half), slice(half, None))
     )
     a, b = x[..., first], x[..., second]
     out[..., first] = a * c - b * s
@@ -42,9 +41,7 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return out
 
 
-def run_layer(
-    spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array
-) -> Array:
+def run_layer(spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array) -> Array:
     """One decoder layer over a whole sequence: float32 ``[positions, width]`` in and out."""
     positions = x.shape[0]
     h = rms_norm(x, weights["attn_norm"], spec.norm_epsilon)

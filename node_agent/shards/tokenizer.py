@@ -30,7 +30,7 @@ def _field(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
 
 def build_tokenizer_json(metadata: Mapping[str, Any]) -> str:
     """The tokenizer in the format of the ``tokenizers`` library; raises ``ModelFileError``."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
     tokens: list[str] = _field(metadata, "tokens", list)
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -62,9 +62,12 @@ def build_tokenizer_json(metadata: Mapping[str, Any]) -> str:
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    merges = [
-        tuple(m.split(" ", 1)) for m in _field(metadata, "merges", list) if isinstance(m, str)
-    ]
+    merges = []
+    for pair in _field(metadata, "merges", list):
+        left, space, right = str(pair).partition(" ")
+        if not space:
+            raise ModelFileError(f"the GGUF file's tokenizer has the merge {pair!r}, which is no pair")
+        merges.append((left, right))
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     name = metadata.get("tokenizer.ggml.pre", "gpt-2")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -81,8 +84,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
         steps = [pre_tokenizers.Split(Regex(_QWEN2), "isolated"), byte_level]
     else:
         raise ModelFileError(f"the pre-tokenizer {name!r} is not supported")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -113,8 +116,8 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(_SPACE))
-    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer

@@ -490,43 +490,28 @@ class Refused(google.protobuf.message.Message):
 Global___Refused: typing_extensions.TypeAlias = Refused
 
 @typing.final
-class StageTime(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    QUEUE_US_FIELD_NUMBER: builtins.int
-    COMPUTE_US_FIELD_NUMBER: builtins.int
-    HOP_US_FIELD_NUMBER: builtins.int
-    queue_us: builtins.int
-    compute_us: builtins.int
-    hop_us: builtins.int
-    def __init__(
-        self,
-        *,
-        queue_us: builtins.int = ...,
-        compute_us: builtins.int = ...,
-        hop_us: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["compute_us", b"compute_us", "hop_us", b"hop_us", "queue_us", b"queue_us"]) -> None: ...
-
-Global___StageTime: typing_extensions.TypeAlias = StageTime
-
-@typing.final
 class FrameHead(google.protobuf.message.Message):
     """A frame's head: `length` positions of a session from `position` on. Never merged with or
     split from others of its session (R3).
+
+    The epoch lies flat here and in the other messages of the token's path: a nested message more
+    is a tenth of what a hop costs.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     LENGTH_FIELD_NUMBER: builtins.int
     SAMPLE_FIELD_NUMBER: builtins.int
+    STAGE_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
-    STAGE_FIELD_NUMBER: builtins.int
     session: builtins.bytes
+    epoch: builtins.int
+    owner: builtins.str
     position: builtins.int
     length: builtins.int
     sample: builtins.bool
@@ -534,29 +519,27 @@ class FrameHead(google.protobuf.message.Message):
     stage: builtins.int
     """the receiver's place in the route"""
     @property
-    def epoch(self) -> Global___Epoch: ...
-    @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """ingress -> first stage; later stages get activations"""
 
     @property
-    def times(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StageTime]:
-        """stages passed so far"""
+    def times(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Microseconds queued, computed and (estimated) on the hop onward, of each stage passed."""
 
     def __init__(
         self,
         *,
         session: builtins.bytes = ...,
-        epoch: Global___Epoch | None = ...,
+        epoch: builtins.int = ...,
+        owner: builtins.str = ...,
         position: builtins.int = ...,
         length: builtins.int = ...,
         sample: builtins.bool = ...,
-        tokens: collections.abc.Iterable[builtins.int] | None = ...,
-        times: collections.abc.Iterable[Global___StageTime] | None = ...,
         stage: builtins.int = ...,
+        tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        times: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "length", b"length", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "times", b"times", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "length", b"length", "owner", b"owner", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "times", b"times", "tokens", b"tokens"]) -> None: ...
 
 Global___FrameHead: typing_extensions.TypeAlias = FrameHead
 
@@ -617,34 +600,36 @@ class TokenItem(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     LOGPROB_FIELD_NUMBER: builtins.int
     TOP_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
     session: builtins.bytes
+    epoch: builtins.int
+    owner: builtins.str
     position: builtins.int
     token: builtins.int
     logprob: builtins.float
     @property
-    def epoch(self) -> Global___Epoch: ...
-    @property
     def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Logprob]: ...
     @property
-    def times(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StageTime]: ...
+    def times(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
         self,
         *,
         session: builtins.bytes = ...,
-        epoch: Global___Epoch | None = ...,
+        epoch: builtins.int = ...,
+        owner: builtins.str = ...,
         position: builtins.int = ...,
         token: builtins.int = ...,
         logprob: builtins.float | None = ...,
         top: collections.abc.Iterable[Global___Logprob] | None = ...,
-        times: collections.abc.Iterable[Global___StageTime] | None = ...,
+        times: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_logprob", b"_logprob", "epoch", b"epoch", "logprob", b"logprob"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "epoch", b"epoch", "logprob", b"logprob", "position", b"position", "session", b"session", "times", b"times", "token", b"token", "top", b"top"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logprob", b"_logprob", "epoch", b"epoch", "logprob", b"logprob", "owner", b"owner", "position", b"position", "session", b"session", "times", b"times", "token", b"token", "top", b"top"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_logprob", b"_logprob"]) -> typing.Literal["logprob"] | None: ...
 
 Global___TokenItem: typing_extensions.TypeAlias = TokenItem
@@ -673,28 +658,29 @@ class Ack(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
     HELD_US_FIELD_NUMBER: builtins.int
     session: builtins.bytes
+    epoch: builtins.int
+    owner: builtins.str
     position: builtins.int
     stage: builtins.int
     """who computed it"""
     held_us: builtins.int
     """from the frame's arrival to this acknowledgement; the rest was the hop"""
-    @property
-    def epoch(self) -> Global___Epoch: ...
     def __init__(
         self,
         *,
         session: builtins.bytes = ...,
-        epoch: Global___Epoch | None = ...,
+        epoch: builtins.int = ...,
+        owner: builtins.str = ...,
         position: builtins.int = ...,
         stage: builtins.int = ...,
         held_us: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "held_us", b"held_us", "position", b"position", "session", b"session", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "held_us", b"held_us", "owner", b"owner", "position", b"position", "session", b"session", "stage", b"stage"]) -> None: ...
 
 Global___Ack: typing_extensions.TypeAlias = Ack
 

@@ -1,0 +1,1 @@
+"""Where the scheduler will touch the world."""
