@@ -161,8 +161,8 @@ class Agent:
         self.view.on_new_peers = self._announce
         self.replicas = ReplicaManager(config, self.store, self.host, self.metrics, self._announce)
         self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
-        links = LinkServer(identity, self.host.received, self.host.upstream_lost)
-        mesh_pb2_grpc.add_PeerServicer_to_server(links, server)
+        self.links = LinkServer(identity, self.host.received, self.host.upstream_lost)
+        mesh_pb2_grpc.add_PeerServicer_to_server(self.links, server)
         agent_pb2_grpc.add_AgentServicer_to_server(self.service, server)
         self.api_port = config.api_port
 
@@ -294,7 +294,9 @@ class Agent:
             metrics.kv_reserved.labels(*labels).set(replica.kv_reserved_bytes)
             metrics.kv_budget.labels(*labels).set(replica.kv_budget_bytes)
         for address, count in self.pool.bytes_sent().items():
-            metrics.wire_bytes.labels(self.node_id, address).set(count)
+            metrics.wire_bytes.labels(self.node_id, address, "frames").set(count)
+        for peer, count in self.links.bytes_sent().items():
+            metrics.wire_bytes.labels(self.node_id, peer, "replies").set(count)
 
     # -- requests ------------------------------------------------------------------------------
 

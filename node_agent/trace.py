@@ -31,16 +31,20 @@ class SessionTrace:
     last_ns: int = 0
     tokens: int = 0
     outcome: str = "running"
+    overheads_us: list[int] = field(default_factory=list)
+    """For each decode step what was not computation: step time less the runtime's, microseconds."""
     stages: list[StageSums] = field(default_factory=list)
     first_stages: list[StageSums] = field(default_factory=list)
 
     def token(self, token: Token, now: int) -> None:
         """Note a token and the times that it brought along."""
         self.tokens += 1
-        self.last_ns = now
         first = self.tokens == 1
         if first:
             self.first_ns = now
+        else:
+            self.overheads_us.append((now - self.last_ns) // 1000 - sum(token.times[1::3]))
+        self.last_ns = now
         sums = self.first_stages if first else self.stages
         times = token.times
         for i in range(len(times) // 3):
@@ -60,6 +64,10 @@ class SessionTrace:
     def tpot_ms(self) -> float:
         """Mean time per output token after the first, milliseconds."""
         return (self.last_ns - self.first_ns) / 1e6 / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    def _overhead_ms(self, quantile: float) -> float:
+        ordered = sorted(self.overheads_us)
+        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] / 1000 if ordered else 0.0
 
     def report(self) -> dict[str, Any]:
         """As ``GET /mesh/v1/sessions/ID`` answers; times in milliseconds per token of decode.
@@ -94,6 +102,8 @@ class SessionTrace:
             "tokens": self.tokens,
             "ttft_ms": round(self.ttft_ms, 3),
             "tpot_ms": round(self.tpot_ms, 3),
+            "overhead_ms_p50": round(self._overhead_ms(0.5), 3),
+            "overhead_ms_p99": round(self._overhead_ms(0.99), 3),
             "ingress_hop_ms": round(self.ingress_hop_us / 1000, 3),
             "return_ms": round(max(0.0, self.tpot_ms - accounted), 3),
             "stages": stages,

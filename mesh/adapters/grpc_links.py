@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 OUTBOX_MAX = 4096
 HANDSHAKE_TIMEOUT_S = 3.0
 MESSAGE_BYTES_MAX = 4 << 20
+_FRAMING_BYTES = 14
+"""gRPC's prefix (5) and HTTP/2's frame head (9)."""
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -87,7 +89,7 @@ class _Outbox:
         while True:
             while self._packets:
                 packet = self._packets.popleft()
-                self.bytes_sent += packet.ByteSize()
+                self.bytes_sent += packet.ByteSize() + _FRAMING_BYTES
                 await write(packet)
             self._wake.clear()
             if not self._packets:
@@ -225,6 +227,14 @@ class LinkServer(rpc.PeerServicer):
         lost: Callable[[Incoming], None],
     ) -> None:
         self._identity, self._received, self._lost = identity, received, lost
+        self._open: set[Incoming] = set()
+
+    def bytes_sent(self) -> dict[NodeId, int]:
+        """Bytes of replies written so far, by peer, on the streams that are open."""
+        totals: dict[NodeId, int] = {}
+        for incoming in self._open:
+            totals[incoming.peer] = totals.get(incoming.peer, 0) + incoming.outbox.bytes_sent
+        return totals
 
     async def Link(  # type: ignore[override]  # noqa: N802 (gRPC's name)
         self, request_iterator: AsyncIterator[pb.Packet], context: Any
@@ -247,6 +257,7 @@ class LinkServer(rpc.PeerServicer):
             log.warning("refused the link of %s: %s", context.peer(), refusal)
             return
         incoming = Incoming(NodeId(hello.node))
+        self._open.add(incoming)
         writer = asyncio.create_task(incoming.outbox.pump(context.write))
         try:
             decoder = Decoder()
@@ -259,6 +270,7 @@ class LinkServer(rpc.PeerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             incoming.outbox.broken = True
+            self._open.discard(incoming)
             writer.cancel()
             self._lost(incoming)
 

@@ -94,8 +94,8 @@ class AgentMetrics:
         )
         self.wire_bytes = Gauge(
             "mesh_link_sent_bytes",
-            "Bytes of packets sent to a peer",
-            ("node_id", "peer"),
+            "Bytes sent to a peer on the streams that are open: frames we send, replies to its own",
+            ("node_id", "peer", "kind"),
             registry=self.registry,
         )
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 from mesh.errors import Full, MeshError, Unavailable
-from mesh.messages import Frame, Message
+from mesh.messages import Cause, Frame, HopLost, Message
 from mesh.session import (
     Cancelled,
     ClientBusy,
@@ -29,7 +29,7 @@ from mesh.session import (
     SessionOrder,
     Tick,
 )
-from mesh.types import LayeredRoute, SessionId, Token
+from mesh.types import Address, LayeredRoute, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
@@ -100,6 +100,7 @@ class SessionDriver:
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
         self._loop = asyncio.get_running_loop()
+        self._frames: dict[Address, list[Frame]] = {}
 
     def __len__(self) -> int:
         return len(self._running)
@@ -125,31 +126,42 @@ class SessionDriver:
             self.traces.popitem(last=False)
         self._metrics.owned.labels(self._metrics.node_id).set(len(self._running))
         self._carry_out(handle, session.start(now))
+        self._feed()
         return handle
 
     def on_message(self, message: Message) -> None:
-        """A token, acknowledgement, refusal or loss for a session of ours."""
+        """A token, acknowledgement, refusal or loss for a session of ours.
+
+        Tokens that come together are fed on together: a batch stays a batch over all its stages.
+        """
         events = message if isinstance(message, list) else [message]
         for event in events:
             handle = self._running.get(getattr(event, "session", SessionId("")))
             if handle is not None:
-                self.handle(handle.session, event)  # type: ignore[arg-type]
+                self._step(handle, event)  # type: ignore[arg-type]
+        self._feed()
 
     def handle(self, session: Session, event: Event) -> None:
         """Give an event to a session and do what it asks for."""
         handle = self._running.get(session.order.session)
-        if handle is None:
-            return
+        if handle is not None:
+            self._step(handle, event)
+            self._feed()
+
+    def _step(self, handle: SessionHandle, event: Event) -> None:
         try:
-            self._carry_out(handle, session.handle(event, time.monotonic_ns()))
+            now = time.monotonic_ns()
+            effects = handle.session.handle(event, now)
+            for effect in effects:
+                if isinstance(effect, EmitToken):
+                    handle.trace.token(effect.token, now)
+            self._carry_out(handle, effects)
         except MeshError as error:
-            log.exception("session %s failed", session.order.session)
+            log.exception("session %s failed", handle.session.order.session)
             self._end(handle, Ended(error=error))
 
     def link_lost(self, address: str, reason: str) -> None:
         """The link to a first stage broke."""
-        from mesh.messages import Cause, HopLost
-
         for handle in list(self._running.values()):
             session = handle.session
             if session.route.stages[0].address == address:
@@ -159,14 +171,13 @@ class SessionDriver:
     def _carry_out(self, handle: SessionHandle, effects: list[Effect]) -> None:
         """Do what a session asks for, in order; but feed a next step before writing the last down.
 
-        What waits is lined up before the feed: a feed on this node may come back with the next
-        token before it returns.
+        What is written waits in line for the loop's next turn: a feed on this node may come back
+        with the next token before it returns.
         """
         if effects and isinstance(effects[0], SendFrame) and handle.session.generated:
-            feed, *written = effects
-            handle.pending.extend(written)
+            self._carry_one(handle, effects[0])
+            handle.pending.extend(effects[1:])
             self._loop.call_soon(self._drain, handle)
-            self._carry_one(handle, feed)
             return
         handle.pending.extend(effects)
         self._drain(handle)
@@ -175,26 +186,35 @@ class SessionDriver:
         while handle.pending:
             self._carry_one(handle, handle.pending.popleft())
 
+    def _feed(self) -> None:
+        """Send the frames that the last events asked for, one message an address."""
+        if self._frames:
+            frames, self._frames = self._frames, {}
+            for address, batch in frames.items():
+                self._host.note_sent(address, batch)
+                self._host.deliver(address, batch)
+
     def _carry_one(self, handle: SessionHandle, effect: Effect) -> None:
         session = handle.session
         first = session.route.stages[0].address
         match effect:
             case SendFrame(position, tokens, sample):
                 payload = np.array(tokens, dtype=np.int64)
-                frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
-                self._host.note_sent(first, [frame])
-                self._host.deliver(first, [frame])
+                frame = Frame(
+                    session.order.session, session.epoch, position, len(tokens), sample, payload
+                )
+                self._frames.setdefault(first, []).append(frame)
             case KeepToken(token):
                 try:
                     self._log.append(session.order.session, token.position, (token.token,))
                 except OSError as error:
                     self._lose(handle, f"the token log cannot be written: {error}")
             case EmitToken(token):
-                handle.trace.token(token, time.monotonic_ns())
                 handle.push(token)
             case SendOpen(order):
                 self._host.deliver(first, order)
             case SendClose(close):
+                self._feed()
                 self._host.deliver(first, close)
             case Ended():
                 self._end(handle, effect)

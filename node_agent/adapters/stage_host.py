@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -38,7 +38,7 @@ ACK_DELAY_S = 0.04
 """Acknowledgements of decode steps are gathered this long: they are off the token's path, and a
 message costs the same whether it carries one or twenty."""
 BEACON_INTERVAL_S = 0.1
-_HOP_SMOOTHING = 0.1
+_HOP_SAMPLES = 32
 _SENT_KEPT = 1024
 
 Key = tuple[SessionId, int]
@@ -88,7 +88,7 @@ class StageHost:
         self._placed: dict[Key, _Placed] = {}
         self._acks: dict[int, tuple[Upstream, _AckBox]] = {}
         self._sent_ns: OrderedDict[tuple[SessionId, int, int], int] = OrderedDict()
-        self._hop_us: dict[Address, float] = {}
+        self._hops: dict[Address, deque[int]] = {}
         self._local = _LocalUpstream(self)
 
     # -- messages in ---------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class StageHost:
             elif row.output is not None:
                 stage = order.stage + 1
                 address = route.stages[stage].address
-                hop_us = int(self._hop_us.get(address, 0.0))
+                hop_us = self.hop_us(address)
                 frames.setdefault(address, []).append(
                     Frame(
                         order.session,
@@ -302,9 +302,9 @@ class StageHost:
     def _acknowledged(self, address: Address, ack: Ack) -> None:
         sent = self._sent_ns.pop((ack.session, ack.stage, ack.position), None)
         if sent is not None:
-            hop_us = max(0.0, ((time.monotonic_ns() - sent) / 1000 - ack.held_us) / 2)
-            known = self._hop_us.get(address, hop_us)
-            self._hop_us[address] = known + _HOP_SMOOTHING * (hop_us - known)
+            round_us = (time.monotonic_ns() - sent) // 1000
+            samples = self._hops.setdefault(address, deque(maxlen=_HOP_SAMPLES))
+            samples.append(max(0, (round_us - ack.held_us) // 2))
         if ack.stage == 0:
             if self.owner is not None:
                 self.owner.on_message([ack])
@@ -313,11 +313,15 @@ class StageHost:
         if placed is not None:
             placed.replica.acknowledged(ack.session, ack.epoch, ack.position)
             if sent is not None:
-                placed.metrics.hopped(int(self._hop_us[address]))
+                placed.metrics.hopped(self.hop_us(address))
 
     def hop_us(self, address: Address) -> int:
-        """Estimate of the one-way time to an address, microseconds; 0 if unknown."""
-        return int(self._hop_us.get(address, 0.0))
+        """Estimate of the one-way time to an address, microseconds; 0 if unknown.
+
+        The least of the last samples: an acknowledgement that found us computing says nothing of the
+        hop.
+        """
+        return min(self._hops.get(address, (0,)))
 
     def note_sent(self, address: Address, frames: list[Frame]) -> None:
         """The ingress sends frames itself; note when, so that its hop is measured as well."""
@@ -328,7 +332,7 @@ class StageHost:
 
     def downstream_lost(self, address: Address, reason: str) -> None:
         """A link that we dialled broke: every session whose next stage is there is reported."""
-        self._hop_us.pop(address, None)
+        self._hops.pop(address, None)
         for placed in list(self._placed.values()):
             order, route = placed.order, placed.order.route
             if not isinstance(route, LayeredRoute):

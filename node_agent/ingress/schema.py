@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +80,7 @@ class ChatBody(_Common, kw_only=True):
 class CompletionBody(_Common, kw_only=True):
     """Body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -267,11 +266,15 @@ def parse_completion(body: bytes) -> Generation:
     return generation
 
 
-def _prompts(prompt: str | Sequence[Any]) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[str | tuple[int, ...], ...]:
+    """A text, texts, token ids, or lists of them; not a mixture of texts or lists and bare ids."""
     if isinstance(prompt, str):
         return (prompt,)
     if not prompt:
         raise RequestError("prompt is empty", param="prompt")
-    if isinstance(prompt[0], int):
-        return (tuple(prompt),)
-    return tuple(p if isinstance(p, str) else tuple(p) for p in prompt)
+    ids = tuple(p for p in prompt if isinstance(p, int))
+    if len(ids) == len(prompt):
+        return (ids,)
+    if ids:
+        raise RequestError("prompt mixes token ids with texts; send one or the other", param="prompt")
+    return tuple(p if isinstance(p, str) else tuple(p) for p in prompt if not isinstance(p, int))

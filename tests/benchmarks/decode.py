@@ -1,0 +1,174 @@
+"""One stream through the mesh against the bare runtime and llama.cpp, interleaved in one run.
+
+(0) the runtime in a loop, (a) one agent with one shard, (b) three agents over gRPC, (c) llama.cpp
+through llama-cpp-python on the same GGUF; 128 tokens after a prompt of 128, greedy, 2 threads each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from node_agent.adapters.local_mesh import temporary_mesh
+from node_agent.adapters.model_store import ModelStore
+from tests.benchmarks.common import (
+    END_OF_TEXT,
+    MODEL,
+    THREADS,
+    Timing,
+    arguments,
+    bare_decode,
+    finish,
+    load,
+    median,
+    prompt_ids,
+    stream,
+    the_store,
+    trace_of,
+)
+
+CONTEXT = 128
+TOKENS = 128
+STREAMS = 8
+HOPS = 3
+
+
+class LlamaCpp:
+    """The peer: evaluates and picks the likeliest, nothing else."""
+
+    def __init__(self, store: ModelStore) -> None:
+        from llama_cpp import Llama
+
+        self._llama = Llama(
+            str(store.folder(MODEL) / "model.gguf"),
+            n_ctx=1024,
+            n_threads=THREADS,
+            n_threads_batch=THREADS,
+            verbose=False,
+        )
+
+    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        """Seconds of prefill and per step."""
+        llama = self._llama
+        llama.reset()
+        begin = time.perf_counter()
+        llama.eval(prompt)
+        token = self._best()
+        prefilled = time.perf_counter()
+        for _ in range(tokens - 1):
+            llama.eval([token])
+            token = self._best()
+        return prefilled - begin, (time.perf_counter() - prefilled) / (tokens - 1)
+
+    def _best(self) -> int:
+        llama = self._llama
+        logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),))
+        logits[END_OF_TEXT] -= 100
+        return int(logits.argmax())
+
+
+def together(base: str, prompt: list[int]) -> float:
+    """Tokens per second of several streams at once, over the time when all of them decode."""
+    with ThreadPoolExecutor(STREAMS) as pool:
+        timings: list[Timing] = list(
+            pool.map(lambda i: stream(base, prompt[i:] + prompt[:i], TOKENS), range(STREAMS))
+        )
+    begin, end = max(t.first for t in timings), max(t.end for t in timings)
+    done = sum((t.end - begin) / t.tpot for t in timings)
+    return done / (end - begin)
+
+
+async def measure(rounds: int) -> dict[str, Any]:
+    store = the_store()
+    prompt, long_prompt = prompt_ids(store, CONTEXT), prompt_ids(store, 512)
+    bare = load(store, 1, "int8", slots=STREAMS)
+    llama = LlamaCpp(store) if importlib.util.find_spec("llama_cpp") else None
+    seen: dict[str, list[float]] = {k: [] for k in ("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99")}
+    settings = {"threads": str(THREADS)}
+    async with (
+        temporary_mesh(1, store.root.parent, settings) as one,
+        temporary_mesh(3, store.root.parent, settings) as three,
+    ):
+        await one.serve(MODEL)
+        await three.serve(MODEL)
+        for round_ in range(-1, rounds):
+            values: dict[str, float] = {}
+            values["0"] = bare_decode(bare, prompt, TOKENS)[1]
+            values["a"] = (await asyncio.to_thread(stream, one.endpoint, prompt, TOKENS)).tpot
+            b = await asyncio.to_thread(stream, three.endpoint, prompt, TOKENS)
+            trace = await asyncio.to_thread(trace_of, three.endpoint, b)
+            values |= {"b": b.tpot, "ttft": b.ttft}
+            values["o50"] = trace["overhead_ms_p50"] / HOPS
+            values["o99"] = trace["overhead_ms_p99"] / HOPS
+            if llama:
+                values["c"] = llama.run(prompt, TOKENS)[1]
+            values["08"] = bare_decode(bare, prompt, TOKENS, STREAMS)[1] / STREAMS
+            values["b8"] = 1 / await asyncio.to_thread(together, three.endpoint, prompt)
+            long = await asyncio.to_thread(stream, three.endpoint, long_prompt, 4)
+            values["p512"] = long.ttft / len(long_prompt)
+            if round_ >= 0:  # the first round warms everything up
+                for key, value in values.items():
+                    seen[key].append(value)
+                print(f"round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
+    return report(seen)
+
+
+def report(seen: dict[str, list[float]]) -> dict[str, Any]:
+    mid = {key: median(values) for key, values in seen.items() if values}
+    rate = {key: 1 / mid[key] for key in ("0", "a", "b", "c", "08", "b8", "p512") if key in mid}
+
+    def ratio(upper: str, lower: str) -> float | None:
+        # Of the same round: the machine's mood cancels.
+        pairs = [x / y for x, y in zip(seen[lower], seen[upper], strict=False)]
+        return round(median(pairs), 4) if pairs else None
+
+    gain, bare_gain = ratio("b8", "b"), ratio("08", "0")
+    assert gain is not None
+    assert bare_gain is not None
+    return {
+        "bare_tok_s": round(rate["0"], 1),
+        "single_tok_s": round(rate["a"], 1),
+        "sharded_tok_s": round(rate["b"], 1),
+        "llamacpp_tok_s": round(rate["c"], 1) if "c" in rate else None,
+        "ratio_single_bare": ratio("a", "0"),
+        "ratio_sharded_single": ratio("b", "a"),
+        "ratio_sharded_llamacpp": ratio("b", "c"),
+        "hop_overhead_ms_p50": round(mid["o50"], 3),
+        "hop_overhead_ms_p99": round(mid["o99"], 3),
+        "batch8_tok_s": round(rate["b8"], 1),
+        "batch8_ratio": gain,
+        "batch8_bare_ratio": bare_gain,
+        "batch8_efficiency": round(gain / bare_gain, 4),
+        "ttft_ms_p50": round(mid["ttft"] * 1000, 1),
+        "tpot_ms_p50": round(mid["b"] * 1000, 3),
+        "prefill512_tok_s": round(rate["p512"], 1),
+        "rounds": len(seen["0"]),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    keys = asyncio.run(measure(args.rounds))
+    if keys["llamacpp_tok_s"] is None:
+        print("llama-cpp-python is not installed ('make bench' installs it): no peer in this run")
+    wanted = {
+        "ratio_single_bare": ">= 0.95",
+        "ratio_sharded_single": ">= 0.85",
+        "ratio_sharded_llamacpp": ">= 0.7",
+        "hop_overhead_ms_p50": "<= 0.25",
+        "batch8_efficiency": ">= 0.85",
+    }
+    rows = [("what", "median", "wanted")] + [(k, str(v), wanted.get(k, "")) for k, v in keys.items()]
+    finish(rows, keys, args.json)
+
+
+if __name__ == "__main__":
+    main()
