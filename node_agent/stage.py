@@ -9,6 +9,10 @@ runtime does next:
   nothing to do computes a row that nobody reads.
 - A prefill chunk runs alone and yields to decode steps (rule R8), but not for ever: after
   ``DECODES_PER_PREFILL`` batches a waiting chunk gets its turn.
+- The first stage gathers: it lets decode frames wait a little for those of other sessions, until
+  as many bunches travel the route as it has machines. More would share no weights, fewer would
+  leave machines idle; stages on one machine (or one alone) do best with a single bunch. Later
+  stages get the bunches as they are.
 - A frame runs only when the next stage has room for its result, so nothing piles up between stages.
 """
 
@@ -19,10 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mesh.messages import Cause, Frame, Open
-from mesh.types import Epoch, SessionId, ShardInfo
+from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
 _GAP_MAX = 1
+GATHER_MAX_NS = 50_000_000
+"""Longest that a decode frame waits for others; usually a step's time at most, and only to join."""
+_CYCLE_SMOOTHING = 8
 
 
 @dataclass(slots=True)
@@ -42,6 +49,10 @@ class StageSession:
     unacknowledged: deque[int] = field(default_factory=deque)
     """End positions of frames that the next stage has not acknowledged."""
     running: bool = False
+    machines: int = 1
+    """Distinct hosts on the route."""
+    stepped_ns: int = 0
+    """When its last decode step began here; 0 before the first."""
     sampled: list[int] = field(default_factory=list)
     """Tokens sampled here (last stage): the history that penalties look at."""
 
@@ -85,6 +96,10 @@ class StageBook:
         self.draining = False
         self._slots: list[StageSession | None] = [None] * slots
         self._decodes_since_prefill = 0
+        self._cycle_ns = 0
+        """Smoothed time between a session's decode steps."""
+        self.gathering_until: int | None = None
+        """Set by ``next_run`` when frames wait for others: when to ask again at the latest."""
 
     @property
     def slots(self) -> int:
@@ -125,6 +140,7 @@ class StageBook:
             last=self.shard.last,
             position=0,
             credit=order.window,
+            machines=_machines(order),
         )
         self._slots[slot] = session
         self.sessions[order.session] = session
@@ -173,9 +189,11 @@ class StageBook:
         session.queued_to = end
         return None
 
-    def next_run(self) -> Run | None:
+    def next_run(self, now: int) -> Run | None:
         """What to compute now; the sessions in it are marked running."""
-        decodes, prefill = [], None
+        decodes: list[StageSession] = []
+        prefill: StageSession | None = None
+        self.gathering_until = None
         for session in self._slots:
             if session is None or not session.runnable:
                 continue
@@ -192,8 +210,35 @@ class StageBook:
             return Run(prefill.slot, ((prefill, frame),), (frame.position,))
         if not decodes:
             return None
+        if self.shard.first and (until := self._gather(decodes, now)) is not None:
+            self.gathering_until = until
+            return None
         self._decodes_since_prefill += 1
-        return self._batch(_neighbours(decodes))
+        chosen = _neighbours(decodes)
+        for session in chosen:
+            self._stepped(session, now)
+        return self._batch(chosen)
+
+    def _gather(self, ready: list[StageSession], now: int) -> int | None:
+        """Until when the ready frames should wait for more; ``None`` when they should go."""
+        patience = min(self._cycle_ns, GATHER_MAX_NS)
+        until = min(s.queue[0].arrived_ns for s in ready) + patience
+        if now >= until:
+            return None
+        # Those that will be back soon; a paused client's session is not waited for.
+        away = sum(
+            1
+            for s in self.sessions.values()
+            if s.stepped_ns and not s.queue and now - s.stepped_ns < 2 * self._cycle_ns
+        )
+        machines = min(s.machines for s in ready)
+        return until if len(ready) * machines < len(ready) + away else None
+
+    def _stepped(self, session: StageSession, now: int) -> None:
+        if session.stepped_ns:
+            step = min(now - session.stepped_ns, GATHER_MAX_NS)
+            self._cycle_ns += (step - self._cycle_ns) // _CYCLE_SMOOTHING
+        session.stepped_ns = now
 
     def _batch(self, sessions: list[StageSession]) -> Run:
         first, last = sessions[0].slot, sessions[-1].slot
@@ -247,6 +292,13 @@ class StageBook:
     def overdue(self, now: int) -> list[SessionId]:
         """Sessions whose deadline has passed."""
         return [i for i, s in self.sessions.items() if now >= s.deadline_ns]
+
+
+def _machines(order: Open) -> int:
+    """Distinct hosts on a route: what can compute at the same time."""
+    if not isinstance(order.route, LayeredRoute):
+        return 1
+    return len({stage.address.rsplit(":", 1)[0] for stage in order.route.stages})
 
 
 def _neighbours(sessions: list[StageSession]) -> list[StageSession]:

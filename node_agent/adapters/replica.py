@@ -73,6 +73,7 @@ class Replica:
         self._jobs: queue.SimpleQueue[Run | int | None] = queue.SimpleQueue()
         self._busy = False
         self._nested = False
+        self._timer: asyncio.TimerHandle | None = None
         self._step_ns = 0
         """Smoothed time of a decode step; 0 until one was measured."""
         self._thread = threading.Thread(
@@ -130,8 +131,12 @@ class Replica:
         """Start the next run if the thread is idle."""
         if self._busy:
             return
-        run = self.book.next_run()
+        now = time.monotonic_ns()
+        run = self.book.next_run(now)
         if run is None:
+            until = self.book.gathering_until
+            if until is not None and self._timer is None:
+                self._timer = self._loop.call_later((until - now) / 1e9, self._gathered)
             return
         self._busy = True
         if not self._brief(run):
@@ -140,6 +145,10 @@ class Replica:
             self._loop.call_soon(self._run_here, run)
         else:
             self._run_here(run)
+
+    def _gathered(self) -> None:
+        self._timer = None
+        self.dispatch()
 
     def _brief(self, run: Run) -> bool:
         """Whether a run is a decode step that is known to be short.
