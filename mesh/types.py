@@ -92,7 +92,7 @@ class ShardInfo:
         return f"{self.model.ref.name}:{self.layers}/{self.runtime}-{self.quantization}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Stage:
     """One replica's turn in a route."""
 

@@ -164,7 +164,7 @@ def _coerce(target: dataclasses.Field[Any], value: Any, where: str) -> Any:
         number = int(value) if isinstance(default, int) else float(value)
     except (ValueError, OverflowError):
         raise ConfigError(f"{where} is {value!r}; it must be a number") from None
-    if isinstance(value, float) and number != value:
+    if isinstance(default, int) and isinstance(value, float) and number != value:
         raise ConfigError(f"{where} is {value!r}; it must be a whole number")
     return number
 

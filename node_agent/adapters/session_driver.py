@@ -200,9 +200,7 @@ class SessionDriver:
         match effect:
             case SendFrame(position, tokens, sample):
                 payload = np.array(tokens, dtype=np.int64)
-                frame = Frame(
-                    session.order.session, session.epoch, position, len(tokens), sample, payload
-                )
+                frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
                 self._frames.setdefault(first, []).append(frame)
             case KeepToken(token):
                 try:

@@ -8,7 +8,6 @@ mesh ask --json "..."                                 one JSON object, for scrip
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,14 @@ def run(args: argparse.Namespace) -> int:
         from node_agent.adapters.api_client import api_base
 
         return _ask(args, api_base(args.api))
+    import asyncio
+
     return asyncio.run(_with_mesh(args))
 
 
 async def _with_mesh(args: argparse.Namespace) -> int:
+    import asyncio
+
     from node_agent.adapters.local_mesh import temporary_mesh
     from node_agent.commands.show import progress_bars
     from node_agent.paths import default_home

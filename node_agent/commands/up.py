@@ -6,8 +6,9 @@ Prints the endpoint and a live table of nodes and shards. Ctrl-C drains and stop
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ SUMMARY = "run a mesh of N agents on this machine"
 SECTION = "Try it"
 
 if TYPE_CHECKING:
+    import asyncio
+
     from node_agent.adapters.local_mesh import LocalMesh
 
 
@@ -46,10 +49,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start, show, wait, stop."""
+    import asyncio
+
     return asyncio.run(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
+    import asyncio
+
     from mesh.errors import InputError
     from node_agent.adapters.local_mesh import LocalMesh, MeshOptions
     from node_agent.commands.show import progress_bars
@@ -76,7 +83,9 @@ async def _run(args: argparse.Namespace) -> int:
             raise InputError(f"--set {pair!r} must be NAME=VALUE")
         settings[name.replace("-", "_")] = value
     home = Path(args.home) if args.home else default_home()
-    options = MeshOptions(args.nodes, home, home / "run" / "up", args.api_port, args.port, settings=settings)
+    # Nodes keep their identity from one start to the next, one set of them a port.
+    work = home / "run" / (f"up-{args.api_port}" if args.api_port else f"up-{os.getpid()}")
+    options = MeshOptions(args.nodes, home, work, args.api_port, args.port, settings=settings)
     try:
         async with LocalMesh(options) as mesh:
             with progress_bars() as progress:
@@ -89,11 +98,16 @@ async def _run(args: argparse.Namespace) -> int:
             print("\ndraining ...", file=sys.stderr, flush=True)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+    finally:
+        if not args.api_port:
+            shutil.rmtree(work, ignore_errors=True)
     return 0
 
 
 async def _show(mesh: LocalMesh, stop: asyncio.Event) -> None:
     """A live table on a terminal; elsewhere a table whenever nodes or replicas change state."""
+    import asyncio
+
     from rich.live import Live
     from rich.text import Text
 

@@ -45,7 +45,7 @@ class LlamaCpp:
     def __init__(self, store: ModelStore) -> None:
         from llama_cpp import Llama
 
-        self._llama = Llama(
+        self._llama: Any = Llama(
             str(store.folder(MODEL) / "model.gguf"),
             n_ctx=1024,
             n_threads=THREADS,
@@ -89,7 +89,9 @@ async def measure(rounds: int) -> dict[str, Any]:
     prompt, long_prompt = prompt_ids(store, CONTEXT), prompt_ids(store, 512)
     bare = load(store, 1, "int8", slots=STREAMS)
     llama = LlamaCpp(store) if importlib.util.find_spec("llama_cpp") else None
-    seen: dict[str, list[float]] = {k: [] for k in ("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99")}
+    seen: dict[str, list[float]] = {
+        k: [] for k in ("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99")
+    }
     settings = {"threads": str(THREADS)}
     async with (
         temporary_mesh(1, store.root.parent, settings) as one,

@@ -70,7 +70,9 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     keys = asyncio.run(measure())
     wanted = {"agent_overhead_mb": "<= 140", "cold_start_s": "<= 5", "wire_bytes_per_token_hop": "<= 2600"}
-    finish([("what", "median", "wanted"), *((k, str(v), wanted[k]) for k, v in keys.items())], keys, args.json)
+    finish(
+        [("what", "median", "wanted"), *((k, str(v), wanted[k]) for k, v in keys.items())], keys, args.json
+    )
 
 
 if __name__ == "__main__":

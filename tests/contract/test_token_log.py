@@ -1,0 +1,105 @@
+"""One suite over both token logs, and what only the one on disk promises."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mesh.errors import ConfigError
+from mesh.types import SessionId
+from node_agent.adapters.memory_store import MemoryTokenLog
+from node_agent.adapters.rocksdb_store import RocksTokenLog
+from node_agent.ports import TokenLog
+
+A, B = SessionId("aa" * 16), SessionId("ab" + "00" * 15)
+
+
+@pytest.fixture(params=["rocksdb", "memory"])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TokenLog]:
+    made: TokenLog = RocksTokenLog(tmp_path / "tokens") if request.param == "rocksdb" else MemoryTokenLog()
+    yield made
+    made.close()
+
+
+def test_tokens_come_back_in_order(log: TokenLog) -> None:
+    log.begin(A, [1, 2, 3], 100.0)
+    log.append(A, 3, [7])
+    log.append(A, 4, [8, 9])
+    assert log.read(A) == ([1, 2, 3], [7, 8, 9])
+    assert log.read(B) is None
+
+
+def test_reading_stops_at_a_gap(log: TokenLog) -> None:
+    log.begin(A, [1], 100.0)
+    log.append(A, 1, [7])
+    log.append(A, 3, [9])
+    assert log.read(A) == ([1], [7])
+
+
+def test_forgetting_one_session_leaves_its_neighbours(log: TokenLog) -> None:
+    for session in (A, B):
+        log.begin(session, [1], 100.0)
+        log.append(session, 1, [7])
+    log.forget(A)
+    assert log.read(A) is None
+    assert log.read(B) == ([1], [7])
+
+
+def test_expired_sessions_go_and_live_ones_stay(log: TokenLog) -> None:
+    log.begin(A, [1], 10.0)
+    log.begin(B, [1], 20.0)
+    assert list(log.expire(10.0)) == [A]
+    assert log.read(A) is None
+    assert log.read(B) is not None
+
+
+def test_what_was_appended_survives_kill_9(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from node_agent.adapters.rocksdb_store import RocksTokenLog
+log = RocksTokenLog(Path({str(tmp_path / "tokens")!r}))
+log.begin({A!r}, [1, 2], 1e12)
+for i in range(100000):
+    log.append({A!r}, 2 + i, [i])
+    print(i, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last = -1
+        for line in process.stdout:
+            last = int(line)
+            if last >= 500:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    log = RocksTokenLog(tmp_path / "tokens")
+    kept = log.read(A)
+    assert kept is not None
+    assert len(kept[1]) > last
+    assert kept[1] == list(range(len(kept[1])))
+    log.close()
+
+
+def test_a_damaged_record_ends_the_reading(tmp_path: Path) -> None:
+    log = RocksTokenLog(tmp_path / "tokens")
+    log.begin(A, [1], 100.0)
+    log.append(A, 1, [7, 8, 9])
+    key = b"t" + bytes.fromhex(A) + (2).to_bytes(4, "big")
+    log._db[key] = b"\0" * 8
+    assert log.read(A) == ([1], [7])
+    log._db[b"s" + bytes.fromhex(A)] = b"junk"
+    assert log.read(A) is None
+    log.close()
+
+
+def test_one_directory_has_one_agent(tmp_path: Path) -> None:
+    log = RocksTokenLog(tmp_path / "tokens")
+    with pytest.raises(ConfigError, match="in use by another agent"):
+        RocksTokenLog(tmp_path / "tokens")
+    log.close()

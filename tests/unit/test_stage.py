@@ -1,0 +1,234 @@
+"""A replica's book: admission, order, batches, credit."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.messages import Cause
+from mesh.types import Epoch, SessionId
+from node_agent.stage import GATHER_MAX_NS, Refusal, Run, StageBook, StageSession
+from tests.builders import OWNER, SESSION, frame, opening, route, shard
+
+
+def book(start: int = 0, end: int = 2, slots: int = 4, capacity: int = 64, budget: int = 10_000) -> StageBook:
+    return StageBook(shard(start, end), slots, capacity, budget)
+
+
+def name(i: int) -> SessionId:
+    return SessionId(f"{i:032x}")
+
+
+def opened(b: StageBook, i: int, **changes: object) -> StageSession:
+    session = b.open(opening(session=name(i), **changes), 0)
+    assert isinstance(session, StageSession)
+    return session
+
+
+def computed(b: StageBook, run: Run | None) -> list[tuple[int, int]]:
+    """Finish a run: slot and position of its live rows."""
+    assert run is not None
+    for _, session, each in run.live:
+        b.finished(session, each)
+    return [(s.slot, f.position) for _, s, f in run.live]
+
+
+def test_r8_opening_reserves_memory_and_a_full_replica_says_why() -> None:
+    b = book(budget=32 * 10 * 2)
+    opened(b, 1)
+    opened(b, 2)
+    refusal = b.open(opening(session=name(3)), 0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.cause is Cause.FULL
+    assert "0 of 640 free" in refusal.reason
+    b.close(name(1))
+    opened(b, 3)
+
+
+def test_slots_and_capacity_are_limits_of_their_own() -> None:
+    b = book(slots=1)
+    assert isinstance(b.open(opening(positions=65), 0), Refusal)
+    opened(b, 1)
+    refusal = b.open(opening(session=name(2)), 0)
+    assert isinstance(refusal, Refusal)
+    assert "slots" in refusal.reason
+
+
+def test_a_draining_replica_takes_no_new_session() -> None:
+    b = book()
+    b.draining = True
+    refusal = b.open(opening(), 0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.cause is Cause.DRAINING
+
+
+def test_frames_of_older_epochs_and_duplicates_are_dropped_without_a_word() -> None:
+    b = book()
+    b.open(opening(epoch=Epoch(2, OWNER)), 0)
+    assert b.accept(frame(epoch=Epoch(1, OWNER))) is None
+    assert b.queued == 0
+    assert b.accept(frame(epoch=Epoch(2, OWNER))) is None
+    assert b.accept(frame(epoch=Epoch(2, OWNER))) is None
+    assert b.queued == 1
+
+
+def test_gaps_floods_and_overruns_are_the_peers_fault() -> None:
+    b = book()
+    b.open(opening(positions=8, window=2), 0)
+    for bad in (frame(1), frame(0, 9), frame(0, epoch=Epoch(2, OWNER))):
+        refusal = b.accept(bad)
+        assert isinstance(refusal, Refusal)
+        assert refusal.cause is Cause.BAD_FRAME
+    assert b.accept(frame(0)) is None
+    assert b.accept(frame(1)) is None
+    assert isinstance(b.accept(frame(2)), Refusal)
+
+
+def test_r2_a_new_epoch_truncates_to_its_position() -> None:
+    b = book()
+    session = b.open(opening(), 0)
+    assert isinstance(session, StageSession)
+    b.accept(frame(0, 6))
+    computed(b, b.next_run(1))
+    assert session.position == 6
+    b.open(opening(epoch=Epoch(2, OWNER), position=4), 0)
+    assert (session.position, session.queued_to) == (4, 4)
+    assert b.accept(frame(4, epoch=Epoch(2, OWNER))) is None
+    assert isinstance(b.open(opening(epoch=Epoch(1, OWNER)), 0), Refusal)
+
+
+def test_r2_what_was_running_when_a_new_epoch_opened_does_not_count() -> None:
+    b = book()
+    b.open(opening(), 0)
+    b.accept(frame(0, 6))
+    run = b.next_run(1)
+    assert run is not None
+    b.open(opening(epoch=Epoch(2, OWNER), position=0), 0)
+    _, session, old = next(run.live)
+    assert not b.finished(session, old)
+    assert session.position == 0
+
+
+def test_r3_a_frame_is_run_whole_and_alone_in_its_session() -> None:
+    b = book()
+    b.open(opening(), 0)
+    b.accept(frame(0, 6))
+    b.accept(frame(6, 2))
+    run = b.next_run(1)
+    assert run is not None
+    assert [f.length for _, _, f in run.live] == [6]
+    assert b.next_run(1) is None, "the session is running"
+
+
+def test_r8_no_run_without_credit_downstream() -> None:
+    b = book()
+    session = opened(b, 1, window=2)
+    for position in (0, 1):
+        b.accept(frame(position, session=name(1)))
+        computed(b, b.next_run(1))
+    b.accept(frame(2, session=name(1)))
+    assert b.next_run(1) is None
+    b.acknowledged(name(1), session.order.epoch, 1)
+    assert computed(b, b.next_run(1)) == [(0, 2)]
+
+
+def test_steps_of_neighbouring_slots_run_together_gaps_included() -> None:
+    b = book(start=2, end=4, slots=8)
+    for i in range(6):
+        opened(b, i)
+    for i in (0, 1, 3, 5):
+        b.accept(frame(0, session=name(i), arrived_ns=i + 1))
+    run = b.next_run(1)
+    assert run is not None
+    assert [i for i, _, _ in run.live] == [0, 1, 3, 5]
+    assert run.rows[2] is None
+    assert run.rows[4] is None
+
+
+def test_r8_prefill_yields_to_decode_steps_but_not_for_ever() -> None:
+    b = book(start=2, end=4)
+    opened(b, 1)
+    opened(b, 2)
+    b.accept(frame(0, 8, session=name(1)))
+    kinds = []
+    for position in range(6):
+        b.accept(frame(position, session=name(2)))
+        run = b.next_run(1)
+        assert run is not None
+        kinds.append(max(f.length for _, _, f in run.live))
+        computed(b, run)
+        b.acknowledged(name(2), Epoch(1, OWNER), position + 1)
+    assert kinds[:5] == [1, 1, 1, 1, 8]
+
+
+def step(b: StageBook, i: int, position: int, now: int) -> None:
+    b.accept(frame(position, session=name(i), arrived_ns=now))
+
+
+def test_the_first_stage_waits_for_the_other_half_of_a_bunch() -> None:
+    b = book(slots=4)
+    here = route()  # one machine: a single bunch is best
+    for i in (0, 1):
+        opened(b, i, route=here, window=8)
+    for turn in range(4):
+        now = 1_000_000 * turn + 1
+        for i in (0, 1):
+            step(b, i, turn, now)
+        assert len(computed(b, b.next_run(now))) == 2
+    step(b, 0, 4, 4_000_001)
+    assert b.next_run(4_000_002) is None
+    assert b.gathering_until is not None
+    step(b, 1, 4, 4_100_000)
+    assert len(computed(b, b.next_run(4_100_001))) == 2
+
+
+def test_waiting_for_others_ends_in_time_when_they_do_not_come() -> None:
+    b = book(slots=4)
+    for i in (0, 1):
+        opened(b, i, route=route(), window=8)
+    for turn in range(4):
+        for i in (0, 1):
+            step(b, i, turn, 1_000_000 * turn + 1)
+        computed(b, b.next_run(1_000_000 * turn + 1))
+    step(b, 0, 4, 4_000_001)
+    assert b.next_run(4_000_002) is None
+    until = b.gathering_until
+    assert until is not None
+    assert until <= 4_000_001 + GATHER_MAX_NS
+    assert len(computed(b, b.next_run(until))) == 1
+
+
+def test_a_route_over_three_machines_keeps_three_bunches() -> None:
+    b = book(slots=4)
+    for i in range(3):
+        opened(b, i, route=route(2, 4), window=8)
+    for turn in range(4):
+        for i in range(3):
+            step(b, i, turn, 1_000_000 * turn + 1)
+        while (run := b.next_run(1_000_000 * turn + 1)) is not None:
+            computed(b, run)
+    step(b, 0, 4, 4_000_001)
+    assert len(computed(b, b.next_run(4_000_002))) == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
+def test_memory_and_slots_add_up_whatever_opens_and_closes(script: list[tuple[int, bool]]) -> None:
+    b = book(slots=3, budget=32 * 10 * 2)
+    live: set[SessionId] = set()
+    for i, opens in script:
+        if opens and name(i) not in live:
+            if isinstance(b.open(opening(session=name(i)), 0), StageSession):
+                live.add(name(i))
+        elif not opens:
+            assert (b.close(name(i)) is not None) == (name(i) in live)
+            live.discard(name(i))
+        assert set(b.sessions) == live
+        assert b.reserved_bytes == 320 * len(live) <= b.kv_budget_bytes
+        assert len({s.slot for s in b.sessions.values()}) == len(live)
+
+
+def test_a_session_is_overdue_at_its_deadline() -> None:
+    b = book()
+    b.open(opening(deadline_ms=5), 0)
+    assert b.overdue(4_999_999) == []
+    assert b.overdue(5_000_000) == [SESSION]
