@@ -141,13 +141,14 @@ def write_gguf(
             writer.add_float32(key, value)
         else:
             writer.add_uint32(key, value)
-    letters = _letters()
+    merge = _letters()[40:42]
+    letters = [*_letters(), "".join(merge)]
     tokens = letters + [f"<{i}>" for i in range(VOCABULARY - len(letters))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(letters) + [3] * (VOCABULARY - len(letters)))
-    writer.add_token_merges([f"{letters[40]} {letters[41]}"])
+    writer.add_token_merges([" ".join(merge)])
     writer.add_eos_token_id(VOCABULARY - 1)
     writer.add_chat_template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
 
