@@ -31,7 +31,6 @@ from mesh.types import Address, LayeredRoute, SessionId
 from node_agent import __version__
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.fingerprint.cpu import probe_cores
-from node_agent.adapters.fingerprint.memory import probe_memory
 from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.memory_store import MemoryTokenLog
@@ -80,6 +79,7 @@ class Agent:
         self._texts: dict[str, TextModel] = {}
         self._models_here: tuple[str, ...] = ()
         self._incarnation = time.time_ns()
+        self._cores = probe_cores()
 
     async def run(self, ready: Callable[[Ready], None]) -> None:
         """Start, call ``ready`` once everything listens, serve until stopped."""
@@ -211,14 +211,13 @@ class Agent:
 
     def record(self) -> Node:
         """This node as peers see it."""
-        memory = probe_memory()
         return Node(
             id=self.node_id,
             name=self.name,
             address=self.address,
             api_address=self._api_address,
-            cores=probe_cores(),
-            memory_total_bytes=memory.total,
+            cores=self._cores,
+            memory_total_bytes=self.replicas.memory().total,
             memory_free_bytes=self.replicas.memory_free(),
             replicas=self.replicas.status(),
             peers=self.view.peers,

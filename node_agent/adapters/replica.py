@@ -21,7 +21,6 @@ import numpy as np
 
 from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, SessionId, Token
-from node_agent.adapters.metrics import StageMetrics
 from node_agent.ports import Runtime
 from node_agent.sampling import sample
 from node_agent.stage import Refusal, Run, StageBook, StageSession
@@ -60,7 +59,6 @@ class Replica:
         self,
         runtime: Runtime,
         kv_budget_bytes: int,
-        metrics: StageMetrics,
         forward: Callable[[list[Computed]], None],
         failed: Callable[[StageSession, Cause, str], None],
     ) -> None:
@@ -68,7 +66,7 @@ class Replica:
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
         self.runs = 0
-        self._metrics, self._forward, self._failed = metrics, forward, failed
+        self._forward, self._failed = forward, failed
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Run | int | None] = queue.SimpleQueue()
         self._busy = False
@@ -247,12 +245,7 @@ class Replica:
             results.append(Computed(session, frame, output, queue_us, compute_us))
         if results:
             self._forward(results)
-            self._loop.call_soon(self._observe, results)
         self.dispatch()
-
-    def _observe(self, rows: list[Computed]) -> None:
-        for row in rows:
-            self._metrics.ran(row.frame.length, row.compute_us, row.queue_us)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions, wait for the running ones, then drop weights and memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from mesh.errors import Full, InputError, MeshError
 from mesh.types import ShardInfo
-from node_agent.adapters.fingerprint.memory import probe_memory
+from node_agent.adapters.fingerprint.memory import Memory, probe_memory
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.replica import Replica
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _MEMORY_MARGIN = 0.9
 _KV_SHARE = 0.5
+_PROBE_S = 2.0
 RUNTIME = "onnx"
 
 
@@ -70,6 +72,7 @@ class ReplicaManager:
         self._leases: LeaseBook[ShardKey] = LeaseBook()
         self._held: dict[ShardKey, _Held] = {}
         self._committed_bytes = 0
+        self._memory, self._probe_due = probe_memory(), 0.0
         self._loading = asyncio.Lock()
         self._unloading: set[asyncio.Task[None]] = set()
 
@@ -77,7 +80,14 @@ class ReplicaManager:
         """Bytes that further shards and their KV memory may take."""
         if self._config.memory:
             return max(0, self._config.memory * _MIB - self._committed_bytes)
-        return int(probe_memory().free * _MEMORY_MARGIN)
+        return int(self.memory().free * _MEMORY_MARGIN)
+
+    def memory(self) -> Memory:
+        """This machine's memory, at most ``_PROBE_S`` old: records go out several times a second."""
+        now = time.monotonic()
+        if now >= self._probe_due:
+            self._memory, self._probe_due = probe_memory(), now + _PROBE_S
+        return self._memory
 
     def status(self) -> tuple[ReplicaStatus, ...]:
         """All replicas as peers see them."""
@@ -136,9 +146,7 @@ class ReplicaManager:
                 )
                 stage_metrics = StageMetrics(self._metrics, manifest.info)
                 digest = manifest.info.digest
-                held.replica = Replica(
-                    replica_runtime, kv_budget, stage_metrics, self._host.forward, self._host.failed
-                )
+                held.replica = Replica(replica_runtime, kv_budget, self._host.forward, self._host.failed)
                 self._host.replicas[digest] = held.replica
                 self._host.metrics[digest] = stage_metrics
                 self._committed_bytes += manifest.info.weight_bytes + kv_budget
@@ -169,6 +177,7 @@ class ReplicaManager:
     def _memory_for(self, info: ShardInfo) -> tuple[int, int, int]:
         """KV budget in bytes, slots and positions a slot; raises ``Full`` when memory does not do."""
         config = self._config
+        self._probe_due = 0.0  # what counts now is what is free now
         free = self.memory_free() - info.weight_bytes
         context = min(config.context, info.model.context_max)
         all_slots = config.slots * context * info.kv_bytes_per_token

@@ -101,6 +101,7 @@ class SessionDriver:
         self.draining = False
         self._loop = asyncio.get_running_loop()
         self._frames: dict[Address, list[Frame]] = {}
+        self._written_later: list[SessionHandle] = []
 
     def __len__(self) -> int:
         return len(self._running)
@@ -177,22 +178,32 @@ class SessionDriver:
         if effects and isinstance(effects[0], SendFrame) and handle.session.generated:
             self._carry_one(handle, effects[0])
             handle.pending.extend(effects[1:])
-            self._loop.call_soon(self._drain, handle)
+            self._written_later.append(handle)
             return
         handle.pending.extend(effects)
         self._drain(handle)
+
+    def _drain_all(self, handles: list[SessionHandle]) -> None:
+        for handle in handles:
+            self._drain(handle)
 
     def _drain(self, handle: SessionHandle) -> None:
         while handle.pending:
             self._carry_one(handle, handle.pending.popleft())
 
     def _feed(self) -> None:
-        """Send the frames that the last events asked for, one message an address."""
+        """Send the frames that the last events asked for, one message an address.
+
+        Only then is the writing down put in line, so that it stands behind the sending.
+        """
         if self._frames:
             frames, self._frames = self._frames, {}
             for address, batch in frames.items():
                 self._host.note_sent(address, batch)
                 self._host.deliver(address, batch)
+        if self._written_later:
+            handles, self._written_later = self._written_later, []
+            self._loop.call_soon(self._drain_all, handles)
 
     def _carry_one(self, handle: SessionHandle, effect: Effect) -> None:
         session = handle.session

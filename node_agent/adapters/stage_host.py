@@ -10,7 +10,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mesh.adapters.grpc_links import Upstream
@@ -60,16 +60,6 @@ class _Placed:
     order: Open
 
 
-@dataclass(slots=True)
-class _AckBox:
-    """Acknowledgements owed to one upstream; cumulative, so only the last of each session counts."""
-
-    owed: dict[Key, Ack] = field(default_factory=dict)
-    arrived_ns: dict[Key, int] = field(default_factory=dict)
-    frames: int = 0
-    timer: asyncio.TimerHandle | None = None
-
-
 class StageHost:
     """Routes messages between links, replicas on this node and the sessions it owns."""
 
@@ -86,7 +76,10 @@ class StageHost:
         self.owner: Owner | None = None
         self._send_remote, self._count_refused = send, refused
         self._placed: dict[Key, _Placed] = {}
-        self._acks: dict[int, tuple[Upstream, _AckBox]] = {}
+        self._computed: list[Computed] = []
+        """Rows not acknowledged yet."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
         self._sent_ns: OrderedDict[tuple[SessionId, int, int], int] = OrderedDict()
         self._hops: dict[Address, deque[int]] = {}
         self._local = _LocalUpstream(self)
@@ -245,7 +238,11 @@ class StageHost:
             if address != self.address:
                 self._note_sent(onward)
             self.deliver(address, onward)
-        asyncio.get_running_loop().call_soon(self._owe_acks, rows)
+        self._computed.extend(rows)
+        if self._brisk(rows[0]):
+            self._loop.call_soon(self._account)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
 
     def _note_sent(self, frames: list[Frame]) -> None:
         now = time.monotonic_ns()
@@ -256,48 +253,32 @@ class StageHost:
 
     # -- acknowledgements ----------------------------------------------------------------------
 
-    def _owe_acks(self, rows: list[Computed]) -> None:
-        for row in rows:
-            self._owe_ack(row)
+    def _brisk(self, row: Computed) -> bool:
+        """Whether an acknowledgement cannot wait: prefill needs its credit, others before it runs out."""
+        waiting = len(self._computed)
+        return row.frame.length > 1 or waiting * 2 >= row.session.order.window * max(1, len(self._placed))
 
-    def _owe_ack(self, row: Computed) -> None:
-        order = row.session.order
-        key = (order.session, order.stage)
-        placed = self._placed.get(key)
-        if placed is None:
-            return
-        end = row.frame.position + row.frame.length
-        if placed.upstream is self._local:
-            self._acknowledged(self.address, Ack(order.session, order.epoch, end, order.stage))
-            return
-        _, box = self._acks.setdefault(id(placed.upstream), (placed.upstream, _AckBox()))
-        box.owed[key] = Ack(order.session, order.epoch, end, order.stage)
-        box.arrived_ns[key] = row.frame.arrived_ns
-        box.frames += 1
-        # Credit must be back before the sender runs out of it.
-        if row.frame.length > 1 or box.frames * 2 >= order.window * len(box.owed):
-            self._flush_acks(placed.upstream)
-        elif box.timer is None:
-            loop = asyncio.get_running_loop()
-            box.timer = loop.call_later(ACK_DELAY_S, self._flush_acks, placed.upstream)
-
-    def _flush_acks(self, upstream: Upstream) -> None:
-        entry = self._acks.get(id(upstream))
-        if entry is None:
-            return
-        box = entry[1]
-        if box.timer is not None:
-            box.timer.cancel()
-            box.timer = None
+    def _account(self) -> None:
+        """Acknowledge and measure what was computed since the last time: off every token's path."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        rows, self._computed = self._computed, []
         now = time.monotonic_ns()
-        acks: list[Ack] = [
-            replace(ack, held_us=(now - box.arrived_ns[key]) // 1000) for key, ack in box.owed.items()
-        ]
-        box.owed.clear()
-        box.arrived_ns.clear()
-        box.frames = 0
-        if acks:
-            upstream.reply(acks)
+        owed: dict[int, tuple[Upstream, dict[Key, Ack]]] = {}
+        for row in rows:
+            order = row.session.order
+            placed = self._placed.get((order.session, order.stage))
+            if placed is None:
+                continue
+            placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
+            held_us = (now - row.frame.arrived_ns) // 1000
+            end = row.frame.position + row.frame.length
+            # Cumulative: the last of each session says it all.
+            _, acks = owed.setdefault(id(placed.upstream), (placed.upstream, {}))
+            acks[order.session, order.stage] = Ack(order.session, order.epoch, end, order.stage, held_us)
+        for upstream, acks in owed.values():
+            upstream.reply(list(acks.values()))
 
     def _acknowledged(self, address: Address, ack: Ack) -> None:
         sent = self._sent_ns.pop((ack.session, ack.stage, ack.position), None)
@@ -346,7 +327,6 @@ class StageHost:
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed cannot go on, and the owner closes the rest."""
-        self._acks.pop(id(upstream), None)
         for key, placed in list(self._placed.items()):
             if placed.upstream is upstream:
                 self._forget(key, placed)

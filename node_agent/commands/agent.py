@@ -33,6 +33,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the settings and run."""
+    # Before gRPC is loaded. Its event engine moves every read and write through a thread pool: a
+    # quarter of a round trip on this project's small messages (0.26 against 0.21 ms measured).
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+
     from mesh.errors import ConfigError
     from node_agent.config import fields, load_config
     from node_agent.main import run_agent

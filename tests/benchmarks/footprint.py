@@ -53,7 +53,8 @@ async def measure() -> dict[str, float]:
             prefill = link_bytes(mesh) - before
             await asyncio.to_thread(stream, mesh.endpoint, prompt, TOKENS + 2)
             after = link_bytes(mesh)
-            per_hop.append((after - before - 2 * prefill) / TOKENS / NODES)
+            # All that goes over links, tokens and acknowledgements too, by hops that carry activations.
+            per_hop.append((after - before - 2 * prefill) / TOKENS / (NODES - 1))
             kv = (CONTEXT + TOKENS + 2) * 30 * 1536
             manifests = {m.info.layers: m for _, m in store.shards(MODEL) if m.quantization == "int8"}
             weights = sum(m.weight_bytes for r, m in manifests.items() if len(r) == 30 // NODES)
