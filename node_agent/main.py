@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 _LONG_TEXT = 4096
 _GRACE_S = 0.5
+_COLLECT_AFTER = 10_000
 _SWITCH_INTERVAL_S = 5e-5
 
 
@@ -132,7 +133,9 @@ class Agent:
                 ) from None
             self._announce()
             ready(Ready(self.node_id, self.address, self._api_address, os.getpid()))
-            gc.freeze()  # what is here now lives as long as we do: no collection need look at it
+            # What is here now lives as long as we do, and a step leaves hardly a cycle behind.
+            gc.freeze()
+            gc.set_threshold(_COLLECT_AFTER)
             log.info("agent %s listens on %s, API on %s", self.name, self.address, self._api_address)
             self.view.know([Address(p) for p in config.peers])
             await self._until_stopped()

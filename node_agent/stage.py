@@ -69,7 +69,7 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """What to compute: rows of slots ``slot``, ``slot + 1``, ...; ``None`` is a row nobody reads.
 
@@ -194,8 +194,8 @@ class StageBook:
         decodes: list[StageSession] = []
         prefill: StageSession | None = None
         self.gathering_until = None
-        for session in self._slots:
-            if session is None or not session.runnable:
+        for session in self.sessions.values():
+            if not session.runnable:
                 continue
             frame = session.queue[0]
             if frame.length == 1:
@@ -242,6 +242,11 @@ class StageBook:
 
     def _batch(self, sessions: list[StageSession]) -> Run:
         first, last = sessions[0].slot, sessions[-1].slot
+        if first == last:
+            alone = sessions[0]
+            alone.running = True
+            frame = alone.queue.popleft()
+            return Run(first, ((alone, frame),), (frame.position,))
         rows: list[tuple[StageSession, Frame] | None] = []
         positions = []
         chosen = {s.slot for s in sessions}
@@ -303,8 +308,10 @@ def _machines(order: Open) -> int:
 
 def _neighbours(sessions: list[StageSession]) -> list[StageSession]:
     """The cluster of neighbouring slots that holds the frame that waits longest."""
+    if len(sessions) == 1:
+        return sessions
     clusters: list[list[StageSession]] = []
-    for session in sessions:  # in order of slot
+    for session in sorted(sessions, key=lambda s: s.slot):
         if clusters and session.slot - clusters[-1][-1].slot <= 1 + _GAP_MAX:
             clusters[-1].append(session)
         else:

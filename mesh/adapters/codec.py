@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -239,8 +240,13 @@ def read_session(data: bytes) -> SessionId:
     return SessionId(data.hex())
 
 
+@lru_cache(maxsize=1024)
+def _epoch_of(counter: int, owner: str) -> Epoch:
+    return Epoch(counter, NodeId(owner))
+
+
 def _read_epoch(epoch: pb.Epoch) -> Epoch:
-    return Epoch(epoch.counter, NodeId(epoch.owner))
+    return _epoch_of(epoch.counter, epoch.owner)
 
 
 def _read_cause(cause: int) -> Cause:
@@ -270,7 +276,7 @@ class Decoder:
                 return [
                     Ack(
                         read_session(a.session),
-                        Epoch(a.epoch, NodeId(a.owner)),
+                        _epoch_of(a.epoch, a.owner),
                         a.position,
                         a.stage,
                         a.held_us,
@@ -353,7 +359,7 @@ def read_frames(heads: Any, activations: bytes) -> list[Frame]:
         frames.append(
             Frame(
                 read_session(head.session),
-                Epoch(head.epoch, NodeId(head.owner)),
+                _epoch_of(head.epoch, head.owner),
                 head.position,
                 head.length,
                 head.sample,
@@ -368,7 +374,7 @@ def read_frames(heads: Any, activations: bytes) -> list[Frame]:
 def _read_token(item: pb.TokenItem) -> Sampled:
     return Sampled(
         read_session(item.session),
-        Epoch(item.epoch, NodeId(item.owner)),
+        _epoch_of(item.epoch, item.owner),
         Token(
             item.position,
             item.token,

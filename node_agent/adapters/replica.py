@@ -36,7 +36,7 @@ BRIEF_MAX_NS = 10_000_000
 _STEP_SMOOTHING = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Computed:
     """A row of a run: ``output`` is float32 ``[length, width]``, a ``Token`` of a last shard, or
     ``None`` where a last shard had nothing to sample."""
