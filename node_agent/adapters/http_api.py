@@ -61,52 +61,49 @@ class Job:
         for handle in self.handles:
             handle.stop()
 
-    async def texts(self) -> AsyncIterator[tuple[Choice, str]]:
-        """Text of all choices as it comes; each choice ends with its ``finish`` set."""
+    async def texts(self) -> AsyncIterator[tuple[Choice, str, str | None]]:
+        """Choice, text and, with the last text of a choice, its finish reason."""
         if len(self.handles) == 1:
-            async for piece in self._texts_of(0):
-                yield self.choices[0], piece
+            async for text, finish in self._texts_of(0):
+                yield self.choices[0], text, finish
             return
-        merged: asyncio.Queue[tuple[int, str | None, BaseException | None]] = asyncio.Queue(64)
+        merged: asyncio.Queue[tuple[int, str, str | None, MeshError | None]] = asyncio.Queue(64)
 
         async def pump(index: int) -> None:
             try:
-                async for piece in self._texts_of(index):
-                    await merged.put((index, piece, None))
-                await merged.put((index, None, None))
+                async for text, finish in self._texts_of(index):
+                    await merged.put((index, text, finish, None))
             except MeshError as error:
-                await merged.put((index, None, error))
+                await merged.put((index, "", None, error))
 
         tasks = [asyncio.create_task(pump(i)) for i in range(len(self.handles))]
         try:
             running = len(tasks)
             while running:
-                index, text, error = await merged.get()
+                index, text, finish, error = await merged.get()
                 if error is not None:
                     raise error
-                if text is None:
-                    running -= 1
-                else:
-                    yield self.choices[index], text
+                running -= finish is not None
+                yield self.choices[index], text, finish
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _texts_of(self, index: int) -> AsyncIterator[str]:
+    async def _texts_of(self, index: int) -> AsyncIterator[tuple[str, str | None]]:
         choice, handle = self.choices[index], self.handles[index]
         async for token in handle.tokens():
             piece, stopped = choice.push(token)
             if stopped:
                 break
             if piece or self.logprobs:
-                yield piece
+                yield piece, None
         else:
             piece, stopped = choice.flush()
         if stopped:
             handle.stop(Finish.STOP)
         choice.finish = (Finish.STOP if stopped else handle.finish or Finish.STOP).value
-        yield piece
+        yield piece, choice.finish
 
 
 Start = Callable[[Generation], Awaitable[Job]]
@@ -211,17 +208,17 @@ class HttpApi:
         usage: Any = {} if generation.include_usage else None
         opened: set[int] = set()
 
-        async def send(choice: Choice, text: str) -> None:
+        async def send(choice: Choice, text: str, finish: str | None) -> None:
             role = generation.chat and choice.index not in opened
             opened.add(choice.index)
-            delta = envelope.delta(choice, text, choice.finish, job.logprobs, role)
+            delta = envelope.delta(choice, text, finish, job.logprobs, role)
             await _event(response, envelope.chunk([delta], usage))
 
         try:
             if first is not None:
                 await send(*first)
-            async for choice, text in texts:
-                await send(choice, text)
+            async for choice, text, finish in texts:
+                await send(choice, text, finish)
             if generation.include_usage:
                 await _event(response, envelope.chunk([], job.usage()))
             await response.write(b"data: [DONE]\n\n")

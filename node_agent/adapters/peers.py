@@ -65,6 +65,7 @@ class ClusterView:
 
     async def _watch(self, address: Address) -> None:
         wait_s, node, silent_since = _RETRY_S[0], None, time.monotonic()
+        said = ""
         while True:
             reason = "no answer"
             try:
@@ -79,7 +80,7 @@ class ClusterView:
                             reason = "it ended the watch"
                             break
                         node = self._seen(address, cast("pb.NodeRecord", record))
-                        wait_s, silent_since = _RETRY_S[0], time.monotonic()
+                        wait_s, silent_since, said = _RETRY_S[0], time.monotonic(), ""
                         if node is None:
                             return
             except TimeoutError:
@@ -88,6 +89,9 @@ class ClusterView:
                 reason = f"{error.code().name.lower()}: {error.details()}"
             except PeerError as error:
                 reason = str(error)
+            if reason != said:
+                log.warning("peer %s: %s", address, reason)
+                said = reason
             if node is not None:
                 self.apply(NodeSilent(node.id, reason))
                 if time.monotonic() - silent_since > _FORGET_S:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mesh.errors import Full, InputError, MeshError
+from mesh.errors import Full, InputError, MeshError, ShardError
 from mesh.types import ShardInfo
 from node_agent.adapters.fingerprint.memory import Memory, probe_memory
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
@@ -172,7 +172,16 @@ class ReplicaManager:
             from node_agent.adapters.shard_maker import make_shard
 
             folder = make_shard(self._store, key.model, key.start, key.end, key.quantization)
-        return folder, self._store.manifest(folder)
+        manifest = self._store.manifest(folder)
+        wanted = (key.model, [key.start, key.end], key.runtime, key.quantization)
+        found = (manifest.model, list(manifest.layers), manifest.runtime, manifest.quantization)
+        if found != wanted:
+            raise ShardError(f"{folder} holds {manifest.info}, not what its name says; make the shard again")
+        if key.model in self._store.names() and self._store.card(key.model).digest != manifest.model_digest:
+            raise ShardError(
+                f"{folder} was made from another file than the {key.model} that is here; make the shard again"
+            )
+        return folder, manifest
 
     def _memory_for(self, info: ShardInfo) -> tuple[int, int, int]:
         """KV budget in bytes, slots and positions a slot; raises ``Full`` when memory does not do."""

@@ -171,21 +171,3 @@ def write_document(document: msgspec.Struct) -> bytes:
     """A card or manifest as indented JSON, for people to read."""
     encoded: Any = msgspec.json.encode(document)
     return bytes(msgspec.json.format(encoded, indent=2)) + b"\n"
-
-
-def check_cover(shards: list[ShardInfo]) -> None:
-    """Raise ``ShardError`` unless ``shards``, in any order, cover their model's layers exactly once."""
-    if not shards:
-        raise ShardError("no shard was given")
-    if len({s.model.ref.digest for s in shards}) > 1:
-        names = ", ".join(sorted({str(s.model.ref) for s in shards}))
-        raise ShardError(f"the shards belong to different models: {names}")
-    reached = 0
-    for shard in sorted(shards, key=lambda s: s.layers):
-        if shard.layers.start > reached:
-            raise ShardError(f"no shard has the layers {reached}-{shard.layers.start}")
-        if shard.layers.start < reached:
-            raise ShardError(f"shard {shard} overlaps the layers before {reached}")
-        reached = shard.layers.end
-    if reached != shards[0].model.layers:
-        raise ShardError(f"no shard has the layers {reached}-{shards[0].model.layers}")

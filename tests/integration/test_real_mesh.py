@@ -79,9 +79,13 @@ def test_choices_are_as_many_as_asked_for_and_differ(client: Any) -> None:
     assert [c.index for c in answer.choices] == [0, 1, 2]
     assert len({c.message.content for c in answer.choices}) > 1
     streamed: dict[int, str] = {0: "", 1: "", 2: ""}
+    ended: list[int] = []
     for chunk in ask(client, n=3, temperature=1.2, seed=5, stream=True):
         for choice in chunk.choices:
+            assert choice.index not in ended, "nothing comes after a finish reason"
             streamed[choice.index] += choice.delta.content or ""
+            ended += [choice.index] if choice.finish_reason else []
+    assert sorted(ended) == [0, 1, 2]
     assert streamed == {c.index: c.message.content for c in answer.choices}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ShardError
-from mesh.types import Digest, ModelRef
-from node_agent.shards.manifest import ShardManifest, check_cover, read_document, write_document
-from tests.builders import SHAPE, shard
+from node_agent.shards.manifest import ShardManifest, read_document, write_document
 
 GOOD: dict[str, Any] = {
     "format": 1,
@@ -75,17 +72,3 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], words: str) -> None:
 def test_any_bytes_are_a_shard_error(data: bytes) -> None:
     with pytest.raises(ShardError):
         read_document(data, ShardManifest, "x")
-
-
-def test_covers() -> None:
-    check_cover([shard(3, 6), shard(0, 3)])
-    other = replace(shard(3, 6), model=replace(SHAPE, ref=ModelRef("other", Digest("1" * 64))))
-    for shards, words in (
-        ([], "no shard"),
-        ([shard(0, 3)], "layers 3-6"),
-        ([shard(2, 6)], "layers 0-2"),
-        ([shard(0, 4), shard(3, 6)], "overlaps"),
-        ([shard(0, 3), other], "different models"),
-    ):
-        with pytest.raises(ShardError, match=words):
-            check_cover(shards)

@@ -1,0 +1,208 @@
+"""Sessions on asyncio over a runtime that answers at once: order, slow clients, failing disks, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mesh.errors import Full, MeshError, Unavailable
+from mesh.session import Finish, SessionOrder
+from mesh.types import LayeredRoute, SessionId, Stage
+from node_agent.adapters.memory_store import MemoryTokenLog
+from node_agent.adapters.metrics import AgentMetrics, StageMetrics
+from node_agent.adapters.replica import BRIEF_MAX_NS, Replica
+from node_agent.adapters.session_driver import CLIENT_BEHIND_MAX, SessionDriver, SessionHandle
+from node_agent.adapters.stage_host import StageHost
+from tests.builders import ADDRESS, OWNER, order, shard
+
+INFO = shard(0, 6)
+ROUTE = LayeredRoute((Stage(OWNER, ADDRESS, INFO.layers, INFO.digest),))
+
+
+class CountingRuntime:
+    """Says position modulo the vocabulary, so that a token tells its place."""
+
+    info, slots, capacity, provider = INFO, 4, 1024, "test"
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.fails_at = -1
+
+    def _logits(self, positions: Sequence[int]) -> Any:
+        if self.fails_at in positions:
+            raise RuntimeError("out of order")
+        time.sleep(self.step_s)
+        logits = np.zeros((len(positions), INFO.model.vocabulary), dtype=np.float32)
+        for row, position in enumerate(positions):
+            logits[row, (position + 1) % 90] = 1.0
+        return logits
+
+    def decode(self, slot: int, positions: Sequence[int], inputs: Any) -> Any:
+        return self._logits(positions)
+
+    def prefill(self, slot: int, position: int, inputs: Any) -> Any:
+        return self._logits([position + len(inputs) - 1])
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FailingTokenLog(MemoryTokenLog):
+    """Fails on cue."""
+
+    fails_at = -1
+
+    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
+        if position == self.fails_at:
+            raise OSError("no space left on device")
+        super().append(session, position, tokens)
+
+
+class Bench:
+    def __init__(self, runtime: CountingRuntime | None = None) -> None:
+        self.runtime = runtime or CountingRuntime()
+        self.log = FailingTokenLog()
+        metrics = AgentMetrics("n")
+        self.host = StageHost(OWNER, ADDRESS, lambda address, message: None, lambda reason: None)
+        self.replica = Replica(self.runtime, 1 << 30, self.host.forward, self.host.failed)
+        self.host.replicas[INFO.digest] = self.replica
+        self.host.metrics[INFO.digest] = StageMetrics(metrics, INFO)
+        self.driver = SessionDriver(self.host, self.log, metrics, sessions_max=2, keep_s=60)
+        self.host.owner = self.driver
+
+    def start(self, tokens: int = 50, **changes: Any) -> SessionHandle:
+        base: SessionOrder = order(
+            session=SessionId(secrets.token_hex(16)),
+            tokens_max=tokens,
+            positions_max=1000,
+            deadline_ns=time.monotonic_ns() + 10**11,
+            step_timeout_ns=10**11,
+            **changes,
+        )
+        return self.driver.start(base, ROUTE, "tiny")
+
+
+def run(story: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+async def collect(handle: SessionHandle) -> list[int]:
+    return [token.position async for token in handle.tokens()]
+
+
+@pytest.mark.parametrize("step_s", [0.0, BRIEF_MAX_NS / 1e9 * 1.2], ids=["on the loop", "on the thread"])
+def test_every_position_comes_once_in_order_and_is_in_the_log(step_s: float) -> None:
+    async def story() -> None:
+        bench = Bench(CountingRuntime(step_s))
+        handle = bench.start(tokens=30)
+        assert await collect(handle) == list(range(10, 40))
+        assert handle.finish is Finish.LENGTH
+        kept = bench.log.read(handle.session.order.session)
+        assert kept is not None
+        assert kept[1] == [p % 90 for p in range(10, 40)]
+        assert not bench.replica.book.sessions
+        assert len(bench.driver) == 0
+
+    run(story)
+
+
+def test_sessions_side_by_side_do_not_mix() -> None:
+    async def story() -> None:
+        bench = Bench()
+        one, two = bench.start(tokens=40), bench.start(tokens=60, prompt=tuple(range(25)))
+        results = list(await asyncio.gather(collect(one), collect(two)))
+        assert results == [list(range(10, 50)), list(range(25, 85))]
+
+    run(story)
+
+
+def test_r8_a_slow_client_pauses_its_own_session_and_no_other() -> None:
+    async def story() -> None:
+        bench = Bench()
+        slow, quick = bench.start(tokens=500), bench.start(tokens=200)
+        assert len(await collect(quick)) == 200
+        await asyncio.sleep(0.05)
+        assert CLIENT_BEHIND_MAX <= len(slow.session.generated) <= CLIENT_BEHIND_MAX + 2
+        assert len(await collect(slow)) == 500
+
+    run(story)
+
+
+def test_r6_a_token_that_cannot_be_kept_is_not_shown() -> None:
+    async def story() -> None:
+        bench = Bench()
+        bench.log.fails_at = 15
+        handle = bench.start()
+        shown = []
+        with pytest.raises(Unavailable, match="token log cannot be written: no space left"):
+            async for token in handle.tokens():
+                shown.append(token.position)
+        assert shown == [10, 11, 12, 13, 14]
+        assert not bench.replica.book.sessions
+
+    run(story)
+
+
+def test_a_runtime_that_fails_ends_its_session_and_not_the_replica() -> None:
+    async def story() -> None:
+        bench = Bench()
+        bench.runtime.fails_at = 20
+        with pytest.raises(MeshError, match="runtime: RuntimeError: out of order"):
+            await collect(bench.start())
+        bench.runtime.fails_at = -1
+        assert len(await collect(bench.start())) == 50
+
+    run(story)
+
+
+def test_stopping_frees_everything_at_once() -> None:
+    async def story() -> None:
+        bench = Bench()
+        handle = bench.start(tokens=900)
+        tokens = handle.tokens()
+        for _ in range(3):
+            await anext(tokens)
+        handle.stop()
+        assert not bench.replica.book.sessions
+        assert len(bench.driver) == 0
+        handle.stop()
+
+    run(story)
+
+
+def test_the_ingress_has_its_own_limit() -> None:
+    async def story() -> None:
+        bench = Bench()
+        first, _ = bench.start(), bench.start()
+        with pytest.raises(Full, match="runs 2 sessions already"):
+            bench.start()
+        await collect(first)
+        bench.start()
+        bench.driver.draining = True
+        with pytest.raises(Unavailable, match="draining"):
+            bench.start()
+
+    run(story)
+
+
+def test_a_trace_adds_up() -> None:
+    async def story() -> None:
+        bench = Bench(CountingRuntime(0.002))
+        handle = bench.start(tokens=20)
+        await collect(handle)
+        report = handle.trace.report()
+        assert report["tokens"] == 20
+        assert report["outcome"] == "length"
+        (stage,) = report["stages"]
+        assert 2.0 <= stage["compute_ms"] <= report["tpot_ms"]
+
+    run(story)
