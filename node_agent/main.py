@@ -322,8 +322,8 @@ class Agent:
             )
         route = find_route(self.view.snapshot, RouteRequest(name, self.node_id))
         text = await self._text_model(name, shape.ref.digest)
-        prompts = await self._prompts(text, generation)
         context = self._context(route, shape.context_max)
+        prompts = await self._prompts(text, generation, context)
         orders = self._orders(generation, prompts, context, text, shape.vocabulary)
         envelope = new_envelope(orders[0].session, name, generation.chat)
         choices = [new_choice(i, text, generation.stop) for i in range(len(orders))]
@@ -353,19 +353,25 @@ class Agent:
         ]
         return min([model_context, *rooms])
 
-    async def _prompts(self, text: TextModel, generation: Generation) -> list[tuple[int, ...]]:
+    async def _prompts(self, text: TextModel, generation: Generation, context: int) -> list[tuple[int, ...]]:
+        """Token ids of a request's prompts; a text that cannot fit is not even tokenized."""
+        where = "messages" if generation.chat else "prompt"
+        given = generation.prompts
         if generation.chat:
-            rendered: tuple[str | tuple[int, ...], ...] = (text.render(generation.messages),)
-        else:
-            rendered = generation.prompts
+            given = (text.render(generation.messages),)
         prompts = []
-        for prompt in rendered:
-            if isinstance(prompt, tuple):
-                prompts.append(prompt)
-            elif len(prompt) < _LONG_TEXT:
-                prompts.append(tuple(text.encode(prompt)))
-            else:
-                prompts.append(tuple(await asyncio.to_thread(text.encode, prompt)))
+        for prompt in given:
+            if isinstance(prompt, str):
+                _check_length("at least ", len(prompt) // text.card.token_letters_max, context, where)
+                prompt = tuple(
+                    text.encode(prompt)
+                    if len(prompt) < _LONG_TEXT
+                    else await asyncio.to_thread(text.encode, prompt)
+                )
+            _check_length("", len(prompt), context, where)
+            if not prompt:
+                raise RequestError("the prompt is empty", param=where)
+            prompts.append(prompt)
         return prompts
 
     def _orders(
@@ -385,16 +391,8 @@ class Agent:
             )
         for prompt in prompts:
             where = "messages" if generation.chat else "prompt"
-            if not prompt:
-                raise RequestError("the prompt is empty", param=where)
             if not all(0 <= token < vocabulary for token in prompt):
                 raise RequestError(f"the prompt has token ids outside 0 to {vocabulary - 1}", param=where)
-            if len(prompt) >= context:
-                raise RequestError(
-                    f"the prompt has {len(prompt)} tokens; the context is {context} tokens, answer included",
-                    param=where,
-                    code="context_length_exceeded",
-                )
             room = context - len(prompt)
             for choice in range(generation.choices):
                 orders.append(
@@ -429,6 +427,15 @@ class Agent:
 
     def _load_text(self, name: str) -> TextModel:
         return TextModel(self.store.card(name), self.store.tokenizer_json(name))
+
+
+def _check_length(about: str, count: int, context: int, where: str) -> None:
+    if count >= context:
+        raise RequestError(
+            f"the prompt has {about}{count} tokens; the context is {context} tokens, answer included",
+            param=where,
+            code="context_length_exceeded",
+        )
 
 
 async def _run(config: AgentConfig, ready_fd: int | None, tied: bool) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mesh.errors import InputError, ModelFileError
+from mesh.errors import InputError, ModelFileError, ShardError
 from node_agent.adapters.model_store import (
     ModelStore,
     Progress,
@@ -69,8 +69,8 @@ def pull_model(
     for the catalogue. Raises ``InputError`` (what to do is in it) or ``ModelFileError``.
     """
     folder = store.folder(name)
-    if (folder / CARD_FILE).exists():
-        digest = store.card(name).digest
+    digest = _present(store, name)
+    if digest is not None:
         if sha256 and sha256.lower() != digest:
             raise InputError(
                 f"{name} is here with digest {digest[:12]}..., not the wanted {sha256[:12]}...; "
@@ -104,6 +104,14 @@ def pull_model(
             file.write(write_document(card))
         progress("reading the model", 1, 1)
     return folder
+
+
+def _present(store: ModelStore, name: str) -> str | None:
+    """Digest of the model that is here; ``None`` if there is none or its card is damaged."""
+    try:
+        return store.card(name).digest if (store.folder(name) / CARD_FILE).exists() else None
+    except ShardError:
+        return None
 
 
 def _copy(reader: IO[bytes], target: Path, total: int, what: str, progress: Progress) -> None:

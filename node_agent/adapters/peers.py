@@ -31,6 +31,8 @@ SILENCE_S = 1.5
 _RETRY_S = (0.1, 2.0)
 _FORGET_S = 60.0
 PEERS_MAX = 512
+_OWN_STALL_S = 0.2
+"""A timeout that fires so much late says that this process was held up, not its peer."""
 
 
 class ClusterView:
@@ -68,12 +70,14 @@ class ClusterView:
         said = ""
         while True:
             reason = "no answer"
+            patient_until = 0.0
             try:
                 async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
                     stream = rpc.AgentStub(channel).Watch(
                         pb.WatchRequest(cluster=self._cluster, address=self._self_address)
                     )
                     while True:
+                        patient_until = time.monotonic() + SILENCE_S
                         async with asyncio.timeout(SILENCE_S):
                             record = await stream.read()
                         if record is grpc.aio.EOF:
@@ -84,6 +88,8 @@ class ClusterView:
                         if node is None:
                             return
             except TimeoutError:
+                if time.monotonic() - patient_until > _OWN_STALL_S:
+                    continue  # it was us who did not listen: accuse nobody, ask again
                 reason = f"silent for {SILENCE_S:g} s"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name.lower()}: {error.details()}"

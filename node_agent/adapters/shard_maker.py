@@ -134,6 +134,7 @@ def model_card(path: Path, name: str, digest: str, origin: str) -> tuple[ModelCa
             )
         ),
         stop_tokens=tuple(sorted({t for t in (eos, eot) if t is not None})),
+        token_letters_max=max(map(len, tokens)),
         tokenizer_sha256=hashlib.sha256(tokenizer.encode()).hexdigest(),
     ), tokenizer
 

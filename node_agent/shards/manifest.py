@@ -46,6 +46,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     eos: str
     add_bos: bool
     stop_tokens: tuple[int, ...]
+    token_letters_max: int
+    """Letters of the longest token: a text of n letters has at least n divided by this tokens."""
     tokenizer_sha256: str
 
     @property
@@ -147,7 +149,7 @@ def read_document(data: bytes, kind: type[_Document], where: str) -> _Document:
             _check_manifest(document, where)
         return document
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(f"{where} is damaged: {error}; make it again with 'mesh model shard'") from None
+        raise ShardError(f"{where} is damaged: {error}; pull the model or make the shard again") from None
 
 
 def _check_manifest(manifest: ShardManifest, where: str) -> None:

@@ -164,6 +164,15 @@ def test_pulling_again_is_free_and_another_file_is_refused(tmp_path: Path) -> No
     assert not list(store.root.glob(".tmp-*"))
 
 
+def test_pulling_mends_a_damaged_card(tmp_path: Path) -> None:
+    store = pulled(tmp_path)
+    (store.folder("tiny") / "model.json").write_text("{}")
+    with pytest.raises(ShardError, match="pull the model"):
+        store.card("tiny")
+    pull_model(store, "tiny", source=str(tmp_path / "tiny.gguf"))
+    assert store.card("tiny").name == "tiny"
+
+
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
