@@ -19,7 +19,6 @@ class NodeState(enum.Enum):
 
     ALIVE = "alive"
     SUSPECT = "suspect"
-    LEFT = "left"
 
 
 class ReplicaState(enum.Enum):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -188,8 +187,3 @@ def _letters() -> list[str]:
     from node_agent.shards.tokenizer import _bytes_of_letters
 
     return list(_bytes_of_letters())
-
-
-def parse_lines(text: str) -> list[dict[str, Any]]:
-    """JSON objects, one a line."""
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]

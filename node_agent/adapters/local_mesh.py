@@ -281,9 +281,7 @@ def _named_settings() -> Sequence[str]:
 
 def prepare(store: ModelStore, model: str, quantization: str, parts: int, progress: Progress) -> None:
     """Pull a catalogue model that is not here, and make the shards of an even split."""
-    if model not in store.names():
-        if model not in CATALOGUE:
-            store.card(model)  # says what is here and what to do
+    if model in CATALOGUE:
         pull_model(store, model, progress=progress)
     layers = store.card(model).architecture.layers
     parts = min(parts, layers)

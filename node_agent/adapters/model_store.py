@@ -157,14 +157,6 @@ class ModelStore:
         except FileNotFoundError:
             raise ShardError(f"there is no shard in {folder}") from None
 
-    def find_shard(self, digest: str) -> Path | None:
-        """Folder of the shard with this digest, on any model."""
-        for name in self.names():
-            for folder, manifest in self.shards(name):
-                if manifest.digest == digest:
-                    return folder
-        return None
-
 
 def verify_files(folder: Path, files: dict[str, StoredFile]) -> None:
     """Raise ``ShardError`` unless every file is there with its size and SHA-256."""

@@ -61,8 +61,6 @@ class _Common(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    user: str | None = None
-    timeout: float | None = None
 
 
 class ChatBody(_Common, kw_only=True):

@@ -372,6 +372,17 @@ def test_a_full_agent_refuses_with_retry_after(tmp_path: Path) -> None:
     assert running.stop() == 0
 
 
+def test_ctrl_c_lets_a_running_answer_end(tmp_path: Path) -> None:
+    running = start_mesh(tmp_path / "up.log", "--nodes", "3")
+    with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        stream = ask(client, stream=True, max_tokens=120, logit_bias={"2": -100})
+        next(iter(stream))
+        running.process.send_signal(signal.SIGINT)
+        reasons = [c.choices[0].finish_reason for c in stream]
+    assert reasons[-1] == "length"
+    assert running.stop() == 0
+
+
 def test_ctrl_c_leaves_no_process_and_no_lock(tmp_path: Path) -> None:
     running = start_mesh(tmp_path / "up.log", "--nodes", "2")
     children = [

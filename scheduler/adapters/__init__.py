@@ -1,1 +1,0 @@
-"""Where the scheduler will touch the world."""
