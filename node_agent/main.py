@@ -199,11 +199,11 @@ class Agent:
             pass
 
     async def _drain(self) -> None:
-        """Refuse what is new, give what runs its time."""
+        """Refuse what is new; give what runs its time, sessions that others own included."""
         self.driver.draining = True
         self._announce()
         deadline = time.monotonic() + self.config.drain_timeout
-        while len(self.driver) and time.monotonic() < deadline:
+        while (len(self.driver) or self.host.busy) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
     # -- what we say of ourselves --------------------------------------------------------------

@@ -84,6 +84,11 @@ class StageHost:
         self._hops: dict[Address, deque[int]] = {}
         self._local = _LocalUpstream(self)
 
+    @property
+    def busy(self) -> bool:
+        """Some session has a stage here, whoever owns it."""
+        return bool(self._placed)
+
     # -- messages in ---------------------------------------------------------------------------
 
     def received(self, upstream: Upstream, message: Message) -> None:
