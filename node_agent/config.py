@@ -100,6 +100,7 @@ _CHOICES = {
     "log_format": ("auto", "json", "text"),
 }
 _TRUE_PORT_MAX = 65535
+_EVERYWHERE = ("", "0.0.0.0", "::")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _SHARD = re.compile(r"([A-Za-z0-9._-]+):(\d+)-(\d+)(?:/([a-z0-9]+))?")
@@ -182,6 +183,10 @@ def _check(config: AgentConfig) -> None:
             raise ConfigError(f"{name} is {getattr(config, name)}; ports end at {_TRUE_PORT_MAX}")
     if not _NAME.fullmatch(config.cluster):
         raise ConfigError(f"cluster is {config.cluster!r}; use letters, digits, '.', '_' and '-'")
+    if config.host in _EVERYWHERE and not config.advertise:
+        raise ConfigError(
+            f"host is {config.host}, which peers cannot connect to; say with advertise which address they should use"
+        )
     for address in config.peers:
         match = _ADDRESS.fullmatch(address)
         if not match or int(match[2]) > _TRUE_PORT_MAX:
@@ -190,6 +195,11 @@ def _check(config: AgentConfig) -> None:
         parse_shard(shard)
     if not config.providers:
         raise ConfigError("providers is empty; name at least CPUExecutionProvider")
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def parse_shard(text: str) -> tuple[str, int, int, str]:

@@ -41,7 +41,7 @@ from node_agent.adapters.replicas import ReplicaManager, ShardKey
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
-from node_agent.config import AgentConfig, parse_shard
+from node_agent.config import AgentConfig, join_address, parse_shard
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.schema import Generation
 from node_agent.paths import default_home
@@ -105,14 +105,14 @@ class Agent:
         config = self.config
         server = grpc.aio.server(options=SERVER_OPTIONS)
         try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
+            port = server.add_insecure_port(join_address(config.host, config.port))
         except RuntimeError:
             port = 0
         if port == 0:
             raise ConfigError(
                 f"port {config.port} on {config.host} is taken or not ours; choose another with --port"
             )
-        self.address = Address(f"{config.advertise or config.host}:{port}")
+        self.address = Address(join_address(config.advertise or config.host, port))
         self._wire(token_log, server)
         await server.start()
         api = HttpApi(
@@ -210,7 +210,7 @@ class Agent:
 
     @property
     def _api_address(self) -> Address:
-        return Address(f"{self.config.api_host}:{self.api_port}")
+        return Address(join_address(self.config.api_host, self.api_port))
 
     def record(self) -> Node:
         """This node as peers see it."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
-from node_agent.config import AgentConfig, fields, load_config, parse_shard, settings_table
+from node_agent.config import AgentConfig, fields, join_address, load_config, parse_shard, settings_table
 
 
 def test_later_sources_win() -> None:
@@ -40,11 +40,17 @@ def test_later_sources_win() -> None:
         ('token_log = "maybe"', "one of on, off"),
         ('shards = ["m"]', "names no shard"),
         ("providers = []", "providers is empty"),
+        ('host = "0.0.0.0"', "say with advertise"),
     ],
 )
 def test_a_wrong_value_is_named(file: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(file, "f.toml", {}, {})
+
+
+def test_addresses_of_both_kinds() -> None:
+    assert join_address("10.0.0.5", 7070) == "10.0.0.5:7070"
+    assert join_address("::1", 7070) == join_address("[::1]", 7070) == "[::1]:7070"
 
 
 def test_shards_by_name() -> None:
