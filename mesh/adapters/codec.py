@@ -330,45 +330,47 @@ class Decoder:
 
 
 def read_frames(heads: Any, activations: bytes) -> list[Frame]:
-    """Frames over one payload: tokens as int64 ``[length]``, activations float32 ``[length, width]``.
+    """Frames over one payload: activations float32 ``[length, width]``, or tokens int64 ``[length]``.
 
-    Rows are views into ``activations``. Raises ``PeerError`` when lengths and payload disagree.
+    A packet has activations for all of its frames, as views into ``activations``, or for none.
+    Raises ``PeerError`` when lengths and payload disagree.
     """
     if not 0 < len(heads) <= HEADS_MAX:
         raise PeerError(f"a packet has {len(heads)} frames, allowed are 1 to {HEADS_MAX}")
-    total = sum(h.length for h in heads if not h.tokens)
-    values = np.empty((0, 0), dtype=np.float32)
-    if total:
-        if total > _POSITIONS_MAX or not activations or len(activations) % (4 * total):
-            raise PeerError(f"{len(activations)} bytes of activations do not divide into {total} rows")
-        values = np.frombuffer(activations, dtype="<f4").reshape(total, -1)
-    elif activations:
-        raise PeerError("activations came with frames that carry tokens")
+    if not activations:
+        return [_frame(head, _tokens_of(head)) for head in heads]
+    total = sum(head.length for head in heads)
+    if not 0 < total <= _POSITIONS_MAX or len(activations) % (4 * total):
+        raise PeerError(f"{len(activations)} bytes of activations do not divide into {total} rows")
+    values = np.frombuffer(activations, dtype="<f4").reshape(total, -1)
+    if len(heads) == 1:
+        return [_frame(heads[0], values)]
     frames, at = [], 0
     for head in heads:
-        payload: NDArray[Any]
-        if head.tokens:
-            if len(head.tokens) != head.length:
-                raise PeerError(f"a frame of length {head.length} carries {len(head.tokens)} tokens")
-            payload = np.array(head.tokens, dtype=np.int64)
-        elif head.length == 0:
-            raise PeerError("a frame is empty")
-        else:
-            payload = values[at : at + head.length]
-            at += head.length
-        frames.append(
-            Frame(
-                read_session(head.session),
-                _epoch_of(head.epoch, head.owner),
-                head.position,
-                head.length,
-                head.sample,
-                payload,
-                head.stage,
-                tuple(head.times),
-            )
-        )
+        frames.append(_frame(head, values[at : at + head.length]))
+        at += head.length
     return frames
+
+
+def _tokens_of(head: pb.FrameHead) -> NDArray[np.int64]:
+    if not 0 < len(head.tokens) == head.length:
+        raise PeerError(f"a frame of length {head.length} carries {len(head.tokens)} tokens")
+    return np.array(head.tokens, dtype=np.int64)
+
+
+def _frame(head: pb.FrameHead, payload: NDArray[Any]) -> Frame:
+    if head.length < 1:
+        raise PeerError("a frame is empty")
+    return Frame(
+        read_session(head.session),
+        _epoch_of(head.epoch, head.owner),
+        head.position,
+        head.length,
+        head.sample,
+        payload,
+        head.stage,
+        tuple(head.times),
+    )
 
 
 def _read_token(item: pb.TokenItem) -> Sampled:

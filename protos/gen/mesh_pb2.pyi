@@ -546,7 +546,8 @@ Global___FrameHead: typing_extensions.TypeAlias = FrameHead
 @typing.final
 class Frames(google.protobuf.message.Message):
     """Frames of several sessions that were computed together. `activations` is float32 little-endian,
-    [sum of length, width], rows in the order of `heads`. A payload over 192 KiB goes in
+    [sum of length, width], rows in the order of `heads`; a packet has them for all of its frames or
+    for none (then each head carries tokens). A payload over 192 KiB goes in
     consecutive fragments: the heads with the first, `fragments` in all.
     """
 
