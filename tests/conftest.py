@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,25 @@ def start_mesh(log: Path, *flags: str) -> RunningMesh:
         time.sleep(0.05)
     process.kill()
     raise AssertionError(f"the mesh did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+Starter = Callable[..., RunningMesh]
+
+
+@pytest.fixture
+def starter(store: ModelStore, tmp_path: Path) -> Iterator[Starter]:
+    """Starts meshes of a test's own; whatever still runs when the test ends is killed."""
+    running: list[RunningMesh] = []
+
+    def start(*flags: str) -> RunningMesh:
+        running.append(start_mesh(tmp_path / f"up-{len(running)}.log", *flags))
+        return running[-1]
+
+    yield start
+    for each in running:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import pytest
 from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.model_store import ModelStore
 from node_agent.paths import default_home
-from tests.conftest import MODEL, RunningMesh, start_mesh
+from tests.conftest import MODEL, RunningMesh, Starter
 
 QUESTION: Any = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -300,12 +300,12 @@ def test_commands_against_a_running_mesh(mesh: RunningMesh) -> None:
     assert len(json.loads(run("nodes", "--json"))["nodes"]) == 3
 
 
-def test_tokens_are_in_the_log_of_the_agent_that_owned_them(client: Any, tmp_path: Path) -> None:
+def test_tokens_are_in_the_log_of_the_agent_that_owned_them(starter: Starter, tmp_path: Path) -> None:
     # Its own mesh: the log is read after the agent has let go of it.
     from node_agent.adapters.rocksdb_store import RocksTokenLog
     from node_agent.ingress.chat import TextModel
 
-    running = start_mesh(tmp_path / "up.log", "--nodes", "1", "--set", f"data_dir={tmp_path / 'data'}")
+    running = starter("--nodes", "1", "--set", f"data_dir={tmp_path / 'data'}")
     with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0) as own:
         answer = ask(own)
     assert running.stop() == 0
@@ -319,8 +319,8 @@ def test_tokens_are_in_the_log_of_the_agent_that_owned_them(client: Any, tmp_pat
     assert len(kept[1]) == answer.usage.completion_tokens
 
 
-def test_a_killed_stage_is_an_error_and_not_a_hang_and_then_no_route(tmp_path: Path) -> None:
-    running = start_mesh(tmp_path / "up.log", "--nodes", "3")
+def test_a_killed_stage_is_an_error_and_not_a_hang_and_then_no_route(starter: Starter) -> None:
+    running = starter("--nodes", "3")
     api = ApiClient(running.base)
     nodes = api.get("/mesh/v1/nodes")
     victim = next(n for n in nodes["nodes"] if n["replicas"][0]["layers"] == [10, 20])
@@ -358,8 +358,8 @@ def listener(port: int) -> int:
     raise AssertionError(f"nobody listens on {port}")
 
 
-def test_a_full_agent_refuses_with_retry_after(tmp_path: Path) -> None:
-    running = start_mesh(tmp_path / "up.log", "--nodes", "2", "--set", "slots=1")
+def test_a_full_agent_refuses_with_retry_after(starter: Starter) -> None:
+    running = starter("--nodes", "2", "--set", "slots=1")
     with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0, timeout=30) as client:
         stream = ask(client, stream=True, max_tokens=1500, logit_bias={"2": -100})
         next(iter(stream))
@@ -372,8 +372,8 @@ def test_a_full_agent_refuses_with_retry_after(tmp_path: Path) -> None:
     assert running.stop() == 0
 
 
-def test_ctrl_c_lets_a_running_answer_end(tmp_path: Path) -> None:
-    running = start_mesh(tmp_path / "up.log", "--nodes", "3")
+def test_ctrl_c_lets_a_running_answer_end(starter: Starter) -> None:
+    running = starter("--nodes", "3")
     with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0, timeout=30) as client:
         stream = ask(client, stream=True, max_tokens=120, logit_bias={"2": -100})
         next(iter(stream))
@@ -383,8 +383,8 @@ def test_ctrl_c_lets_a_running_answer_end(tmp_path: Path) -> None:
     assert running.stop() == 0
 
 
-def test_ctrl_c_leaves_no_process_and_no_lock(tmp_path: Path) -> None:
-    running = start_mesh(tmp_path / "up.log", "--nodes", "2")
+def test_ctrl_c_leaves_no_process_and_no_lock(starter: Starter) -> None:
+    running = starter("--nodes", "2")
     children = [
         int(p)
         for p in Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
@@ -395,11 +395,11 @@ def test_ctrl_c_leaves_no_process_and_no_lock(tmp_path: Path) -> None:
         next(iter(stream))
         assert running.stop() == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
-    start_mesh(tmp_path / "again.log", "--nodes", "2").stop()
+    starter("--nodes", "2").stop()
 
 
-def test_agents_end_with_whoever_started_them(tmp_path: Path) -> None:
-    running = start_mesh(tmp_path / "up.log", "--nodes", "2")
+def test_agents_end_with_whoever_started_them(starter: Starter) -> None:
+    running = starter("--nodes", "2")
     children = [
         int(p)
         for p in Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
