@@ -140,7 +140,8 @@ class Replica:
         if not self._brief(run):
             self._jobs.put(run)
         elif self._nested:
-            self._loop.call_soon(self._run_here, run)
+            # Two turns on: the token that led here is shown first, not a whole step later.
+            self._loop.call_soon(self._loop.call_soon, self._run_here, run)
         else:
             self._run_here(run)
 
