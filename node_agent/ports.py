@@ -16,7 +16,7 @@ class Runtime(Protocol):
 
     A slot is a row of KV memory with room for ``capacity`` positions. Where a run writes is given
     with the run, so truncating a session to a position is running at that position again: what
-    lies beyond is never read. Methods block; one thread calls them.
+    lies beyond is never read. Methods block and are never called two at a time.
     """
 
     info: ShardInfo

@@ -68,8 +68,9 @@ class Replica:
         self.runs = 0
         self._forward, self._failed = forward, failed
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[Run | int | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._busy = False
+        self._freed: list[int] = []
         self._nested = False
         self._timer: asyncio.TimerHandle | None = None
         self._step_ns = 0
@@ -122,13 +123,16 @@ class Replica:
         closed = self.book.close(session, epoch)
         if closed is None:
             return False
-        self._jobs.put(closed.slot)
+        self._freed.append(closed.slot)
         return True
 
     def dispatch(self) -> None:
         """Start the next run if the thread is idle."""
         if self._busy:
             return
+        # Nothing computes now: a freed slot's pages can go before anybody else writes there.
+        while self._freed:
+            self.runtime.release(self._freed.pop())
         now = time.monotonic_ns()
         run = self.book.next_run(now)
         if run is None:
@@ -168,9 +172,6 @@ class Replica:
 
     def _compute(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if isinstance(job, int):
-                self.runtime.release(job)
-                continue
             started = time.monotonic_ns()
             outcome = self._attempt(job)
             ended = time.monotonic_ns()
