@@ -38,6 +38,27 @@ class AgentConfig:
     api_host: str = setting("127.0.0.1", "Address of the OpenAI API.")
     api_port: int = setting(8080, "Port of the OpenAI API. 0: any free one.", low=0)
     peers: tuple[str, ...] = setting((), "Other agents as host:port. One is enough: it knows the rest.")
+    mdns: str = setting("on", "on: find agents on this network by multicast DNS and be found. off: neither.")
+    consul: str = setting(
+        "",
+        "Address of a Consul agent, as http://127.0.0.1:8500: register there and find agents. Empty: CONSUL_HTTP_ADDR, or no Consul.",
+    )
+    consul_token: str = setting("", "ACL token for Consul. Empty: CONSUL_HTTP_TOKEN.")
+    consul_ca: str = setting("", "File with the CA of Consul's HTTPS. Empty: CONSUL_CACERT, or the system's.")
+    consul_cert: str = setting("", "Client certificate for Consul's HTTPS. Empty: CONSUL_CLIENT_CERT.")
+    consul_key: str = setting("", "Key of the client certificate. Empty: CONSUL_CLIENT_KEY.")
+    consul_datacenter: str = setting("", "Consul datacenter. Empty: that of the Consul agent.")
+    consul_namespace: str = setting("", "Consul namespace (Enterprise). Leave empty on open source.")
+    consul_service: str = setting("inference-mesh", "Name of the service that agents register in Consul.")
+    consul_prefix: str = setting("inference-mesh", "Folder of Consul's key-value store that is ours.")
+    profile: str = setting(
+        "lan",
+        "How closely peers are probed: lan (a loss is seen in a second), wan (some seconds), radio (half a minute, few bytes).",
+    )
+    region: str = setting(
+        "", "Site of the node. Views are full within a region; other regions are summarised when large."
+    )
+    labels: tuple[str, ...] = setting((), "Labels for placement and people, as key=value.")
     shards: tuple[str, ...] = setting(
         (), "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/QUANTIZATION."
     )
@@ -96,6 +117,8 @@ class AgentConfig:
 
 _CHOICES = {
     "token_log": ("on", "off"),
+    "mdns": ("on", "off"),
+    "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),
 }
@@ -103,6 +126,9 @@ _TRUE_PORT_MAX = 65535
 _EVERYWHERE = ("", "0.0.0.0", "::")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._/-]{0,63}")
+_URL = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?")
+_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,126}")
 _SHARD = re.compile(r"([A-Za-z0-9._-]+):(\d+)-(\d+)(?:/([a-z0-9]+))?")
 
 
@@ -193,6 +219,18 @@ def _check(config: AgentConfig) -> None:
             raise ConfigError(f"peers has {address!r}; write host:port")
     for shard in config.shards:
         parse_shard(shard)
+    if config.region and not _NAME.fullmatch(config.region):
+        raise ConfigError(f"region is {config.region!r}; use letters, digits, '.', '_' and '-'")
+    for label in config.labels:
+        if not _LABEL.fullmatch(label):
+            raise ConfigError(f"labels has {label!r}; write key=value, of letters, digits and ._/-")
+    if config.consul and not _URL.fullmatch(config.consul):
+        raise ConfigError(f"consul is {config.consul!r}; write it as http://127.0.0.1:8500")
+    for name in ("consul_service", "consul_prefix"):
+        if not _PATH.fullmatch(getattr(config, name)):
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; use letters, digits, '-' and '/'")
+    if bool(config.consul_cert) != bool(config.consul_key):
+        raise ConfigError("consul_cert and consul_key go together; one of them is empty")
     if not config.providers:
         raise ConfigError("providers is empty; name at least CPUExecutionProvider")
 

@@ -22,15 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
+from mesh.adapters.membership_driver import open_socket
+from mesh.discovery import Advert, Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
+from mesh.gossip import Fact
+from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
 from mesh.types import Address, LayeredRoute, SessionId
 from node_agent import __version__
 from node_agent.adapters.agent_rpc import AgentService
-from node_agent.adapters.fingerprint.cpu import probe_cores
+from node_agent.adapters.discovery_setup import discovery_of
+from node_agent.adapters.fingerprint.machine import probe_machine
+from node_agent.adapters.fingerprint.speed import probe_speeds
 from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.memory_store import MemoryTokenLog
@@ -42,17 +51,26 @@ from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.config import AgentConfig, join_address, parse_shard
+from node_agent.hysteresis import memory_worth_telling, worth_telling
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.schema import Generation
+from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
-from protos.gen import agent_pb2_grpc, mesh_pb2_grpc
+from protos.gen import agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
 from scheduler.routing import RouteRequest, find_route, models_served
 
 log = logging.getLogger(__name__)
 
+SERVICE = "inference_mesh"
+"""Name of this agent in the standard gRPC health service."""
+SERVING = HealthCheckResponse.SERVING
 _LONG_TEXT = 4096
+_LOAD_S = 0.5
+_PROBE_S = 2.0
+_PORT_TRIES = 8
+_DISCOVERY_RETRY_S = 10.0
 _GRACE_S = 0.5
 _COLLECT_AFTER = 10_000
 _SWITCH_INTERVAL_S = 5e-5
@@ -79,13 +97,21 @@ class Agent:
         self._stopping = asyncio.Event()
         self._texts: dict[str, TextModel] = {}
         self._models_here: tuple[str, ...] = ()
-        self._incarnation = time.time_ns()
-        self._cores = probe_cores()
+        self._started = time.time_ns()
+        self._started_monotonic = time.monotonic_ns()
+        self._labels = tuple(sorted(_pair(label) for label in config.labels))
+        self._capabilities = probe_machine(self.data_dir, self._labels)
+        self._memory_told = 0
+        self._told: Node | None = None
+        self._twin: Address | None = None
+        self._discovery: list[Discovery] = []
+        self._discovering: list[asyncio.Task[None]] = []
 
     async def run(self, ready: Callable[[Ready], None]) -> None:
         """Start, call ``ready`` once everything listens, serve until stopped."""
         config = self.config
-        self.node_id = node_identity(self.data_dir)
+        self.identity = node_identity(self.data_dir)
+        self.node_id = self.identity.node
         self.name = config.name or socket.gethostname()
         set_up_logs(config.log_level, config.log_format, {"node": self.node_id, "name": self.name})
         self.metrics = AgentMetrics(self.node_id)
@@ -104,16 +130,9 @@ class Agent:
     async def _serve(self, token_log: TokenLog, ready: Callable[[Ready], None]) -> None:
         config = self.config
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        try:
-            port = server.add_insecure_port(join_address(config.host, config.port))
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConfigError(
-                f"port {config.port} on {config.host} is taken or not ours; choose another with --port"
-            )
+        port, sock = self._listen(server)
         self.address = Address(join_address(config.advertise or config.host, port))
-        self._wire(token_log, server)
+        self._wire(token_log, server, sock)
         await server.start()
         api = HttpApi(
             self.start_generation,
@@ -132,14 +151,16 @@ class Agent:
                     "choose another with --api-port"
                 ) from None
             self._announce()
+            await self.health.set("", SERVING)
+            await self.health.set(SERVICE, SERVING)
             ready(Ready(self.node_id, self.address, self._api_address, os.getpid()))
             # What is here now lives as long as we do, and a step leaves hardly a cycle behind.
             gc.freeze()
             gc.set_threshold(_COLLECT_AFTER)
             log.info("agent %s listens on %s, API on %s", self.name, self.address, self._api_address)
-            self.view.know([Address(p) for p in config.peers])
             await self._until_stopped()
             await self._drain()
+            await self.view.leave()
         finally:
             self.driver.stop_all("the agent stopped")
             await api.close()
@@ -149,7 +170,32 @@ class Agent:
             await server.stop(_GRACE_S)
             await self.replicas.close()
 
-    def _wire(self, token_log: TokenLog, server: grpc.aio.Server) -> None:
+    def _listen(self, server: grpc.aio.Server) -> tuple[int, socket.socket]:
+        """The peer port, TCP for gRPC and UDP for membership under one number."""
+        config = self.config
+        for _ in range(_PORT_TRIES):
+            try:
+                sock = open_socket(config.host, config.port)
+            except OSError as error:
+                raise ConfigError(
+                    f"UDP port {config.port} on {config.host} is taken or not ours ({error.strerror}); "
+                    "choose another with --port"
+                ) from None
+            wanted = sock.getsockname()[1]
+            try:
+                port = server.add_insecure_port(join_address(config.host, wanted))
+            except RuntimeError:
+                port = 0
+            if port:
+                return port, sock
+            sock.close()
+            if config.port:
+                break
+        raise ConfigError(
+            f"port {config.port} on {config.host} is taken or not ours; choose another with --port"
+        )
+
+    def _wire(self, token_log: TokenLog, server: grpc.aio.Server, sock: socket.socket) -> None:
         config, identity = self.config, Identity(self.config.cluster, self.node_id)
         self.host = StageHost(
             self.node_id,
@@ -160,13 +206,18 @@ class Agent:
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(self.host, token_log, self.metrics, config.sessions, config.keep)
         self.host.owner = self.driver
-        self.view = ClusterView(config.cluster, self.node_id, self.address)
-        self.view.on_new_peers = self._announce
+        me = Fact(self.node_id, self.address, self._started // 1_000_000, region=config.region)
+        self.view = ClusterView(config.cluster, me, PROFILES[config.profile], sock)
+        self.view.on_twin = self._told_of_twin
         self.replicas = ReplicaManager(config, self.store, self.host, self.metrics, self._announce)
         self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
+        self.health = HealthServicer()
+        self._discovery = discovery_of(config)
         self.links = LinkServer(identity, self.host.received, self.host.upstream_lost)
         mesh_pb2_grpc.add_PeerServicer_to_server(self.links, server)
         agent_pb2_grpc.add_AgentServicer_to_server(self.service, server)
+        membership_pb2_grpc.add_MembershipServicer_to_server(self.view.driver, server)
+        add_HealthServicer_to_server(self.health, server)
         self.api_port = config.api_port
 
     def _link_lost(self, address: Address, reason: str) -> None:
@@ -174,22 +225,37 @@ class Agent:
         self.driver.link_lost(address, reason)
 
     async def _until_stopped(self) -> None:
+        self._discovering = [
+            asyncio.create_task(self._discover(d), name=f"discovery: {d.name}") for d in self._discovery
+        ]
         tasks = [
             asyncio.create_task(self.host.run(), name="stages"),
             asyncio.create_task(self.driver.run(), name="sessions"),
             asyncio.create_task(self._stopping.wait(), name="stop"),
+            asyncio.create_task(self._refresh(), name="capabilities"),
+            *self._discovering,
             *(asyncio.create_task(self._hold(s), name=f"hold {s}") for s in self.config.shards),
         ]
         try:
             while not self._stopping.is_set():
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()  # a part that fails ends the agent, loudly
+                    if not task.cancelled():
+                        task.result()  # a part that fails ends the agent, loudly
                     tasks.remove(task)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _discover(self, discovery: Discovery) -> None:
+        """A directory that fails in a way nobody thought of must not end the agent."""
+        while True:
+            try:
+                await discovery.run(self.advert(), self.view.found, self.view.gone)
+            except Exception:
+                log.exception("discovery by %s failed; again in %g s", discovery.name, _DISCOVERY_RETRY_S)
+            await asyncio.sleep(_DISCOVERY_RETRY_S)
 
     async def _hold(self, text: str) -> None:
         """A lease from the settings, for as long as the agent runs."""
@@ -201,6 +267,7 @@ class Agent:
     async def _drain(self) -> None:
         """Refuse what is new; give what runs its time, sessions that others own included."""
         self.driver.draining = True
+        await self.health.enter_graceful_shutdown()
         self._announce()
         deadline = time.monotonic() + self.config.drain_timeout
         while (len(self.driver) or self.host.busy) and time.monotonic() < deadline:
@@ -214,79 +281,85 @@ class Agent:
 
     def record(self) -> Node:
         """This node as peers see it."""
+        memory = self.replicas.memory()
+        free = self.replicas.memory_free()
+        self._memory_told = memory_worth_telling(self._memory_told, free, memory.total)
         return Node(
             id=self.node_id,
             name=self.name,
             address=self.address,
             api_address=self._api_address,
-            cores=self._cores,
-            memory_total_bytes=self.replicas.memory().total,
-            memory_free_bytes=self.replicas.memory_free(),
+            capabilities=self._capabilities,
+            memory_total_bytes=memory.total,
+            memory_free_bytes=self._memory_told,
             replicas=self.replicas.status(),
-            peers=self.view.peers,
             models=self._models_here,
             version=__version__,
-            incarnation=self._incarnation,
             draining=self.driver.draining,
+            region=self.config.region,
+            public_key=self.identity.public_key,
+        )
+
+    def advert(self) -> Advert:
+        """What discovery tells of us."""
+        return Advert(
+            self.config.cluster,
+            self.node_id,
+            self.name,
+            self.address,
+            self._started // 1_000_000,
+            self._capabilities.digest(),
+            self.config.region,
+            __version__,
         )
 
     def _announce(self) -> None:
+        """Tell peers what changed, if anything did."""
         self._models_here = tuple(self.store.names())
-        self.view.apply(NodeSeen(self.record()))
-        self.service.changed()
+        record = self.record()
+        if record != self._told:
+            self._told = record
+            self.view.apply(NodeSeen(record))
+            self.service.changed()
+
+    async def _refresh(self) -> None:
+        """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``."""
+        speeds = await asyncio.to_thread(
+            probe_speeds, self.data_dir, self._capabilities.cpu, self.config.threads
+        )
+        due = 0.0
+        while True:
+            if time.monotonic() >= due:
+                due = time.monotonic() + _PROBE_S
+                measured = probe_machine(self.data_dir, self._labels, speeds)
+                told = worth_telling(self._capabilities, measured)
+                if told != self._capabilities:
+                    self._capabilities = told
+                    for discovery in self._discovery:
+                        discovery.update(self.advert())
+            self._announce()
+            await asyncio.sleep(_LOAD_S)
+
+    def _told_of_twin(self, address: Address) -> None:
+        self._twin = address
+        for task in self._discovering:  # takes our adverts back
+            task.cancel()
 
     def list_models(self) -> list[dict[str, Any]]:
         """``/v1/models``: models of which a replica is known anywhere."""
-        created = self._incarnation // 10**9
+        created = self._started // 10**9
         return [
             {"id": name, "object": "model", "created": created, "owned_by": "inference-mesh"}
             for name in sorted(models_served(self.view.snapshot))
         ]
 
     def list_nodes(self) -> dict[str, Any]:
-        """``/mesh/v1/nodes``: the snapshot."""
-        self.view.apply(NodeSeen(self.record()))
-        now = time.monotonic_ns()
-        return {
-            "self": self.node_id,
-            "cluster": self.config.cluster,
-            "nodes": [
-                {
-                    "id": n.id,
-                    "name": n.name,
-                    "address": n.address,
-                    "api_address": n.api_address,
-                    "state": "draining" if n.draining and n.state.value == "alive" else n.state.value,
-                    "reason": n.reason,
-                    "since_s": round((now - n.since_ns) / 1e9, 1),
-                    "cores": n.cores,
-                    "memory_total_bytes": n.memory_total_bytes,
-                    "memory_free_bytes": n.memory_free_bytes,
-                    "version": n.version,
-                    "models": list(n.models),
-                    "replicas": [
-                        {
-                            "shard": str(r.shard),
-                            "model": r.shard.model.ref.name,
-                            "layers": [r.shard.layers.start, r.shard.layers.end],
-                            "model_layers": r.shard.model.layers,
-                            "quantization": r.shard.quantization,
-                            "state": r.state.value,
-                            "reason": r.reason,
-                            "provider": r.provider,
-                            "sessions": r.sessions,
-                            "slots": r.slots,
-                            "weight_bytes": r.shard.weight_bytes,
-                            "kv_reserved_bytes": r.kv_reserved_bytes,
-                            "kv_budget_bytes": r.kv_budget_bytes,
-                            "leases": r.leases,
-                        }
-                        for r in n.replicas
-                    ],
-                }
-                for _, n in sorted(self.view.snapshot.nodes.items())
-            ],
-        }
+        """``/mesh/v1/nodes``: membership, records and links as this agent sees them."""
+        self._announce()
+        status = {d.name: d.status() for d in self._discovery}
+        return nodes_report(
+            self.config.cluster, self.view, status, self._twin, self._started_monotonic, time.monotonic_ns()
+        )
 
     def _gauges(self) -> None:
         metrics = self.metrics
@@ -427,6 +500,11 @@ class Agent:
 
     def _load_text(self, name: str) -> TextModel:
         return TextModel(self.store.card(name), self.store.tokenizer_json(name))
+
+
+def _pair(label: str) -> tuple[str, str]:
+    key, _, value = label.partition("=")
+    return key, value
 
 
 def _check_length(about: str, count: int, context: int, where: str) -> None:

@@ -1,7 +1,7 @@
 """The cluster snapshot: immutable; events in, a new snapshot out.
 
 Scheduler, every ingress and the simulator see this type. What is *known* of a node comes from its
-own record; whether it may be used is ``state``, which the data plane decides.
+own record; whether it may be used is ``state``, which membership decides.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from mesh.capabilities import Capabilities
+from mesh.gossip import MemberState
 from mesh.types import Address, NodeId, ShardInfo
-
-
-class NodeState(enum.Enum):
-    """Alive or not, as the data plane sees it. Only ``ALIVE`` nodes are in new routes."""
-
-    ALIVE = "alive"
-    SUSPECT = "suspect"
 
 
 class ReplicaState(enum.Enum):
@@ -49,24 +44,25 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a node says of itself, and since when we think what we think of it."""
+    """What a node says of itself, and what we think of it."""
 
     id: NodeId
     name: str
     address: Address
     api_address: Address
-    cores: int
+    capabilities: Capabilities
     memory_total_bytes: int
     memory_free_bytes: int
     replicas: tuple[Replica, ...] = ()
-    peers: tuple[Address, ...] = ()
     models: tuple[str, ...] = ()
     version: str = ""
-    incarnation: int = 0
     draining: bool = False
-    state: NodeState = NodeState.ALIVE
-    reason: str = ""
-    since_ns: int = 0
+    region: str = ""
+    public_key: bytes = b""
+    """Ed25519, raw."""
+    state: MemberState = MemberState.ALIVE
+    reachable: bool = True
+    """It answers *us*; a node that answers others only is alive, but in no route from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +73,22 @@ class NodeSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeSilent:
-    """A node does not answer; ``reason`` is what the data plane saw."""
+class NodeJudged:
+    """Membership changed its mind about a node."""
 
     node: NodeId
-    reason: str
+    state: MemberState
+    reachable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLeft:
-    """A node said goodbye."""
+class NodeForgotten:
+    """A node left, or was dead for so long that its record is dropped."""
 
     node: NodeId
 
 
-ClusterEvent = NodeSeen | NodeSilent | NodeLeft
+ClusterEvent = NodeSeen | NodeJudged | NodeForgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +97,25 @@ class ClusterSnapshot:
 
     nodes: Mapping[NodeId, Node] = field(default_factory=lambda: MappingProxyType({}))
 
-    def apply(self, event: ClusterEvent, now: int) -> ClusterSnapshot:
-        """The snapshot after ``event``; records older than the one that is known are ignored."""
+    def apply(self, event: ClusterEvent) -> ClusterSnapshot:
+        """The snapshot after ``event``."""
         nodes = dict(self.nodes)
         match event:
             case NodeSeen(node):
                 known = nodes.get(node.id)
-                if known and known.incarnation > node.incarnation:
-                    return self
-                unchanged = known is not None and known.state is NodeState.ALIVE
-                since = known.since_ns if known and unchanged else now
-                nodes[node.id] = replace(node, state=NodeState.ALIVE, reason="", since_ns=since)
-            case NodeSilent(node_id, reason):
+                if known:
+                    node = replace(node, state=known.state, reachable=known.reachable)
+                nodes[node.id] = node
+            case NodeJudged(node_id, state, reachable):
                 known = nodes.get(node_id)
-                if known is None or known.state is not NodeState.ALIVE:
+                if known is None or (known.state, known.reachable) == (state, reachable):
                     return self
-                nodes[node_id] = replace(known, state=NodeState.SUSPECT, reason=reason, since_ns=now)
-            case NodeLeft(node_id):
+                nodes[node_id] = replace(known, state=state, reachable=reachable)
+            case NodeForgotten(node_id):
                 if nodes.pop(node_id, None) is None:
                     return self
         return ClusterSnapshot(MappingProxyType(nodes))
 
     def alive(self) -> list[Node]:
-        """Usable nodes, by id."""
-        return [n for _, n in sorted(self.nodes.items()) if n.state is NodeState.ALIVE]
+        """Nodes that new routes may use, by id."""
+        return [n for _, n in sorted(self.nodes.items()) if n.state is MemberState.ALIVE and n.reachable]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mesh.capabilities import Capabilities, Cpu, Disk
 from mesh.messages import Frame, Open
 from mesh.session import SessionOrder
 from mesh.types import (
@@ -30,6 +31,7 @@ from scheduler.cluster import ClusterSnapshot, Node, NodeSeen, Replica, ReplicaS
 OWNER = NodeId("n-owner")
 ADDRESS = Address("127.0.0.1:7070")
 SESSION = SessionId("ab" * 16)
+CAPABILITIES = Capabilities(Cpu(2, 2.0), Disk(1 << 36, 1 << 35))
 SHAPE = ModelShape(ModelRef("tiny", Digest("0" * 64)), 6, 8, 100, 256)
 GREEDY = Sampling(seed=1)
 
@@ -91,14 +93,23 @@ def order(**changes: Any) -> SessionOrder:
 
 def node(name: str, *shards: ShardInfo, sessions: int = 0, **changes: Any) -> Node:
     replicas = tuple(Replica(s, ReplicaState.SERVING, sessions=sessions, slots=16) for s in shards)
-    base = Node(NodeId(name), name, Address(f"{name}:1"), Address(f"{name}:2"), 2, 1 << 30, 1 << 30, replicas)
+    base = Node(
+        NodeId(name),
+        name,
+        Address(f"{name}:1"),
+        Address(f"{name}:2"),
+        CAPABILITIES,
+        1 << 30,
+        1 << 30,
+        replicas,
+    )
     return replace(base, **changes)
 
 
 def cluster(*nodes: Node) -> ClusterSnapshot:
     snapshot = ClusterSnapshot()
     for each in nodes:
-        snapshot = snapshot.apply(NodeSeen(each), 0)
+        snapshot = snapshot.apply(NodeSeen(each))
     return snapshot
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 
+from mesh.adapters.membership_codec import valid_address
 from mesh.errors import InputError, MeshError
 from mesh.types import Address
-from node_agent.adapters.peers import HEARTBEAT_S
 from node_agent.adapters.records import node_record, replica_record
 from node_agent.adapters.replicas import ReplicaManager, ShardKey
 from protos.gen import agent_pb2 as pb
@@ -25,7 +25,7 @@ class AgentService(rpc.AgentServicer):
         self,
         cluster: str,
         record: Callable[[], Node],
-        know: Callable[[list[Address]], None],
+        know: Callable[[list[Address], str], None],
         replicas: ReplicaManager,
     ) -> None:
         self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
@@ -52,25 +52,19 @@ class AgentService(rpc.AgentServicer):
         self, request: pb.WatchRequest, context: Any
     ) -> AsyncIterator[pb.NodeRecord]:
         await self._admit(request.cluster, context)
-        if request.address:
-            self._know([Address(request.address)])
         waiter = asyncio.Event()
         self._waiters.add(waiter)
         try:
             while not self._closing:
-                yield node_record(self._record(), self._cluster)
-                try:
-                    async with asyncio.timeout(HEARTBEAT_S):
-                        await waiter.wait()
-                except TimeoutError:
-                    continue
                 waiter.clear()
+                yield node_record(self._record(), self._cluster)
+                await waiter.wait()
         finally:
             self._waiters.discard(waiter)
 
     async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:  # noqa: N802
         await self._admit(request.cluster, context)
-        self._know([Address(a) for a in request.addresses])
+        self._know([Address(a) for a in request.addresses if valid_address(a)], "join")
         return pb.JoinReply()
 
     async def HoldShard(  # noqa: N802

@@ -110,6 +110,8 @@ class LocalMesh:
             "data-dir": str(folder),
             "name": f"node-{index + 1}",
             "cluster": options.cluster,
+            # These agents are introduced to each other; those of another local mesh are not ours.
+            "mdns": "off",
             "port": str(options.port + index if options.port else 0),
             "api-port": str(options.api_port + index if options.api_port else 0),
             **{k.replace("_", "-"): v for k, v in options.settings.items()},

@@ -1,129 +1,191 @@
-"""The cluster view: watches every agent that we know and folds their records into a snapshot.
+"""The cluster as this agent sees it: membership's judgement and each member's own record, in one snapshot.
 
-Agents are known from settings, from ``Join`` calls and from each other's records. A peer that
-stops sending is silent within ``SILENCE_S`` and out of new routes; it is watched on, and back as
-soon as it answers.
+Membership (datagrams) says who is alive; a ``Watch`` stream to every member brings its record
+whenever that changes. A stream that breaks is told to membership at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import random
+import socket
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import grpc
 
 from mesh.adapters.grpc_links import CHANNEL_OPTIONS
+from mesh.adapters.membership_driver import MembershipDriver
+from mesh.discovery import Sighting
 from mesh.errors import PeerError
+from mesh.gossip import Fact, MemberState
+from mesh.membership import Found, Gone, Leave, Member, Membership, StreamLost, TwinSeen
+from mesh.profiles import Profile
 from mesh.types import Address, NodeId
 from node_agent.adapters.records import read_node
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
-from scheduler.cluster import ClusterEvent, ClusterSnapshot, Node, NodeLeft, NodeSeen, NodeSilent
+from scheduler.cluster import ClusterEvent, ClusterSnapshot, Node, NodeForgotten, NodeJudged, NodeSeen
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.5
-SILENCE_S = 1.5
 _RETRY_S = (0.1, 2.0)
-_FORGET_S = 60.0
-PEERS_MAX = 512
-_OWN_STALL_S = 0.2
-"""A timeout that fires so much late says that this process was held up, not its peer."""
+_CONNECT_S = 3.0
+_LEAVE_S = 0.05
+"""Time for the goodbyes to leave the machine."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    address: Address
+    instance: int
+    task: asyncio.Task[None]
 
 
 class ClusterView:
-    """Our snapshot, kept by one watching task a peer."""
+    """Our snapshot. ``on_change`` is called when a member's standing or record changed."""
 
-    def __init__(self, cluster: str, self_id: NodeId, self_address: Address) -> None:
+    def __init__(self, cluster: str, me: Fact, profile: Profile, sock: socket.socket) -> None:
         self.snapshot = ClusterSnapshot()
-        self._cluster, self._self_id, self._self_address = cluster, self_id, self_address
-        self._watches: dict[Address, asyncio.Task[None]] = {}
-        self._changed = asyncio.Event()
-        self.on_new_peers: Callable[[], None] = lambda: None
+        self.twins: dict[NodeId, Address] = {}
+        """Addresses of agents that have another's node id."""
+        self.digests: dict[NodeId, str] = {}
+        """Capability digests as discovery advertised them."""
+        self._cluster = cluster
+        self._watches: dict[NodeId, _Watch] = {}
+        machine = Membership(me, profile, random.Random(), time.monotonic_ns())
+        self.driver = MembershipDriver(cluster, machine, sock, self._judged, self._twin)
+        self.on_twin: Callable[[Address], None] = lambda address: None
 
     @property
-    def peers(self) -> tuple[Address, ...]:
-        """Addresses of the agents that we watch."""
-        return tuple(sorted(self._watches))
+    def membership(self) -> Membership:
+        return self.driver.machine
 
     def apply(self, event: ClusterEvent) -> None:
         """Fold an event into the snapshot."""
-        before = self.snapshot
-        self.snapshot = before.apply(event, time.monotonic_ns())
-        if self.snapshot is not before:
-            self._changed.set()
+        self.snapshot = self.snapshot.apply(event)
 
-    def know(self, addresses: Iterable[Address]) -> None:
-        """Watch these agents, if we do not yet."""
-        new = [a for a in addresses if a != self._self_address and a not in self._watches]
-        for address in new[: max(0, PEERS_MAX - len(self._watches))]:
-            self._watches[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
-        if new:
-            self.on_new_peers()
+    # -- discovery -----------------------------------------------------------------------------
 
-    async def _watch(self, address: Address) -> None:
-        wait_s, node, silent_since = _RETRY_S[0], None, time.monotonic()
-        said = ""
+    def know(self, addresses: Iterable[Address], source: str) -> None:
+        """Agents may be at these addresses."""
+        for address in addresses:
+            self.driver.handle(Found(address, source))
+
+    def found(self, source: str, sighting: Sighting) -> None:
+        """A discovery adapter saw an agent."""
+        if sighting.digest:
+            self.digests[sighting.node] = sighting.digest
+        for address in sighting.addresses:
+            self.driver.handle(Found(address, source, sighting.node))
+
+    def gone(self, source: str, sighting: Sighting) -> None:
+        """A discovery adapter lists an agent no more."""
+        for address in sighting.addresses:
+            self.driver.handle(Gone(address, source))
+
+    # -- membership ----------------------------------------------------------------------------
+
+    def _judged(self, node: NodeId) -> None:
+        member = self.membership.members.get(node)
+        if member is None or member.fact.state is MemberState.LEFT:
+            self._unwatch(node)
+            self.apply(NodeForgotten(node))
+            self.twins.pop(node, None)
+            return
+        state = member.fact.state
+        self.apply(NodeJudged(node, state, member.reachable))
+        log.log(
+            logging.INFO if state is MemberState.ALIVE else logging.WARNING,
+            "%s at %s is %s%s",
+            node,
+            member.fact.address,
+            state.name.lower(),
+            f": {member.reason}" if member.reason else "",
+        )
+        if state is MemberState.DEAD:
+            self._unwatch(node)
+            return
+        watch = self._watches.get(node)
+        if watch is None or (watch.address, watch.instance) != (member.fact.address, member.fact.instance):
+            self._unwatch(node)
+            self._start_watch(member)
+
+    def _twin(self, seen: TwinSeen) -> None:
+        if seen.ours:
+            log.error(
+                "an older agent at %s has our node id %s: we keep out of the mesh. Give each agent a data "
+                "directory of its own (remove node-id and node-key.pem from a copied one) and start it again",
+                seen.address,
+                seen.node,
+            )
+            self.on_twin(seen.address)
+        elif self.twins.get(seen.node) != seen.address:
+            log.error("two agents have the node id %s; the younger is at %s", seen.node, seen.address)
+            self.twins[seen.node] = seen.address
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _start_watch(self, member: Member) -> None:
+        fact = member.fact
+        task = asyncio.create_task(self._watch(fact.node, fact.address, fact.instance))
+        self._watches[fact.node] = _Watch(fact.address, fact.instance, task)
+
+    def _unwatch(self, node: NodeId) -> None:
+        watch = self._watches.pop(node, None)
+        if watch is not None:
+            watch.task.cancel()
+
+    async def _watch(self, node: NodeId, address: Address, instance: int) -> None:
+        wait_s = _RETRY_S[0]
         while True:
-            reason = "no answer"
-            patient_until = 0.0
             try:
                 async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
-                    stream = rpc.AgentStub(channel).Watch(
-                        pb.WatchRequest(cluster=self._cluster, address=self._self_address)
-                    )
-                    while True:
-                        patient_until = time.monotonic() + SILENCE_S
-                        async with asyncio.timeout(SILENCE_S):
-                            record = await stream.read()
-                        if record is grpc.aio.EOF:
-                            reason = "it ended the watch"
-                            break
-                        node = self._seen(address, cast("pb.NodeRecord", record))
-                        wait_s, silent_since, said = _RETRY_S[0], time.monotonic(), ""
-                        if node is None:
-                            return
+                    stream = rpc.AgentStub(channel).Watch(pb.WatchRequest(cluster=self._cluster))
+                    # The first record must come soon; later ones come when there is news.
+                    async with asyncio.timeout(_CONNECT_S):
+                        record = await stream.read()
+                    while record is not grpc.aio.EOF:
+                        self._seen(node, cast("pb.NodeRecord", record))
+                        wait_s = _RETRY_S[0]
+                        record = await stream.read()
+                reason = "it ended the stream of its record"
             except TimeoutError:
-                if time.monotonic() - patient_until > _OWN_STALL_S:
-                    continue  # it was us who did not listen: accuse nobody, ask again
-                reason = f"silent for {SILENCE_S:g} s"
+                reason = f"no record within {_CONNECT_S:g} s"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name.lower()}: {error.details()}"
             except PeerError as error:
                 reason = str(error)
-            if reason != said:
-                log.warning("peer %s: %s", address, reason)
-                said = reason
-            if node is not None:
-                self.apply(NodeSilent(node.id, reason))
-                if time.monotonic() - silent_since > _FORGET_S:
-                    self.apply(NodeLeft(node.id))
-                    node = None
+            log.debug("watch of %s at %s: %s", node, address, reason)
+            self.driver.handle(StreamLost(node, instance, reason))
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, _RETRY_S[1])
 
-    def _seen(self, address: Address, record: pb.NodeRecord) -> Node | None:
-        """Fold a record in; ``None`` if there is nothing to watch there (ourselves)."""
-        node = read_node(record)
+    def _seen(self, node_id: NodeId, record: pb.NodeRecord) -> None:
+        node: Node = read_node(record)
         if record.cluster != self._cluster:
             raise PeerError(f"it belongs to cluster {record.cluster!r}, not {self._cluster!r}")
-        if node.id == self._self_id:
-            if node.address != self._self_address:
-                log.error("%s has our node id %s: give it its own data directory", address, node.id)
-            self._watches.pop(address, None)
-            return None
+        if node.id != node_id:
+            raise PeerError(f"it says that it is {node.id}, not {node_id}")
         self.apply(NodeSeen(node))
-        self.know(node.peers)
-        return node
+        member = self.membership.members.get(node_id)
+        if member is not None:
+            self.apply(NodeJudged(node_id, member.fact.state, member.reachable))
+
+    # -- the end -------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        """Say goodbye to everybody."""
+        self.driver.handle(Leave())
+        await asyncio.sleep(_LEAVE_S)
 
     async def close(self) -> None:
-        """Stop watching."""
-        tasks = list(self._watches.values())
+        """Stop watching and listening."""
+        tasks = [w.task for w in self._watches.values()]
         for task in tasks:
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.driver.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mesh.capabilities import Accelerator, Battery, Capabilities, Cpu, Disk, Interface, Speed, Thermal
 from mesh.errors import PeerError
 from mesh.messages import FEATURES, WIRE_VERSION
 from mesh.types import Address, Digest, LayerRange, ModelRef, ModelShape, NodeId, ShardInfo
@@ -61,14 +62,71 @@ def node_record(node: Node, cluster: str) -> pb.NodeRecord:
         address=node.address,
         api_address=node.api_address,
         version=node.version,
-        incarnation=node.incarnation,
-        cores=node.cores,
         memory_total_bytes=node.memory_total_bytes,
         memory_free_bytes=node.memory_free_bytes,
         replicas=[replica_record(r) for r in node.replicas],
-        peers=node.peers,
         models=node.models,
         draining=node.draining,
+        capabilities=capabilities_record(node.capabilities),
+        region=node.region,
+        public_key=node.public_key,
+    )
+
+
+def capabilities_record(have: Capabilities) -> pb.Capabilities:
+    cpu, battery, thermal = have.cpu, have.battery, have.thermal
+    return pb.Capabilities(
+        cpu=pb.Cpu(
+            cores=cpu.cores,
+            quota=cpu.quota,
+            architecture=cpu.architecture,
+            model=cpu.model,
+            mhz=cpu.mhz,
+            mhz_now=cpu.mhz_now,
+            instructions=cpu.instructions,
+        ),
+        disk=pb.Disk(total_bytes=have.disk.total, free_bytes=have.disk.free),
+        accelerators=[pb.Accelerator(kind=a.kind, name=a.name, detail=a.detail) for a in have.accelerators],
+        battery=None
+        if battery is None
+        else pb.Battery(
+            percent=battery.percent,
+            charging=battery.charging,
+            energy_wh=battery.energy_wh,
+            power_w=battery.power_w,
+        ),
+        thermal=None
+        if thermal is None
+        else pb.Thermal(zone=thermal.zone, celsius=thermal.celsius, throttled=thermal.throttled),
+        interfaces=[pb.NetworkInterface(name=i.name, kind=i.kind, mbps=i.mbps) for i in have.interfaces],
+        speeds=[pb.Speed(runtime=s.runtime, gb_s=s.gb_s, gflop_s=s.gflop_s) for s in have.speeds],
+        labels=dict(have.labels),
+    )
+
+
+def read_capabilities(record: pb.Capabilities) -> Capabilities:
+    cpu, battery, thermal = record.cpu, record.battery, record.thermal
+    return Capabilities(
+        cpu=Cpu(
+            cpu.cores,
+            cpu.quota,
+            cpu.architecture,
+            cpu.model,
+            cpu.mhz,
+            cpu.mhz_now,
+            tuple(cpu.instructions),
+        ),
+        disk=Disk(record.disk.total_bytes, record.disk.free_bytes),
+        accelerators=tuple(Accelerator(a.kind, a.name, a.detail) for a in record.accelerators),
+        battery=Battery(battery.percent, battery.charging, battery.energy_wh, battery.power_w)
+        if record.HasField("battery")
+        else None,
+        thermal=Thermal(thermal.zone, thermal.celsius, thermal.throttled)
+        if record.HasField("thermal")
+        else None,
+        interfaces=tuple(Interface(i.name, i.kind, i.mbps) for i in record.interfaces),
+        speeds=tuple(Speed(s.runtime, s.gb_s, s.gflop_s) for s in record.speeds),
+        labels=tuple(sorted(record.labels.items())),
     )
 
 
@@ -120,13 +178,13 @@ def read_node(record: pb.NodeRecord) -> Node:
         name=record.name,
         address=Address(record.address),
         api_address=Address(record.api_address),
-        cores=record.cores,
+        capabilities=read_capabilities(record.capabilities),
         memory_total_bytes=record.memory_total_bytes,
         memory_free_bytes=record.memory_free_bytes,
         replicas=tuple(read_replica(r) for r in record.replicas),
-        peers=tuple(Address(p) for p in record.peers),
         models=tuple(record.models),
         version=record.version,
-        incarnation=record.incarnation,
         draining=record.draining,
+        region=record.region,
+        public_key=record.public_key,
     )

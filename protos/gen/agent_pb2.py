@@ -24,31 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/gen/agent.proto\x12\x11inference_mesh.v1\"0\n\x0cWatchRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"1\n\x0bJoinRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\x0b\n\tJoinReply\"\xa7\x01\n\x10HoldShardRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x0f\n\x07runtime\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x0e\n\x06holder\x18\x08 \x01(\t\"r\n\nModelShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x12\n\nvocabulary\x18\x05 \x01(\r\x12\x13\n\x0b\x63ontext_max\x18\x06 \x01(\r\"\xca\x01\n\tShardInfo\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.inference_mesh.v1.ModelShape\x12\x13\n\x0blayer_start\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\x12\x0f\n\x07runtime\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\"\x88\x02\n\rReplicaRecord\x12+\n\x05shard\x18\x01 \x01(\x0b\x32\x1c.inference_mesh.v1.ShardInfo\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.inference_mesh.v1.ReplicaState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x19\n\x11kv_reserved_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fkv_budget_bytes\x18\x07 \x01(\x04\x12\x10\n\x08provider\x18\x08 \x01(\t\x12\x0e\n\x06leases\x18\t \x01(\r\x12\x13\n\x0b\x63ontext_max\x18\n \x01(\r\"\xd8\x02\n\nNodeRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\r\n\x05\x63ores\x18\n \x01(\r\x12\x1a\n\x12memory_total_bytes\x18\x0b \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x0c \x01(\x04\x12\x32\n\x08replicas\x18\r \x03(\x0b\x32 .inference_mesh.v1.ReplicaRecord\x12\r\n\x05peers\x18\x0e \x03(\t\x12\x0e\n\x06models\x18\x0f \x03(\t\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08*\x99\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\xee\x01\n\x05\x41gent\x12I\n\x05Watch\x12\x1f.inference_mesh.v1.WatchRequest\x1a\x1d.inference_mesh.v1.NodeRecord0\x01\x12\x44\n\x04Join\x12\x1e.inference_mesh.v1.JoinRequest\x1a\x1c.inference_mesh.v1.JoinReply\x12T\n\tHoldShard\x12#.inference_mesh.v1.HoldShardRequest\x1a .inference_mesh.v1.ReplicaRecord0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/gen/agent.proto\x12\x11inference_mesh.v1\"%\n\x0cWatchRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\tJ\x04\x08\x02\x10\x03\"1\n\x0bJoinRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"\x0b\n\tJoinReply\"\xa7\x01\n\x10HoldShardRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x0f\n\x07runtime\x18\x06 \x01(\t\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x0e\n\x06holder\x18\x08 \x01(\t\"r\n\nModelShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x12\n\nvocabulary\x18\x05 \x01(\r\x12\x13\n\x0b\x63ontext_max\x18\x06 \x01(\r\"\xca\x01\n\tShardInfo\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.inference_mesh.v1.ModelShape\x12\x13\n\x0blayer_start\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\x12\x0f\n\x07runtime\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\"\x88\x02\n\rReplicaRecord\x12+\n\x05shard\x18\x01 \x01(\x0b\x32\x1c.inference_mesh.v1.ShardInfo\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.inference_mesh.v1.ReplicaState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x19\n\x11kv_reserved_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fkv_budget_bytes\x18\x07 \x01(\x04\x12\x10\n\x08provider\x18\x08 \x01(\t\x12\x0e\n\x06leases\x18\t \x01(\r\x12\x13\n\x0b\x63ontext_max\x18\n \x01(\r\"\x92\x03\n\nNodeRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x1a\n\x12memory_total_bytes\x18\x0b \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x0c \x01(\x04\x12\x32\n\x08replicas\x18\r \x03(\x0b\x32 .inference_mesh.v1.ReplicaRecord\x12\x0e\n\x06models\x18\x0f \x03(\t\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x35\n\x0c\x63\x61pabilities\x18\x11 \x01(\x0b\x32\x1f.inference_mesh.v1.Capabilities\x12\x0e\n\x06region\x18\x12 \x01(\t\x12\x12\n\npublic_key\x18\x13 \x01(\x0cJ\x04\x08\t\x10\nJ\x04\x08\n\x10\x0bJ\x04\x08\x0e\x10\x0f\"\xb9\x03\n\x0c\x43\x61pabilities\x12#\n\x03\x63pu\x18\x01 \x01(\x0b\x32\x16.inference_mesh.v1.Cpu\x12%\n\x04\x64isk\x18\x02 \x01(\x0b\x32\x17.inference_mesh.v1.Disk\x12\x34\n\x0c\x61\x63\x63\x65lerators\x18\x03 \x03(\x0b\x32\x1e.inference_mesh.v1.Accelerator\x12+\n\x07\x62\x61ttery\x18\x04 \x01(\x0b\x32\x1a.inference_mesh.v1.Battery\x12+\n\x07thermal\x18\x05 \x01(\x0b\x32\x1a.inference_mesh.v1.Thermal\x12\x37\n\ninterfaces\x18\x06 \x03(\x0b\x32#.inference_mesh.v1.NetworkInterface\x12(\n\x06speeds\x18\x07 \x03(\x0b\x32\x18.inference_mesh.v1.Speed\x12;\n\x06labels\x18\x08 \x03(\x0b\x32+.inference_mesh.v1.Capabilities.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x03\x43pu\x12\r\n\x05\x63ores\x18\x01 \x01(\r\x12\r\n\x05quota\x18\x02 \x01(\x01\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0b\n\x03mhz\x18\x05 \x01(\r\x12\x0f\n\x07mhz_now\x18\x06 \x01(\r\x12\x14\n\x0cinstructions\x18\x07 \x03(\t\"/\n\x04\x44isk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nfree_bytes\x18\x02 \x01(\x04\"9\n\x0b\x41\x63\x63\x65lerator\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"P\n\x07\x42\x61ttery\x12\x0f\n\x07percent\x18\x01 \x01(\r\x12\x10\n\x08\x63harging\x18\x02 \x01(\x08\x12\x11\n\tenergy_wh\x18\x03 \x01(\x01\x12\x0f\n\x07power_w\x18\x04 \x01(\x01\";\n\x07Thermal\x12\x0c\n\x04zone\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x65lsius\x18\x02 \x01(\x11\x12\x11\n\tthrottled\x18\x03 \x01(\x08\"<\n\x10NetworkInterface\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04mbps\x18\x03 \x01(\r\"7\n\x05Speed\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0c\n\x04gb_s\x18\x02 \x01(\x01\x12\x0f\n\x07gflop_s\x18\x03 \x01(\x01*\x99\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\xee\x01\n\x05\x41gent\x12I\n\x05Watch\x12\x1f.inference_mesh.v1.WatchRequest\x1a\x1d.inference_mesh.v1.NodeRecord0\x01\x12\x44\n\x04Join\x12\x1e.inference_mesh.v1.JoinRequest\x1a\x1c.inference_mesh.v1.JoinReply\x12T\n\tHoldShard\x12#.inference_mesh.v1.HoldShardRequest\x1a .inference_mesh.v1.ReplicaRecord0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.gen.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1265
-  _globals['_REPLICASTATE']._serialized_end=1418
+  _globals['_CAPABILITIES_LABELSENTRY']._loaded_options = None
+  _globals['_CAPABILITIES_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICASTATE']._serialized_start=2252
+  _globals['_REPLICASTATE']._serialized_end=2405
   _globals['_WATCHREQUEST']._serialized_start=45
-  _globals['_WATCHREQUEST']._serialized_end=93
-  _globals['_JOINREQUEST']._serialized_start=95
-  _globals['_JOINREQUEST']._serialized_end=144
-  _globals['_JOINREPLY']._serialized_start=146
-  _globals['_JOINREPLY']._serialized_end=157
-  _globals['_HOLDSHARDREQUEST']._serialized_start=160
-  _globals['_HOLDSHARDREQUEST']._serialized_end=327
-  _globals['_MODELSHAPE']._serialized_start=329
-  _globals['_MODELSHAPE']._serialized_end=443
-  _globals['_SHARDINFO']._serialized_start=446
-  _globals['_SHARDINFO']._serialized_end=648
-  _globals['_REPLICARECORD']._serialized_start=651
-  _globals['_REPLICARECORD']._serialized_end=915
-  _globals['_NODERECORD']._serialized_start=918
-  _globals['_NODERECORD']._serialized_end=1262
-  _globals['_AGENT']._serialized_start=1421
-  _globals['_AGENT']._serialized_end=1659
+  _globals['_WATCHREQUEST']._serialized_end=82
+  _globals['_JOINREQUEST']._serialized_start=84
+  _globals['_JOINREQUEST']._serialized_end=133
+  _globals['_JOINREPLY']._serialized_start=135
+  _globals['_JOINREPLY']._serialized_end=146
+  _globals['_HOLDSHARDREQUEST']._serialized_start=149
+  _globals['_HOLDSHARDREQUEST']._serialized_end=316
+  _globals['_MODELSHAPE']._serialized_start=318
+  _globals['_MODELSHAPE']._serialized_end=432
+  _globals['_SHARDINFO']._serialized_start=435
+  _globals['_SHARDINFO']._serialized_end=637
+  _globals['_REPLICARECORD']._serialized_start=640
+  _globals['_REPLICARECORD']._serialized_end=904
+  _globals['_NODERECORD']._serialized_start=907
+  _globals['_NODERECORD']._serialized_end=1309
+  _globals['_CAPABILITIES']._serialized_start=1312
+  _globals['_CAPABILITIES']._serialized_end=1753
+  _globals['_CAPABILITIES_LABELSENTRY']._serialized_start=1708
+  _globals['_CAPABILITIES_LABELSENTRY']._serialized_end=1753
+  _globals['_CPU']._serialized_start=1755
+  _globals['_CPU']._serialized_end=1879
+  _globals['_DISK']._serialized_start=1881
+  _globals['_DISK']._serialized_end=1928
+  _globals['_ACCELERATOR']._serialized_start=1930
+  _globals['_ACCELERATOR']._serialized_end=1987
+  _globals['_BATTERY']._serialized_start=1989
+  _globals['_BATTERY']._serialized_end=2069
+  _globals['_THERMAL']._serialized_start=2071
+  _globals['_THERMAL']._serialized_end=2130
+  _globals['_NETWORKINTERFACE']._serialized_start=2132
+  _globals['_NETWORKINTERFACE']._serialized_end=2192
+  _globals['_SPEED']._serialized_start=2194
+  _globals['_SPEED']._serialized_end=2249
+  _globals['_AGENT']._serialized_start=2408
+  _globals['_AGENT']._serialized_end=2646
 # @@protoc_insertion_point(module_scope)

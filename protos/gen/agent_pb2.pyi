@@ -45,17 +45,13 @@ class WatchRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CLUSTER_FIELD_NUMBER: builtins.int
-    ADDRESS_FIELD_NUMBER: builtins.int
     cluster: builtins.str
-    address: builtins.str
-    """the watcher's own, if it is an agent: who is watched, watches back"""
     def __init__(
         self,
         *,
         cluster: builtins.str = ...,
-        address: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "cluster", b"cluster"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster"]) -> None: ...
 
 Global___WatchRequest: typing_extensions.TypeAlias = WatchRequest
 
@@ -252,14 +248,14 @@ class NodeRecord(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     API_ADDRESS_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
-    INCARNATION_FIELD_NUMBER: builtins.int
-    CORES_FIELD_NUMBER: builtins.int
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: builtins.int
     MEMORY_FREE_BYTES_FIELD_NUMBER: builtins.int
     REPLICAS_FIELD_NUMBER: builtins.int
-    PEERS_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    CAPABILITIES_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: builtins.int
     node: builtins.str
     name: builtins.str
     cluster: builtins.str
@@ -268,22 +264,21 @@ class NodeRecord(google.protobuf.message.Message):
     address: builtins.str
     api_address: builtins.str
     version: builtins.str
-    incarnation: builtins.int
-    cores: builtins.int
     memory_total_bytes: builtins.int
     memory_free_bytes: builtins.int
     """what shards and KV may still take"""
     draining: builtins.bool
+    region: builtins.str
+    public_key: builtins.bytes
+    """Ed25519, raw"""
     @property
     def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ReplicaRecord]: ...
-    @property
-    def peers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """addresses that this agent knows"""
-
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """models in its store"""
 
+    @property
+    def capabilities(self) -> Global___Capabilities: ...
     def __init__(
         self,
         *,
@@ -295,15 +290,245 @@ class NodeRecord(google.protobuf.message.Message):
         address: builtins.str = ...,
         api_address: builtins.str = ...,
         version: builtins.str = ...,
-        incarnation: builtins.int = ...,
-        cores: builtins.int = ...,
         memory_total_bytes: builtins.int = ...,
         memory_free_bytes: builtins.int = ...,
         replicas: collections.abc.Iterable[Global___ReplicaRecord] | None = ...,
-        peers: collections.abc.Iterable[builtins.str] | None = ...,
         models: collections.abc.Iterable[builtins.str] | None = ...,
         draining: builtins.bool = ...,
+        capabilities: Global___Capabilities | None = ...,
+        region: builtins.str = ...,
+        public_key: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "cluster", b"cluster", "cores", b"cores", "draining", b"draining", "features", b"features", "incarnation", b"incarnation", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "peers", b"peers", "replicas", b"replicas", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "draining", b"draining", "features", b"features", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
 
 Global___NodeRecord: typing_extensions.TypeAlias = NodeRecord
+
+@typing.final
+class Capabilities(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    CPU_FIELD_NUMBER: builtins.int
+    DISK_FIELD_NUMBER: builtins.int
+    ACCELERATORS_FIELD_NUMBER: builtins.int
+    BATTERY_FIELD_NUMBER: builtins.int
+    THERMAL_FIELD_NUMBER: builtins.int
+    INTERFACES_FIELD_NUMBER: builtins.int
+    SPEEDS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    @property
+    def cpu(self) -> Global___Cpu: ...
+    @property
+    def disk(self) -> Global___Disk: ...
+    @property
+    def accelerators(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Accelerator]: ...
+    @property
+    def battery(self) -> Global___Battery:
+        """absent: none"""
+
+    @property
+    def thermal(self) -> Global___Thermal:
+        """absent: unknown"""
+
+    @property
+    def interfaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NetworkInterface]: ...
+    @property
+    def speeds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Speed]: ...
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        cpu: Global___Cpu | None = ...,
+        disk: Global___Disk | None = ...,
+        accelerators: collections.abc.Iterable[Global___Accelerator] | None = ...,
+        battery: Global___Battery | None = ...,
+        thermal: Global___Thermal | None = ...,
+        interfaces: collections.abc.Iterable[Global___NetworkInterface] | None = ...,
+        speeds: collections.abc.Iterable[Global___Speed] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["battery", b"battery", "cpu", b"cpu", "disk", b"disk", "thermal", b"thermal"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accelerators", b"accelerators", "battery", b"battery", "cpu", b"cpu", "disk", b"disk", "interfaces", b"interfaces", "labels", b"labels", "speeds", b"speeds", "thermal", b"thermal"]) -> None: ...
+
+Global___Capabilities: typing_extensions.TypeAlias = Capabilities
+
+@typing.final
+class Cpu(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CORES_FIELD_NUMBER: builtins.int
+    QUOTA_FIELD_NUMBER: builtins.int
+    ARCHITECTURE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    MHZ_FIELD_NUMBER: builtins.int
+    MHZ_NOW_FIELD_NUMBER: builtins.int
+    INSTRUCTIONS_FIELD_NUMBER: builtins.int
+    cores: builtins.int
+    quota: builtins.float
+    """cores that the cgroup grants"""
+    architecture: builtins.str
+    model: builtins.str
+    mhz: builtins.int
+    mhz_now: builtins.int
+    """the highest allowed now"""
+    @property
+    def instructions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        cores: builtins.int = ...,
+        quota: builtins.float = ...,
+        architecture: builtins.str = ...,
+        model: builtins.str = ...,
+        mhz: builtins.int = ...,
+        mhz_now: builtins.int = ...,
+        instructions: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "cores", b"cores", "instructions", b"instructions", "mhz", b"mhz", "mhz_now", b"mhz_now", "model", b"model", "quota", b"quota"]) -> None: ...
+
+Global___Cpu: typing_extensions.TypeAlias = Cpu
+
+@typing.final
+class Disk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    FREE_BYTES_FIELD_NUMBER: builtins.int
+    total_bytes: builtins.int
+    free_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        total_bytes: builtins.int = ...,
+        free_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["free_bytes", b"free_bytes", "total_bytes", b"total_bytes"]) -> None: ...
+
+Global___Disk: typing_extensions.TypeAlias = Disk
+
+@typing.final
+class Accelerator(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """provider, delegate or device"""
+    name: builtins.str
+    detail: builtins.str
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        name: builtins.str = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "kind", b"kind", "name", b"name"]) -> None: ...
+
+Global___Accelerator: typing_extensions.TypeAlias = Accelerator
+
+@typing.final
+class Battery(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PERCENT_FIELD_NUMBER: builtins.int
+    CHARGING_FIELD_NUMBER: builtins.int
+    ENERGY_WH_FIELD_NUMBER: builtins.int
+    POWER_W_FIELD_NUMBER: builtins.int
+    percent: builtins.int
+    charging: builtins.bool
+    energy_wh: builtins.float
+    power_w: builtins.float
+    """drawn; negative while charging"""
+    def __init__(
+        self,
+        *,
+        percent: builtins.int = ...,
+        charging: builtins.bool = ...,
+        energy_wh: builtins.float = ...,
+        power_w: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["charging", b"charging", "energy_wh", b"energy_wh", "percent", b"percent", "power_w", b"power_w"]) -> None: ...
+
+Global___Battery: typing_extensions.TypeAlias = Battery
+
+@typing.final
+class Thermal(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ZONE_FIELD_NUMBER: builtins.int
+    CELSIUS_FIELD_NUMBER: builtins.int
+    THROTTLED_FIELD_NUMBER: builtins.int
+    zone: builtins.str
+    celsius: builtins.int
+    throttled: builtins.bool
+    def __init__(
+        self,
+        *,
+        zone: builtins.str = ...,
+        celsius: builtins.int = ...,
+        throttled: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["celsius", b"celsius", "throttled", b"throttled", "zone", b"zone"]) -> None: ...
+
+Global___Thermal: typing_extensions.TypeAlias = Thermal
+
+@typing.final
+class NetworkInterface(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    MBPS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    kind: builtins.str
+    mbps: builtins.int
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        kind: builtins.str = ...,
+        mbps: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "mbps", b"mbps", "name", b"name"]) -> None: ...
+
+Global___NetworkInterface: typing_extensions.TypeAlias = NetworkInterface
+
+@typing.final
+class Speed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUNTIME_FIELD_NUMBER: builtins.int
+    GB_S_FIELD_NUMBER: builtins.int
+    GFLOP_S_FIELD_NUMBER: builtins.int
+    runtime: builtins.str
+    gb_s: builtins.float
+    gflop_s: builtins.float
+    def __init__(
+        self,
+        *,
+        runtime: builtins.str = ...,
+        gb_s: builtins.float = ...,
+        gflop_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gb_s", b"gb_s", "gflop_s", b"gflop_s", "runtime", b"runtime"]) -> None: ...
+
+Global___Speed: typing_extensions.TypeAlias = Speed

@@ -55,7 +55,7 @@ class AgentServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Watch(self, request, context):
-        """The agent's record, again whenever it changes, and at least every second.
+        """The agent's record, again whenever it changes. Liveness is membership's (membership.proto).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -107,7 +107,7 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
     ], channel: grpc.aio.Channel) -> None: ...
 
     Watch: _AgentWatchType
-    """The agent's record, again whenever it changes, and at least every second."""
+    """The agent's record, again whenever it changes. Liveness is membership's (membership.proto)."""
 
     Join: _AgentJoinType
     """Make the agent know other agents."""
@@ -139,7 +139,7 @@ class AgentServicer(metaclass=abc.ABCMeta):
         request: protos.gen.agent_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[protos.gen.agent_pb2.NodeRecord], collections.abc.AsyncIterator[protos.gen.agent_pb2.NodeRecord]]:
-        """The agent's record, again whenever it changes, and at least every second."""
+        """The agent's record, again whenever it changes. Liveness is membership's (membership.proto)."""
 
     @abc.abstractmethod
     def Join(

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import NoRoute
+from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId
-from scheduler.cluster import ClusterSnapshot, NodeLeft, NodeSeen, NodeSilent, NodeState, ReplicaState
+from scheduler.cluster import ClusterSnapshot, NodeForgotten, NodeJudged, NodeSeen, ReplicaState
 from scheduler.placement import Infeasible, ModelDemand, NodeRoom, Placement, place_evenly
 from scheduler.routing import RouteRequest, find_route, missing_layers
 from tests.builders import cluster, node, shard
@@ -23,23 +24,32 @@ def names(snapshot: ClusterSnapshot, request: RouteRequest = ASK) -> list[tuple[
     return [(s.node, str(s.layers)) for s in find_route(snapshot, request).stages]
 
 
-def test_a_silent_node_is_out_of_routes_and_back_when_it_speaks() -> None:
+@pytest.mark.parametrize(
+    "judged",
+    [
+        NodeJudged(NodeId("b"), MemberState.SUSPECT),
+        NodeJudged(NodeId("b"), MemberState.DEAD),
+        NodeJudged(NodeId("b"), MemberState.ALIVE, reachable=False),
+    ],
+)
+def test_a_suspect_is_out_of_routes_and_back_when_it_refutes(judged: NodeJudged) -> None:
     snapshot = cluster(node("a", shard(0, 3)), node("b", shard(3, 6)))
     assert names(snapshot) == [("a", "0-3"), ("b", "3-6")]
-    silent = snapshot.apply(NodeSilent(NodeId("b"), "no answer"), 5)
-    assert (silent.nodes[NodeId("b")].state, silent.nodes[NodeId("b")].since_ns) == (NodeState.SUSPECT, 5)
+    suspect = snapshot.apply(judged)
     with pytest.raises(NoRoute, match="no node serves the layers 3-6 of tiny"):
-        find_route(silent, ASK)
-    back = silent.apply(NodeSeen(node("b", shard(3, 6))), 9)
-    assert names(back) == names(snapshot)
-    assert back.nodes[NodeId("b")].since_ns == 9
+        find_route(suspect, ASK)
+    # Its own record does not clear it: who is alive is membership's to say.
+    told = suspect.apply(NodeSeen(node("b", shard(3, 6))))
+    with pytest.raises(NoRoute):
+        find_route(told, ASK)
+    assert names(told.apply(NodeJudged(NodeId("b"), MemberState.ALIVE))) == names(snapshot)
 
 
-def test_snapshots_do_not_change_and_old_records_are_ignored() -> None:
-    snapshot = cluster(node("a", shard(), incarnation=2))
-    assert snapshot.apply(NodeSeen(node("a", incarnation=1)), 1) is snapshot
-    assert snapshot.apply(NodeLeft(NodeId("x")), 1) is snapshot
-    assert snapshot.apply(NodeLeft(NodeId("a")), 1).nodes == {}
+def test_snapshots_do_not_change() -> None:
+    snapshot = cluster(node("a", shard()))
+    assert snapshot.apply(NodeForgotten(NodeId("x"))) is snapshot
+    assert snapshot.apply(NodeJudged(NodeId("x"), MemberState.DEAD)) is snapshot
+    assert snapshot.apply(NodeForgotten(NodeId("a"))).nodes == {}
     assert list(snapshot.nodes) == ["a"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
-from node_agent.adapters.fingerprint.cpu import probe_cores
+from node_agent.adapters.fingerprint.cpu import probe_cpu
 from node_agent.adapters.fingerprint.memory import Memory, probe_memory
 from node_agent.adapters.identity import node_identity
 from node_agent.lease import LeaseBook
@@ -52,14 +52,14 @@ def test_memory_knows_its_cgroup(tmp_path: Path) -> None:
 
 
 def test_cores_know_their_quota(tmp_path: Path) -> None:
-    everything = probe_cores(tmp_path)
+    everything = probe_cpu(tmp_path).cores
     assert everything >= 1
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "50000")
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
-    assert probe_cores(tmp_path) == 1
+    assert probe_cpu(tmp_path).cores == 1
     write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000")
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1")
-    assert probe_cores(tmp_path) == everything
+    assert probe_cpu(tmp_path).cores == everything
 
 
 def test_a_node_keeps_its_id(tmp_path: Path) -> None:

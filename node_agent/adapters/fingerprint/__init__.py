@@ -1,1 +1,1 @@
-"""What this machine is: one probe a file."""
+"""What this machine is: one probe a file, folded together in ``machine.py``."""

@@ -1,27 +1,57 @@
-"""Cores that this process may use."""
+"""Processor: cores that this process may use, frequency, instruction sets."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
 
+from mesh.capabilities import Cpu
+from node_agent.adapters.fingerprint.files import number, text
 
-def probe_cores(root: Path = Path("/")) -> int:
-    """Cores by affinity and by the cgroup's quota (v2, then v1), at least 1; ``root`` is for tests."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    try:
-        folder = root / "sys/fs/cgroup/cpu"
-        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
-        period_us = int((folder / "cpu.cfs_period_us").read_text())
-        if quota_us > 0:
-            return max(1, min(cores, math.ceil(quota_us / period_us)))
-    except (OSError, ValueError):
-        pass
-    return cores
+INSTRUCTIONS = (
+    "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8",  # x86
+    "neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",  # ARM
+)  # fmt: skip
+"""Sets that the runtimes' kernels choose by, as the kernel names them."""
+
+
+def probe_cpu(root: Path = Path("/")) -> Cpu:
+    """``root`` is for tests. Cores are those of the affinity mask and the cgroup's quota (v2, v1)."""
+    info = text(root / "proc/cpuinfo") or ""
+    fields: dict[str, str] = {}
+    for line in info.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    available = len(os.sched_getaffinity(0))
+    quota = min(float(available), _quota(root) or float(available))
+    speeds = root / "sys/devices/system/cpu/cpu0/cpufreq"
+    khz = number(speeds / "cpuinfo_max_freq") or 0
+    khz_now = number(speeds / "scaling_max_freq") or khz
+    return Cpu(
+        cores=max(1, min(available, math.ceil(quota))),
+        quota=round(quota, 2),
+        architecture=platform.machine(),
+        model=(fields.get("model name") or fields.get("hardware") or text(root / _BOARD) or "")[:80],
+        mhz=khz // 1000,
+        mhz_now=khz_now // 1000,
+        instructions=tuple(i for i in INSTRUCTIONS if i in flags),
+    )
+
+
+_BOARD = "proc/device-tree/model"
+
+
+def _quota(root: Path) -> float | None:
+    """Cores that the cgroup grants; ``None`` when it sets no limit."""
+    v2 = (text(root / "sys/fs/cgroup/cpu.max") or "").split()
+    if len(v2) == 2:
+        try:
+            return None if v2[0] == "max" else int(v2[0]) / int(v2[1])
+        except (ValueError, ZeroDivisionError):
+            return None
+    folder = root / "sys/fs/cgroup/cpu"
+    quota, period = number(folder / "cpu.cfs_quota_us"), number(folder / "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 else None

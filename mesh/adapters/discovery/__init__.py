@@ -1,0 +1,1 @@
+"""Directories of agents, one adapter a file; each serves ``mesh.discovery.Discovery``."""

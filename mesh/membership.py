@@ -1,0 +1,969 @@
+"""Who is in the mesh and who of them is alive: a pure machine, events in, effects out.
+
+::
+
+                 no answer, also not through others; its stream broke
+          ┌───────────────────────────────────────────────▶┐
+       ALIVE ◀──── higher incarnation: it refuted ────── SUSPECT
+          │  ▲                                             │ nothing in time, nor to a last probe
+          │  └──── higher incarnation, or restarted ──── DEAD
+          └────────────── it says so ──────────────────▶ LEFT
+
+SWIM probes and gossip, with Lifeguard's three refinements: a node that is slow itself waits
+longer before it accuses, suspicions last the shorter the more accusers agree, and the accused is
+told first. Beyond SWIM: each probe asks three times directly before the others are asked (lossy
+radios), a death needs one more failed probe when its time is up, timers that come late (this
+process was stopped or starved) move all deadlines instead of accusing anybody, and stream failures
+of the data plane are evidence at once.
+
+Discovery only says where to knock. A node that answers is a member whatever discovery says, and
+one that does not is none, however long Consul lists it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from math import ceil, log10
+from typing import TYPE_CHECKING
+
+from mesh.coordinates import Coordinate, Vivaldi
+from mesh.gossip import (
+    NOBODY,
+    Ack,
+    Body,
+    Fact,
+    MemberState,
+    Nack,
+    Packet,
+    Ping,
+    PingRequest,
+    Rumours,
+    Train,
+    TrainSeen,
+    Twin,
+)
+from mesh.links import LinkMeter, train_speed
+from mesh.profiles import Profile
+from mesh.suspicion import CONFIRMATIONS, Suspicion
+from mesh.types import Address, NodeId
+
+if TYPE_CHECKING:
+    from random import Random
+
+MEMBERS_MAX = 4096
+FULL_VIEW_MAX = 400
+"""Beyond so many members, those of other regions are kept as a summary only."""
+SIGHTINGS_MAX = 16_384
+SYNCS_MAX = 8
+"""Exchanges of views that run at once."""
+NEWS_PER_PACKET = 10
+_HEALTH_MAX = 8
+_ASKS = 3
+_LATE = 4
+"""An answer is still worth its round trip so many timeouts after the ping."""
+_SPREAD_NS = 20_000_000
+"""Fresh news is passed on after so long, the same news again every ``gossip_interval``."""
+_SYNC_RETRY_MAX_NS = 30_000_000_000
+_UNREACHABLE_AFTER = 3
+_GATEWAYS = 3
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Discovery saw an agent at ``address``; ``node`` where the advert says which."""
+
+    address: Address
+    source: str
+    node: NodeId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Discovery does not list ``address`` any more. That alone kills nobody."""
+
+    address: Address
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A packet arrived at ``at`` (ns; the kernel's time where there is one)."""
+
+    packet: Packet
+    address: Address
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """Views were exchanged with the agent at ``address``; ``error`` if it could not be reached."""
+
+    address: Address
+    sender: Fact | None = None
+    facts: tuple[Fact, ...] = ()
+    regions: tuple[RegionSummary, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReceived:
+    """Another agent sent its view (and gets ours: ``facts``)."""
+
+    sender: Fact
+    facts: tuple[Fact, ...]
+    regions: tuple[RegionSummary, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAnswered:
+    """A ping over the peer's stream (``PingStream``) came back."""
+
+    seq: int
+    sender: Fact
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost:
+    """A stream to a member broke."""
+
+    node: NodeId
+    instance: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """We stop: tell everybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A deadline may have passed."""
+
+
+Event = Found | Gone | Received | Synced | SyncReceived | StreamAnswered | StreamLost | Leave | Tick
+
+
+# -- effects -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One datagram."""
+
+    address: Address
+    packet: Packet
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Exchange views with the agent at ``address``; ``Synced`` must follow."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class PingStream:
+    """Ask over the peer's gRPC port as well: where datagrams are blocked that is the only way."""
+
+    address: Address
+    node: NodeId
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A member's standing or address changed, or it is new, or (``member`` gone) forgotten."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class TwinSeen:
+    """Two live agents have one node id; ``ours`` if it is our own and we are the younger."""
+
+    node: NodeId
+    address: Address
+    ours: bool
+
+
+Effect = Send | Sync | PingStream | Changed | TwinSeen
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSummary:
+    """What another region is told instead of all its members: the seam for meshes of many sites."""
+
+    region: str
+    alive: int
+    gateways: tuple[Address, ...]
+
+
+@dataclass(slots=True)
+class Member:
+    """What we hold of one node."""
+
+    fact: Fact
+    since: int
+    reason: str = ""
+    sources: set[str] = field(default_factory=set)
+    """How we know of it: names of discovery adapters, ``direct`` or ``gossip``."""
+    meter: LinkMeter = field(default_factory=LinkMeter)
+    coordinate: Coordinate | None = None
+    suspicion: Suspicion | None = None
+    missed: int = 0
+    """Probes in a row that found no direct answer."""
+    by_stream: bool = False
+    """Its last answer came over gRPC because datagrams did not get through."""
+    probing: bool = False
+    trains: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def present(self) -> bool:
+        """Alive, or not known to be otherwise."""
+        return self.fact.state is MemberState.ALIVE or self.fact.state is MemberState.SUSPECT
+
+    @property
+    def reachable(self) -> bool:
+        """Alive and answering *us*: what a route from here needs."""
+        return self.fact.state is MemberState.ALIVE and self.missed < _UNREACHABLE_AFTER
+
+
+@dataclass(slots=True)
+class _Probe:
+    member: Member
+    instance: int
+    last_chance: bool
+    seqs: list[int] = field(default_factory=list)
+    helpers: tuple[NodeId, ...] = ()
+    nacks: int = 0
+    over: bool = False
+
+
+@dataclass(slots=True)
+class _Sighting:
+    sources: set[str]
+    wait: int
+    due: int
+    error: str = ""
+
+
+@dataclass(slots=True)
+class _Contest:
+    challenger: Fact
+    over: bool = False
+
+
+_Timer = tuple[int, int, Callable[..., None], tuple[object, ...]]
+
+
+class Membership:
+    """The machine. ``me`` is our own fact; times are ns, randomness comes in as ``rng``."""
+
+    def __init__(self, me: Fact, profile: Profile, rng: Random, now: int) -> None:
+        self.me, self.profile = me, profile
+        self.members: dict[NodeId, Member] = {}
+        self.regions: dict[str, RegionSummary] = {}
+        self.vivaldi = Vivaldi(rng)
+        self.health = 0
+        """Lifeguard's local health, 0 (well) to 8: multiplies the time we give others."""
+        self.twin: Address | None = None
+        """An older process with our node id: we keep out of the mesh."""
+        self._rng = rng
+        self._out: list[Effect] = []
+        self._now = now
+        self._timers: list[_Timer] = []
+        self._order = 0
+        self._seq = rng.randrange(1 << 30)
+        self._pings: dict[int, tuple[_Probe | None, NodeId, int, int]] = {}
+        """By seq: the probe, whom, when, and its count."""
+        self._relays: dict[int, tuple[int, Address]] = {}
+        self._ring: list[NodeId] = []
+        self._rumours = Rumours(NEWS_PER_PACKET)
+        self._spread_due = 0
+        self._sightings: dict[Address, _Sighting] = {}
+        self._syncing: set[Address] = set()
+        self._contests: dict[NodeId, _Contest] = {}
+        self._leaving = False
+        self._known_present: list[Member] | None = None
+        self._at(now + self._share(profile.probe_interval), self._probe_next)
+        self._at(now + self._share(profile.sync_interval), self._sync_next)
+        self._at(now + self._share(profile.dead_probe_interval), self._try_dead)
+        self._at(now + self._share(profile.train_interval), self._train_next)
+
+    # -- interface -----------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: int) -> list[Effect]:
+        """Take an event; what must be done about it comes back."""
+        self._now = now
+        out: list[Effect] = []
+        self._out = out
+        if self._leaving:
+            return out
+        match event:
+            case Received(packet, address, at):
+                self._received(packet, address, at)
+            case Tick():
+                self._tick()
+            case Synced():
+                self._synced(event)
+            case SyncReceived(sender, facts, regions):
+                self._exchange(sender, facts, regions)
+            case Found(address, source, node):
+                self._found(address, source, node)
+            case Gone(address, source):
+                self._gone(address, source)
+            case StreamAnswered(seq, sender):
+                self._answered(seq, sender, None, now)
+            case StreamLost(node, instance, reason):
+                self._stream_lost(node, instance, reason)
+            case Leave():
+                self._leave()
+        return out
+
+    def next_deadline(self) -> int | None:
+        """When ``Tick`` is due."""
+        return self._timers[0][0] if self._timers and not self._leaving else None
+
+    def facts(self) -> tuple[Fact, ...]:
+        """Our view for an exchange: ourselves and all members but the left."""
+        return (
+            self.me,
+            *(m.fact for _, m in sorted(self.members.items()) if m.fact.state is not MemberState.LEFT),
+        )
+
+    def summaries(self) -> tuple[RegionSummary, ...]:
+        """Our region's summary and those we heard of."""
+        alive = [self.me, *(m.fact for m in self.members.values() if m.fact.state is MemberState.ALIVE)]
+        ours = sorted(f.node for f in alive if f.region == self.me.region)
+        addresses = {f.node: f.address for f in alive}
+        own = RegionSummary(self.me.region, len(ours), tuple(addresses[n] for n in ours[:_GATEWAYS]))
+        return (own, *(s for r, s in sorted(self.regions.items()) if r != self.me.region))
+
+    def unresolved(self) -> list[tuple[Address, tuple[str, ...], str]]:
+        """Addresses that discovery lists and nobody answers at: address, sources, error."""
+        return [
+            (address, tuple(sorted(s.sources)), s.error)
+            for address, s in sorted(self._sightings.items())
+            if s.error
+        ]
+
+    # -- timers --------------------------------------------------------------------------------
+
+    def _at(self, due: int, action: Callable[..., None], *arguments: object) -> None:
+        self._order += 1
+        heapq.heappush(self._timers, (due, self._order, action, arguments))
+
+    def _share(self, interval: int) -> int:
+        """A random part of an interval: nodes that start together must not probe together."""
+        return int(interval * self._rng.random())
+
+    def _tick(self) -> None:
+        now = self._now
+        late = now - self._timers[0][0] if self._timers else 0
+        if late > self.profile.stall:
+            # We were held up. Whatever is due now was due while we could not listen.
+            self._timers = [(due + late, order, act, args) for due, order, act, args in self._timers]
+            for member in self.members.values():
+                if member.suspicion is not None:
+                    member.suspicion.since += late
+            self._unwell(1)
+        while self._timers and self._timers[0][0] <= now:
+            _, _, action, arguments = heapq.heappop(self._timers)
+            action(*arguments)
+
+    def _unwell(self, by: int) -> None:
+        self.health = min(_HEALTH_MAX, max(0, self.health + by))
+
+    @property
+    def _timeout(self) -> int:
+        return self.profile.probe_timeout * (1 + self.health)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def _send(self, address: Address, body: Body, *facts: Fact) -> None:
+        news = self._rumours.take(self._tellings) if self._rumours else ()
+        if facts:
+            named = {f.node for f in facts}
+            news = (*facts, *(f for f in news if f.node not in named))
+        self._out.append(Send(address, Packet(self.me, body, news)))
+
+    @property
+    def _tellings(self) -> int:
+        return self.profile.retransmit * ceil(log10(len(self.members) + 2))
+
+    def _tell(self, fact: Fact) -> None:
+        """Spread news, soon."""
+        self._rumours.add(fact)
+        soon = self._now + _SPREAD_NS
+        if not self._spread_due or self._spread_due > soon:
+            self._spread_due = soon
+            self._at(soon, self._spread)
+
+    def _spread(self) -> None:
+        if self._spread_due > self._now:
+            return  # an earlier timer took its turn
+        self._spread_due = 0
+        peers = self._present()
+        for member in self._rng.sample(peers, min(self.profile.gossip_fanout, len(peers))):
+            if not self._rumours:
+                return
+            self._send(member.fact.address, None)
+        if self._rumours and peers:
+            self._spread_due = self._now + self.profile.gossip_interval
+            self._at(self._spread_due, self._spread)
+
+    def _present(self) -> list[Member]:
+        """Members that are alive or suspect, by id; kept until somebody's standing changes."""
+        if self._known_present is None:
+            self._known_present = [m for _, m in sorted(self.members.items()) if m.present]
+        return self._known_present
+
+    def _change(self, member: Member, state: MemberState, reason: str) -> None:
+        self._known_present = None
+        member.since, member.reason = self._now, reason
+        if state is not MemberState.SUSPECT:
+            member.suspicion = None
+        self._out.append(Changed(member.fact.node))
+
+    # -- probing -------------------------------------------------------------------------------
+
+    def _probe_next(self) -> None:
+        fanout = max(1, min(self.profile.probe_fanout, len(self.members)))
+        self._at(self._now + self.profile.probe_interval // fanout, self._probe_next)
+        for _ in range(len(self._ring) + 1):
+            if not self._ring:
+                self._ring = [m.fact.node for m in self._present()]
+                self._rng.shuffle(self._ring)
+                if not self._ring:
+                    return
+            member = self.members.get(self._ring.pop())
+            if member and member.present and not member.probing:
+                self._probe(member)
+                return
+
+    def _probe(self, member: Member, last_chance: bool = False) -> None:
+        member.probing = True
+        self._ask(_Probe(member, member.fact.instance, last_chance), 0)
+
+    def _ask(self, probe: _Probe, step: int) -> None:
+        """Three times directly (at 0, half, one timeout), the third time helpers and the stream too."""
+        if probe.over:
+            return
+        timeout = self._timeout
+        if step == _ASKS:
+            self._unanswered(probe)
+            return
+        seq = self._ping(probe.member, probe)
+        if step < _ASKS - 1:
+            self._at(self._now + timeout // 2, self._ask, probe, step + 1)
+            return
+        fact = probe.member.fact
+        self._out.append(PingStream(fact.address, fact.node, seq))
+        others = [
+            m
+            for m in self._present()
+            if m.missed == 0 and m is not probe.member and m.fact.state is MemberState.ALIVE
+        ]
+        helpers = self._rng.sample(others, min(self.profile.helpers, len(others)))
+        probe.helpers = tuple(h.fact.node for h in helpers)
+        for helper in helpers:
+            self._send(helper.fact.address, PingRequest(seq, fact))
+        self._at(self._now + timeout, self._ask, probe, _ASKS)
+
+    def _ping(self, member: Member, probe: _Probe | None) -> int:
+        self._seq = (self._seq + 1) & 0xFFFFFFFF
+        seq, fact = self._seq, member.fact
+        member.meter.pings_sent += 1
+        count = member.meter.pings_sent
+        self._pings[seq] = (probe, fact.node, self._now, count)
+        if probe is not None:
+            probe.seqs.append(seq)
+        else:
+            self._at(self._now + _LATE * self.profile.probe_timeout, self._forget_ping, seq)
+        accused = (fact,) if fact.state is not MemberState.ALIVE else ()
+        self._send(fact.address, Ping(seq, fact.node, fact.instance, count), *accused)
+        return seq
+
+    def _forget_ping(self, seq: int) -> None:
+        self._pings.pop(seq, None)
+
+    def _end(self, probe: _Probe) -> None:
+        probe.over = True
+        probe.member.probing = False
+        for seq in probe.seqs:
+            # An answer that is late still tells the round trip and that the peer lives.
+            _, node, sent, count = self._pings[seq]
+            self._pings[seq] = (None, node, sent, count)
+            self._at(self._now + _LATE * self.profile.probe_timeout, self._forget_ping, seq)
+
+    def _unanswered(self, probe: _Probe) -> None:
+        self._end(probe)
+        member = probe.member
+        if self.members.get(member.fact.node) is not member or member.fact.instance != probe.instance:
+            return
+        if probe.helpers:
+            # Nobody told us that he could not reach it either: perhaps nobody hears us.
+            self._unwell(1 if not probe.nacks else 0)
+        member.missed += 1
+        if probe.last_chance and member.fact.state is MemberState.SUSPECT:
+            self._bury(member)
+        elif member.present:
+            through = f", nor through {' and '.join(sorted(probe.helpers))}" if probe.helpers else ""
+            waited = 2 * self.profile.probe_timeout / 1e9
+            self._suspect(member, self.me.node, f"no answer for {waited:.3g} s{through}")
+
+    def _answered(self, seq: int, sender: Fact, ack: Ack | None, at: int) -> None:
+        """A ping of ours came back: directly (``ack``), through a helper, or over the stream."""
+        found = self._pings.get(seq)
+        if found is None:
+            return
+        probe, node, sent, count = found
+        member = self.members.get(node)
+        direct = sender.node == node
+        if member is None or (direct and sender.instance != member.fact.instance):
+            return
+        if probe is not None and not probe.over:
+            self._end(probe)
+            self._unwell(-1)
+            if not direct:
+                member.missed += 1
+                if member.missed == _UNREACHABLE_AFTER:
+                    member.reason = f"answers {sender.node}, not us"
+                    self._out.append(Changed(node))
+        if not direct:
+            return
+        if member.missed >= _UNREACHABLE_AFTER and member.fact.state is MemberState.ALIVE:
+            member.reason = ""
+            self._out.append(Changed(node))
+        member.missed = 0
+        member.by_stream = ack is None
+        self._pings.pop(seq, None)
+        if probe is not None:
+            probe.seqs.remove(seq)
+        if ack is None:
+            return
+        rtt = at - sent - ack.held
+        member.meter.answered(rtt if rtt > 0 else None, count, ack.seen, ack.count)
+        if ack.coordinate is not None and ack.coordinate.valid():
+            member.coordinate = ack.coordinate
+            if rtt > 0:
+                self.vivaldi.measured(ack.coordinate, rtt / 1e9)
+
+    # -- suspicion and death -------------------------------------------------------------------
+
+    def _suspect(self, member: Member, by: NodeId, reason: str) -> None:
+        fact = replace(member.fact, state=MemberState.SUSPECT, by=by)
+        suspicion = member.suspicion
+        if suspicion is None:
+            expected = min(CONFIRMATIONS, len(self.members) - 1)
+            suspicion = member.suspicion = Suspicion(
+                self._now, self.profile.suspicion_min, self.profile.suspicion_max, expected
+            )
+            suspicion.confirm(by)
+            member.fact = fact
+            self._change(member, MemberState.SUSPECT, reason)
+        elif not suspicion.confirm(by):
+            return
+        self._tell(fact)
+        if by == self.me.node:
+            self._ping(member, None)  # the accused hears it first
+        self._at(suspicion.deadline(), self._time_is_up, member, suspicion)
+
+    def _time_is_up(self, member: Member, suspicion: Suspicion) -> None:
+        if member.suspicion is not suspicion or self._now < suspicion.deadline():
+            return
+        if member.probing:
+            self._at(self._now + self._timeout, self._time_is_up, member, suspicion)
+        else:
+            self._probe(member, last_chance=True)
+
+    def _bury(self, member: Member) -> None:
+        member.fact = replace(member.fact, state=MemberState.DEAD, by=self.me.node)
+        self._change(member, MemberState.DEAD, member.reason)
+        self._tell(member.fact)
+
+    def _stream_lost(self, node: NodeId, instance: int, reason: str) -> None:
+        member = self.members.get(node)
+        if member and member.fact.instance == instance and member.fact.state is MemberState.ALIVE:
+            self._suspect(member, self.me.node, reason)
+
+    def _try_dead(self) -> None:
+        """Knock at one dead member, and forget those that are dead for long."""
+        self._at(self._now + self.profile.dead_probe_interval, self._try_dead)
+        gone = [m for m in self.members.values() if not m.present]
+        for member in gone:
+            if self._now - member.since > self.profile.forget:
+                del self.members[member.fact.node]
+                self._known_present = None
+                self._out.append(Changed(member.fact.node))
+        dead = [m for m in gone if m.fact.state is MemberState.DEAD]
+        if dead:
+            self._ping(self._rng.choice(dead), None)
+
+    # -- packets in ----------------------------------------------------------------------------
+
+    def _received(self, packet: Packet, address: Address, at: int) -> None:
+        sender, body = packet.sender, packet.body
+        if isinstance(body, Twin):
+            self._told_of_twin(body.address)
+            return
+        if self.twin is not None:
+            return
+        if sender.node == self.me.node:
+            if sender.instance != self.me.instance:
+                self._twin_of_ours(sender)
+            return
+        self._met(sender)
+        for fact in packet.news:
+            self._merge(fact)
+        match body:
+            case Ping():
+                self._answer(sender, body, at)
+            case Ack(seq):
+                relay = self._relays.get(seq)
+                if relay is not None:
+                    self._relay(relay, sender)
+                else:
+                    self._answered(seq, sender, body, at)
+            case PingRequest(seq, target):
+                self._help(sender, seq, target)
+            case Nack(seq):
+                found = self._pings.get(seq)
+                if found and found[0] is not None:
+                    found[0].nacks += 1
+            case Train():
+                self._train_came(sender, body, at)
+            case TrainSeen(_, speed):
+                member = self.members.get(sender.node)
+                if member is not None and speed > 0:
+                    member.meter.train_out(speed)
+            case None:
+                pass
+
+    def _answer(self, sender: Fact, ping: Ping, at: int) -> None:
+        if (ping.target, ping.instance) != (self.me.node, self.me.instance):
+            # It knows our address by another process: an earlier life of ours, or another node's.
+            self._send(sender.address, None, self.me)
+            return
+        member = self.members.get(sender.node)
+        seen = count = 0
+        if member is not None:
+            member.meter.pings_seen += 1
+            member.meter.acks_sent += 1
+            seen, count = member.meter.pings_seen, member.meter.acks_sent
+        ack = Ack(ping.seq, max(0, self._now - at), seen, count, self.vivaldi.here)
+        facts = (member.fact,) if member and member.fact.state is not MemberState.ALIVE else ()
+        self._send(sender.address, ack, *facts)
+
+    def _help(self, sender: Fact, seq: int, target: Fact) -> None:
+        self._merge(target)
+        member = self.members.get(target.node)
+        if member is None:
+            return
+        own = self._ping(member, None)
+        self._relays[own] = (seq, sender.address)
+        self._at(self._now + self.profile.probe_timeout * 4 // 5, self._give_up, own)
+
+    def _relay(self, relay: tuple[int, Address], target: Fact) -> None:
+        seq, asker = relay
+        self._send(asker, Ack(seq), replace(target, state=MemberState.ALIVE, by=NOBODY))
+        for own, waiting in list(self._relays.items()):
+            if waiting == relay:
+                del self._relays[own]
+
+    def _give_up(self, own: int) -> None:
+        relay = self._relays.pop(own, None)
+        if relay is not None:
+            self._send(relay[1], Nack(relay[0]))
+
+    # -- facts ---------------------------------------------------------------------------------
+
+    def _met(self, sender: Fact) -> None:
+        """A packet came straight from a node: its own word on itself, this very moment."""
+        known = self.members.get(sender.node)
+        if known is None:
+            self._merge(sender)
+            if sender.node in self.members:
+                self.members[sender.node].sources.add("direct")
+                self._start_sync(sender.address)
+        elif known.fact.instance == sender.instance:
+            known.sources.add("direct")
+            if sender.incarnation > known.fact.incarnation:
+                self._merge(sender)
+        else:
+            self._other_instance(known, sender)
+
+    def _merge(self, fact: Fact) -> None:
+        """Fold in what somebody says."""
+        if fact.node == self.me.node:
+            self._about_us(fact)
+            return
+        member = self.members.get(fact.node)
+        if member is None:
+            self._welcome(fact)
+        elif fact.instance != member.fact.instance:
+            if fact.instance > member.fact.instance and fact.state is MemberState.ALIVE:
+                if member.fact.state is MemberState.ALIVE:
+                    self._knock(fact)  # a restart that we missed, or a twin: let it speak for itself
+                else:
+                    self._replace(member, fact)
+        elif fact.state is MemberState.SUSPECT:
+            self._accused(member, fact)
+        elif fact.news_to(member.fact):
+            self._news(member, fact)
+
+    def _news(self, member: Member, fact: Fact) -> None:
+        before = member.fact
+        match fact.state:
+            case MemberState.ALIVE:
+                member.fact = fact
+                member.missed = 0
+                if before.state is not MemberState.ALIVE or before.address != fact.address:
+                    self._change(member, MemberState.ALIVE, "")
+                self._tell(fact)
+            case MemberState.DEAD:
+                if before.state is MemberState.ALIVE:
+                    # Not while we hold it alive: it may refute, as it could to those who say so.
+                    member.fact = replace(before, incarnation=fact.incarnation)
+                    self._suspect(member, fact.by, f"{fact.by} says that it is dead")
+                else:
+                    member.fact = fact
+                    self._change(member, MemberState.DEAD, member.reason or f"{fact.by} says so")
+                    self._tell(fact)
+            case MemberState.LEFT:
+                member.fact = fact
+                self._change(member, MemberState.LEFT, "it left")
+                self._tell(fact)
+            case _:
+                raise AssertionError(fact)
+
+    def _accused(self, member: Member, fact: Fact) -> None:
+        known = member.fact
+        if fact.incarnation < known.incarnation or (
+            fact.incarnation == known.incarnation and known.state.value > MemberState.SUSPECT.value
+        ):
+            return
+        if fact.incarnation > known.incarnation:
+            member.suspicion = None
+            member.fact = replace(known, incarnation=fact.incarnation, state=MemberState.ALIVE)
+        self._suspect(member, fact.by, f"{fact.by} gets no answer from it")
+
+    def _welcome(self, fact: Fact) -> None:
+        if fact.state.value >= MemberState.DEAD.value or len(self.members) >= MEMBERS_MAX:
+            return
+        if fact.region != self.me.region and len(self.members) >= FULL_VIEW_MAX:
+            return
+        member = Member(replace(fact, state=MemberState.ALIVE, by=NOBODY), self._now, sources={"gossip"})
+        self.members[fact.node] = member
+        sighting = self._sightings.pop(fact.address, None)
+        if sighting is not None:
+            member.sources |= sighting.sources
+        if self._ring:
+            self._ring.insert(self._rng.randrange(len(self._ring) + 1), fact.node)
+        self._change(member, MemberState.ALIVE, "")
+        self._tell(member.fact)
+        if fact.state is MemberState.SUSPECT:
+            self._suspect(member, fact.by, f"{fact.by} gets no answer from it")
+
+    def _replace(self, member: Member, fact: Fact) -> None:
+        """Another process of the same node took its place."""
+        member.fact = replace(fact, state=MemberState.ALIVE, by=NOBODY)
+        member.meter, member.missed, member.suspicion = LinkMeter(), 0, None
+        self._change(member, MemberState.ALIVE, "")
+        self._tell(member.fact)
+
+    def _about_us(self, fact: Fact) -> None:
+        if (
+            fact.instance == self.me.instance
+            and fact.state is not MemberState.ALIVE
+            and fact.incarnation >= self.me.incarnation
+        ):
+            self.me = replace(self.me, incarnation=fact.incarnation + 1)
+            self._unwell(1)
+            self._tell(self.me)
+
+    # -- twins ---------------------------------------------------------------------------------
+
+    def _knock(self, fact: Fact) -> None:
+        self._send(fact.address, Ping(0, fact.node, fact.instance, 0))
+
+    def _other_instance(self, known: Member, sender: Fact) -> None:
+        """A node that we know speaks as another process: restarted, or there are two of it."""
+        if known.fact.address == sender.address or known.fact.state is not MemberState.ALIVE:
+            self._replace(known, sender)
+            return
+        contest = self._contests.get(sender.node)
+        if contest is not None:
+            return
+        contest = self._contests[sender.node] = _Contest(sender)
+        self._ping(known, None)
+        self._at(self._now + self._timeout, self._ping_again, known, contest)
+        self._at(self._now + 2 * self._timeout, self._settle, known, contest, known.meter.acks_seen)
+
+    def _ping_again(self, known: Member, contest: _Contest) -> None:
+        if not contest.over:
+            self._ping(known, None)
+
+    def _settle(self, known: Member, contest: _Contest, acks_before: int) -> None:
+        """Whether the process that we knew has answered since the other one turned up."""
+        contest.over = True
+        challenger = contest.challenger
+        self._contests.pop(challenger.node, None)
+        if self.members.get(challenger.node) is not known or known.fact.instance == challenger.instance:
+            return
+        if known.meter.acks_seen == acks_before:
+            self._replace(known, challenger)
+            return
+        # Both live. The older stays: whoever copied a data directory is the younger.
+        older, younger = sorted((known.fact, challenger), key=lambda f: (f.instance, f.address))
+        self._send(younger.address, Twin(older.address))
+        self._out.append(TwinSeen(challenger.node, younger.address, ours=False))
+        if older is not known.fact:
+            self._replace(known, older)
+
+    def _twin_of_ours(self, other: Fact) -> None:
+        if (other.instance, other.address) > (self.me.instance, self.me.address):
+            self._send(other.address, Twin(self.me.address))
+            self._out.append(TwinSeen(other.node, other.address, ours=False))
+        else:
+            self._told_of_twin(other.address)
+
+    def _told_of_twin(self, address: Address) -> None:
+        if self.twin is None and address != self.me.address:
+            self.twin = address
+            self._timers.clear()
+            self._out.append(TwinSeen(self.me.node, address, ours=True))
+
+    # -- discovery and exchange of views -------------------------------------------------------
+
+    def _found(self, address: Address, source: str, node: NodeId | None) -> None:
+        if address == self.me.address:
+            return
+        for member in self.members.values():
+            if member.fact.address == address:
+                member.sources.add(source)
+                return
+        sighting = self._sightings.get(address)
+        if sighting is None:
+            if len(self._sightings) >= SIGHTINGS_MAX:
+                return
+            sighting = self._sightings[address] = _Sighting(
+                set(), self.profile.probe_interval // 4, self._now
+            )
+            self._at(self._now, self._resolve, address)
+        sighting.sources.add(source)
+
+    def _gone(self, address: Address, source: str) -> None:
+        for member in self.members.values():
+            if member.fact.address == address:
+                member.sources.discard(source)
+        sighting = self._sightings.get(address)
+        if sighting is not None:
+            sighting.sources.discard(source)
+            if not sighting.sources:
+                del self._sightings[address]
+
+    def _resolve(self, address: Address) -> None:
+        sighting = self._sightings.get(address)
+        if sighting is None or self._now < sighting.due:
+            return
+        if len(self._syncing) >= SYNCS_MAX:
+            self._at(self._now + self.profile.probe_interval // 4, self._resolve, address)
+            return
+        self._start_sync(address)
+
+    def _start_sync(self, address: Address) -> None:
+        if address not in self._syncing and len(self._syncing) < SYNCS_MAX and self.twin is None:
+            self._syncing.add(address)
+            self._out.append(Sync(address))
+
+    def _sync_next(self) -> None:
+        self._at(self._now + self.profile.sync_interval, self._sync_next)
+        alive = [m.fact.address for m in self.members.values() if m.fact.state is MemberState.ALIVE]
+        afar = [g for r, s in sorted(self.regions.items()) if r != self.me.region for g in s.gateways]
+        known = {m.fact.address for m in self.members.values()}
+        choices = alive + [g for g in afar if g not in known]
+        if choices:
+            self._start_sync(self._rng.choice(choices))
+
+    def _synced(self, event: Synced) -> None:
+        self._syncing.discard(event.address)
+        sighting = self._sightings.get(event.address)
+        if event.sender is not None and not event.error:
+            if event.sender.node == self.me.node:
+                if event.sender.instance != self.me.instance:
+                    self._twin_of_ours(event.sender)
+                self._sightings.pop(event.address, None)
+                return
+            self._exchange(event.sender, event.facts, event.regions)
+            if sighting is not None:
+                # It may tell another address than the one that was listed.
+                member = self.members.get(event.sender.node)
+                if member is not None:
+                    member.sources |= sighting.sources
+                self._sightings.pop(event.address, None)
+        elif sighting is not None:
+            sighting.error = event.error
+            sighting.wait = min(sighting.wait * 2, _SYNC_RETRY_MAX_NS)
+            sighting.due = self._now + sighting.wait
+            self._at(sighting.due, self._resolve, event.address)
+
+    def _exchange(self, sender: Fact, facts: Iterable[Fact], regions: Iterable[RegionSummary]) -> None:
+        if sender.node == self.me.node:
+            if sender.instance != self.me.instance:
+                self._twin_of_ours(sender)
+            return
+        self._met(sender)
+        for fact in facts:
+            if fact.node != sender.node:
+                self._merge(fact)
+        for summary in regions:
+            if summary.region != self.me.region and len(self.regions) < MEMBERS_MAX:
+                self.regions[summary.region] = summary
+
+    def _leave(self) -> None:
+        """Tell everybody directly, twice: nobody will be there to repeat it."""
+        gone = replace(self.me, state=MemberState.LEFT)
+        for _ in range(2):
+            for member in self._present():
+                self._out.append(Send(member.fact.address, Packet(gone, None, (gone,))))
+        self.me = gone
+        self._leaving = True
+
+    # -- bandwidth -----------------------------------------------------------------------------
+
+    def _train_next(self) -> None:
+        self._at(self._now + self.profile.train_interval, self._train_next)
+        alive = [m for m in self.members.values() if m.reachable and not m.by_stream]
+        if not alive:
+            return
+        member = self._rng.choice(alive)
+        self._seq = (self._seq + 1) & 0xFFFFFFFF
+        total, size = self.profile.train_packets, self.profile.train_bytes
+        for index in range(total):
+            packet = Packet(self.me, Train(self._seq, index, total, size))
+            self._out.append(Send(member.fact.address, packet))
+
+    def _train_came(self, sender: Fact, train: Train, at: int) -> None:
+        member = self.members.get(sender.node)
+        if member is None:
+            return
+        arrivals = member.trains.get(train.train)
+        if arrivals is None:
+            member.trains.clear()
+            arrivals = member.trains[train.train] = []
+            self._at(self._now + self._timeout, self._train_over, member, train, sender.address)
+        if len(arrivals) < train.total:
+            arrivals.append(at)
+
+    def _train_over(self, member: Member, train: Train, address: Address) -> None:
+        speed = train_speed(member.trains.pop(train.train, ()), train.size)
+        if speed:
+            member.meter.train_in(speed)
+            self._send(address, TrainSeen(train.train, speed))

@@ -1,0 +1,56 @@
+"""What of a new measurement is worth telling: peers must not hear of every degree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mesh.capabilities import Battery, Capabilities, Cpu, Disk, Thermal
+
+BATTERY_PERCENT = 2
+CELSIUS = 5
+MHZ_SHARE = 0.1
+DISK_SHARE = 0.02
+POWER_W = 2.0
+MEMORY_SHARE = 0.03
+
+
+def worth_telling(told: Capabilities, measured: Capabilities) -> Capabilities:
+    """``measured``, with what barely moved since it was told left as it was told.
+
+    Equal to ``told`` when nothing is worth it. A flag (charging, throttled) always is.
+    """
+    return replace(
+        measured,
+        cpu=_cpu(told.cpu, measured.cpu),
+        disk=_disk(told.disk, measured.disk),
+        battery=_battery(told.battery, measured.battery),
+        thermal=_thermal(told.thermal, measured.thermal),
+    )
+
+
+def memory_worth_telling(told: int, measured: int, total: int) -> int:
+    """Free bytes to tell: the old figure unless it moved by a few percent of all memory."""
+    return measured if abs(measured - told) > total * MEMORY_SHARE else told
+
+
+def _cpu(told: Cpu, now: Cpu) -> Cpu:
+    moved = abs(now.mhz_now - told.mhz_now) > MHZ_SHARE * max(told.mhz_now, 1)
+    return now if moved else replace(now, mhz_now=told.mhz_now)
+
+
+def _disk(told: Disk, now: Disk) -> Disk:
+    same = told.total == now.total and abs(told.free - now.free) <= DISK_SHARE * now.total
+    return told if same else now
+
+
+def _battery(told: Battery | None, now: Battery | None) -> Battery | None:
+    if told is None or now is None or told.charging != now.charging:
+        return now
+    small = abs(told.percent - now.percent) < BATTERY_PERCENT and abs(told.power_w - now.power_w) < POWER_W
+    return told if small else now
+
+
+def _thermal(told: Thermal | None, now: Thermal | None) -> Thermal | None:
+    if told is None or now is None or told.throttled != now.throttled:
+        return now
+    return told if abs(told.celsius - now.celsius) < CELSIUS else now
