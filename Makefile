@@ -35,7 +35,8 @@ ask: .venv/run ## one question to three agents: make ask Q="..."
 up: .venv/run ## keep three agents running
 	@$(BIN)/mesh up --nodes $(N)
 
-test: .venv/dev ## all tests, on the real model
+test: .venv/dev ## all tests, on the real model and a real Consul
+	@tests/fetch_consul.sh $(MESH_HOME)/tools/consul
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev protos ## format, lint, types, imports, generated code

@@ -25,7 +25,7 @@ from mesh.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 30
+WAIT_S = 10
 """Of a blocking query."""
 _SLACK_S = 10.0
 _CONNECT_S = 3.0
@@ -40,6 +40,7 @@ CONSUL_ERRORS = (
     TypeError,
     KeyError,
     AttributeError,
+    RecursionError,
 )
 """What a Consul that is away, answers 500, HTML or another shape than Consul's makes its client raise."""
 
