@@ -27,9 +27,19 @@ class AgentProcess:
     address: str
     api: str
     log: Path
+    prefix: tuple[str, ...] = ()
 
     def report(self) -> dict[str, Any]:
         """``/mesh/v1/nodes``."""
+        if self.prefix:  # its network is not ours
+            fetch = f"import urllib.request as u; print(u.urlopen('http://{self.api}/mesh/v1/nodes').read().decode())"
+            done = subprocess.run(
+                [*self.prefix, sys.executable, "-c", fetch], capture_output=True, timeout=10, check=False
+            )
+            if done.returncode:
+                raise OSError(done.stderr.decode()[-200:])
+            inside: dict[str, Any] = json.loads(done.stdout)
+            return inside
         with urllib.request.urlopen(f"http://{self.api}/mesh/v1/nodes", timeout=5) as answer:
             found: dict[str, Any] = json.load(answer)
         return found
@@ -51,6 +61,9 @@ class AgentProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+        finally:
+            if self.process.stdin:
+                self.process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -66,8 +79,6 @@ def agent(
         yield started
     finally:
         started.end()
-        if started.process.stdin:
-            started.process.stdin.close()
 
 
 def start_agent(
@@ -108,7 +119,7 @@ def start_agent(
         process.wait(START_S)
         raise AssertionError(f"{folder.name} did not start:\n{log.read_text(errors='replace')[-3000:]}")
     ready = json.loads(line)
-    return AgentProcess(process, ready["node"], ready["address"], ready["api_address"], log)
+    return AgentProcess(process, ready["node"], ready["address"], ready["api_address"], log, prefix)
 
 
 def until(what: Callable[[], bool], limit_s: float = 10.0, why: str = "") -> float:

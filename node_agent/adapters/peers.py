@@ -91,7 +91,7 @@ class ClusterView:
 
     def _judged(self, node: NodeId) -> None:
         member = self.membership.members.get(node)
-        if member is None or member.fact.state is MemberState.LEFT:
+        if member is None:
             self._unwatch(node)
             self.apply(NodeForgotten(node))
             self.twins.pop(node, None)
@@ -99,14 +99,14 @@ class ClusterView:
         state = member.fact.state
         self.apply(NodeJudged(node, state, member.reachable))
         log.log(
-            logging.INFO if state is MemberState.ALIVE else logging.WARNING,
+            logging.WARNING if state in (MemberState.SUSPECT, MemberState.DEAD) else logging.INFO,
             "%s at %s is %s%s",
             node,
             member.fact.address,
             state.name.lower(),
             f": {member.reason}" if member.reason else "",
         )
-        if state is MemberState.DEAD:
+        if not member.present:
             self._unwatch(node)
             return
         watch = self._watches.get(node)
