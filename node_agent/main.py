@@ -31,7 +31,7 @@ from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import open_socket
 from mesh.discovery import Advert, Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
-from mesh.gossip import Fact
+from mesh.gossip import Fact, MemberState
 from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
 from mesh.types import Address, LayeredRoute, SessionId
@@ -209,6 +209,7 @@ class Agent:
         me = Fact(self.node_id, self.address, self._started // 1_000_000, region=config.region)
         self.view = ClusterView(config.cluster, me, PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
+        self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
         self.replicas = ReplicaManager(config, self.store, self.host, self.metrics, self._announce)
         self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
         self.health = HealthServicer()
@@ -368,6 +369,12 @@ class Agent:
             metrics.sessions.labels(*labels).set(replica.sessions)
             metrics.kv_reserved.labels(*labels).set(replica.kv_reserved_bytes)
             metrics.kv_budget.labels(*labels).set(replica.kv_budget_bytes)
+        states = [m.fact.state for m in self.view.membership.members.values()]
+        for state in MemberState:
+            metrics.members.labels(self.node_id, state.name.lower()).set(states.count(state))
+        driver = self.view.driver
+        for direction, total in (("sent", driver.bytes_sent), ("received", driver.bytes_received)):
+            metrics.membership_bytes.labels(self.node_id, direction).set(total)
         for address, count in self.pool.bytes_sent().items():
             metrics.wire_bytes.labels(self.node_id, address, "frames").set(count)
         for peer, count in self.links.bytes_sent().items():

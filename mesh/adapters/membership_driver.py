@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 SYNC_TIMEOUT_S = 3.0
 _BATCH = 256
 _RECEIVE_MAX = 2048
+_HEADER_BYTES = 28
+"""IPv4 and UDP."""
 _BUFFER_BYTES = 1 << 20
 _STAMP_BELIEVED_NS = 2_000_000_000
 _NAME_KEPT_S = 60.0
@@ -91,7 +93,7 @@ class MembershipDriver(rpc.MembershipServicer):
         twin: Callable[[TwinSeen], None],
     ) -> None:
         self.machine = machine
-        self.bytes_sent = self.packets_sent = self.bytes_received = 0
+        self.bytes_sent = self.bytes_received = 0
         self._cluster, self._mark = cluster, cluster_mark(cluster)
         self._sock, self._changed, self._twin = sock, changed, twin
         self._loop = asyncio.get_running_loop()
@@ -149,7 +151,7 @@ class MembershipDriver(rpc.MembershipServicer):
             except OSError as error:
                 log.debug("datagram socket: %s", error)
                 return
-            self.bytes_received += len(data)
+            self.bytes_received += len(data) + _HEADER_BYTES
             try:
                 packet = decode_packet(data, self._mark)
             except PeerError as error:
@@ -164,8 +166,7 @@ class MembershipDriver(rpc.MembershipServicer):
         place = self._resolve(address)
         if place is None:
             return
-        self.bytes_sent += len(data)
-        self.packets_sent += 1
+        self.bytes_sent += len(data) + _HEADER_BYTES
         try:
             self._sock.sendto(data, place)
         except OSError as error:  # no route, a full buffer: to the machine that is loss

@@ -82,10 +82,10 @@ class LocalMesh:
 
     async def __aenter__(self) -> LocalMesh:
         try:
-            started = await asyncio.gather(*(self._start(i) for i in range(self.options.nodes)))
-            self.agents = list(started)
+            started = await asyncio.gather(*(self.start_agent(i) for i in range(self.options.nodes)))
+            self.agents = list(started)  # by index, not in the order in which they came up
             first = self.agents[0].address
-            await asyncio.gather(*(self._join(a, first) for a in self.agents[1:]))
+            await asyncio.gather(*(self.join(a, first) for a in self.agents[1:]))
         except BaseException:
             await self.close()
             raise
@@ -99,7 +99,8 @@ class LocalMesh:
         """Base URL of the first agent's API."""
         return f"http://{self.agents[0].api_address}"
 
-    async def _start(self, index: int) -> LocalAgent:
+    async def start_agent(self, index: int) -> LocalAgent:
+        """Start one more agent; it knows nobody until ``join``."""
         options = self.options
         folder = options.work / f"node-{index + 1}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,8 @@ class LocalMesh:
         agent.api_address = ready["api_address"]
         return agent
 
-    async def _join(self, agent: LocalAgent, peer: str) -> None:
+    async def join(self, agent: LocalAgent, peer: str) -> None:
+        """Tell an agent of another."""
         async with grpc.aio.insecure_channel(agent.address, CHANNEL_OPTIONS) as channel:
             request = pb.JoinRequest(cluster=self.options.cluster, addresses=[peer])
             await rpc.AgentStub(channel).Join(request, timeout=10)

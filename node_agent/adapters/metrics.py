@@ -99,6 +99,25 @@ class AgentMetrics:
             registry=self.registry,
         )
 
+        self.members = Gauge(
+            "mesh_members",
+            "Members by standing, without this node",
+            ("node_id", "state"),
+            registry=self.registry,
+        )
+        self.suspicions = Counter(
+            "mesh_suspicions",
+            "Times that this node began to suspect a member",
+            ("node_id",),
+            registry=self.registry,
+        )
+        self.membership_bytes = Gauge(
+            "mesh_membership_bytes",
+            "Datagrams of membership since the start, IP and UDP headers included",
+            ("node_id", "direction"),
+            registry=self.registry,
+        )
+
     def labels(self, shard: ShardInfo) -> tuple[str, str, str]:
         """node_id, shard_id, model_version."""
         return self.node_id, str(shard), str(shard.model.ref)

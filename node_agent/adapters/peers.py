@@ -59,6 +59,7 @@ class ClusterView:
         machine = Membership(me, profile, random.Random(), time.monotonic_ns())
         self.driver = MembershipDriver(cluster, machine, sock, self._judged, self._twin)
         self.on_twin: Callable[[Address], None] = lambda address: None
+        self.on_suspicion: Callable[[], None] = lambda: None
 
     @property
     def membership(self) -> Membership:
@@ -98,6 +99,8 @@ class ClusterView:
             return
         state = member.fact.state
         self.apply(NodeJudged(node, state, member.reachable))
+        if state is MemberState.SUSPECT:
+            self.on_suspicion()
         log.log(
             logging.WARNING if state in (MemberState.SUSPECT, MemberState.DEAD) else logging.INFO,
             "%s at %s is %s%s",

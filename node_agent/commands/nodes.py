@@ -98,9 +98,7 @@ def _machine(node: dict[str, Any]) -> str:
             f"battery {have['battery']['percent']} %{' charging' if have['battery']['charging'] else ''}"
         )
     if have["thermal"]:
-        words.append(
-            f"{have['thermal']['celsius']} °C{' throttled' if have['thermal']['throttled'] else ''}"
-        )
+        words.append(f"{have['thermal']['celsius']} °C{' throttled' if have['thermal']['throttled'] else ''}")
     words += [f"{s['runtime']} {s['gb_s']:.0f} GB/s" for s in have["speeds"]]
     words += ["=".join(label) for label in have["labels"]]
     return ", ".join(words)
@@ -132,7 +130,9 @@ def nodes_table(snapshot: dict[str, Any], only_shards: bool = False) -> str:
             sessions = f"{replica['sessions']}/{replica['slots']}"
             rows.append([*(head if i == 0 else [""] * len(head)), replica["shard"], what, sessions, kv])
     heads = ["node"] if only_shards else ["node", "id", "address", "state", "free"]
-    return table([*heads, "shard", "replica", "sessions", "KV"], rows, empty="" if only_shards else "no nodes")
+    return table(
+        [*heads, "shard", "replica", "sessions", "KV"], rows, empty="" if only_shards else "no nodes"
+    )
 
 
 def _links_table(snapshot: dict[str, Any]) -> str:
@@ -157,7 +157,15 @@ def _links_table(snapshot: dict[str, Any]) -> str:
                 _mbit(link, "in"),
             ]
         )
-    heads = ["link to", "RTT p50 ms", "p99", "jitter", "loss out / in", "Mbit/s out p50 (p10)", "in p50 (p10)"]
+    heads = [
+        "link to",
+        "RTT p50 ms",
+        "p99",
+        "jitter",
+        "loss out / in",
+        "Mbit/s out p50 (p10)",
+        "in p50 (p10)",
+    ]
     return table(heads, rows)
 
 

@@ -32,7 +32,8 @@ from tests.agents import agent, until
 from tests.consul_server import ConsulServer, cluster_of_three, consul_binary
 
 pytestmark = pytest.mark.skipif(
-    consul_binary() is None, reason="no Consul: none on the PATH, and tests/fetch_consul.sh could not fetch it"
+    consul_binary() is None,
+    reason="no Consul: none on the PATH, and tests/fetch_consul.sh could not fetch it",
 )
 SERVICE = "inference-mesh"
 HEALTH: dict[str, HealthServicer] = {}
@@ -121,9 +122,7 @@ def test_agents_find_each_other_and_leave(server: ConsulServer) -> None:
                     await soon(lambda: "n-two" in one.seen and "n-one" in two.seen)
                     assert one.seen[NodeId("n-two")] == Sighting(NodeId("n-two"), (there,), "0" * 16, 7)
                     assert "n-stranger" not in one.seen
-                    two.discovery.update(
-                        Advert(cluster, NodeId("n-two"), "two", Address(there), 7, "f" * 16)
-                    )
+                    two.discovery.update(Advert(cluster, NodeId("n-two"), "two", Address(there), 7, "f" * 16))
                     await soon(lambda: one.seen[NodeId("n-two")].digest == "f" * 16)
                     entry = next(e for e in server.services() if e["ServiceMeta"]["node"] == "n-two")
                     assert entry["ServiceTags"] == [f"cluster-{cluster}"]
@@ -208,7 +207,12 @@ def test_ten_thousand_registrations_stall_nothing(server: ConsulServer) -> None:
             operations = []
             for k in range(i, min(i + 64, 10_000)):
                 meta = advert(f"n-{k}", f"10.0.{k // 250}.{k % 250}:7070", cluster).items()
-                service = {"ID": f"many-{k}", "Service": SERVICE, "Tags": [f"cluster-{cluster}"], "Meta": meta}
+                service = {
+                    "ID": f"many-{k}",
+                    "Service": SERVICE,
+                    "Tags": [f"cluster-{cluster}"],
+                    "Meta": meta,
+                }
                 operations.append(
                     {"Service": {"Verb": "set", "Node": server.config["node_name"], "Service": service}}
                 )
@@ -336,7 +340,7 @@ def test_tls_both_ways(tmp_path: Path) -> None:
             for wrong in (ConsulAccess(url), ConsulAccess(url, ca=authority)):
                 unknown = Directory(wrong, advert("n-two", here))
                 async with unknown.running():
-                    await soon(lambda: "https://" in unknown.discovery.status())
+                    await soon(lambda status=unknown.discovery.status: "https://" in status())  # type: ignore[misc]
                     assert "registered" not in unknown.discovery.status()
         with pytest.raises(ConfigError, match="certificates"):
             ConsulDiscovery(ConsulAccess(url, ca=str(tmp_path / "missing.pem")), SERVICE, "c")

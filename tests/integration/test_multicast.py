@@ -45,9 +45,7 @@ class Lan:
         for i in range(1, self.size + 1):
             space = self.space(i)
             ip("netns", "add", space)
-            ip(
-                "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", f"p{i}", "netns", self.hub
-            )
+            ip("-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", f"p{i}", "netns", self.hub)
             ip("-n", self.hub, "link", "set", f"p{i}", "master", "br0", "up")
             ip("-n", space, "addr", "add", f"{self.v4(i)}/24", "dev", "eth0")
             ip("-n", space, "addr", "add", f"{self.v6(i)}/64", "dev", "eth0", "nodad")
@@ -120,6 +118,7 @@ def test_found_left_killed_cut_and_healed(lan: Lan, tmp_path: Path) -> None:
         # mDNS goes on listing a process that was killed; it is out all the same.
         three.sends(signal.SIGKILL)
         until(lambda: not see(one, n3="alive"), 2)
+        three.end()
         agents[2] = three = start(3)
         until(lambda: see(one, n3="alive") and see(three, n1="alive", n2="alive"), 10)
 
