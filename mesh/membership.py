@@ -220,7 +220,8 @@ class Member:
     """Probes in a row that found no direct answer."""
     by_stream: bool = False
     """Its last answer came over gRPC because datagrams did not get through."""
-    probing: bool = False
+    probe: _Probe | None = None
+    """The probe that is under way."""
     trains: dict[int, list[int]] = field(default_factory=dict)
 
     @property
@@ -443,13 +444,13 @@ class Membership:
                 if not self._ring:
                     return
             member = self.members.get(self._ring.pop())
-            if member and member.present and not member.probing:
+            if member and member.present and member.probe is None:
                 self._probe(member)
                 return
 
     def _probe(self, member: Member, last_chance: bool = False) -> None:
-        member.probing = True
-        self._ask(_Probe(member, member.fact.instance, last_chance), 0)
+        member.probe = _Probe(member, member.fact.instance, last_chance)
+        self._ask(member.probe, 0)
 
     def _ask(self, probe: _Probe, step: int) -> None:
         """Three times directly (at 0, half, one timeout), the third time helpers and the stream too."""
@@ -495,7 +496,7 @@ class Membership:
 
     def _end(self, probe: _Probe) -> None:
         probe.over = True
-        probe.member.probing = False
+        probe.member.probe = None
         for seq in probe.seqs:
             # An answer that is late still tells the round trip and that the peer lives.
             _, node, sent, count = self._pings[seq]
@@ -578,8 +579,8 @@ class Membership:
     def _time_is_up(self, member: Member, suspicion: Suspicion) -> None:
         if member.suspicion is not suspicion or self._now < suspicion.deadline():
             return
-        if member.probing:
-            self._at(self._now + self._timeout, self._time_is_up, member, suspicion)
+        if member.probe is not None:
+            member.probe.last_chance = True
         else:
             self._probe(member, last_chance=True)
 
@@ -596,6 +597,8 @@ class Membership:
     def _try_dead(self) -> None:
         """Knock at one dead member, and forget those that are dead for long."""
         self._at(self._now + self.profile.dead_probe_interval, self._try_dead)
+        if len(self._present()) == len(self.members):
+            return
         gone = [m for m in self.members.values() if not m.present]
         for member in gone:
             if self._now - member.since > self.profile.forget:
