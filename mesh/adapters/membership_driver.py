@@ -28,7 +28,6 @@ from mesh.adapters.membership_codec import (
     view_to_pb,
 )
 from mesh.errors import PeerError
-from mesh.gossip import Fact
 from mesh.membership import (
     Changed,
     Effect,
@@ -248,11 +247,7 @@ class MembershipDriver(rpc.MembershipServicer):
     async def Probe(self, request: pb.ProbeRequest, context: Any) -> pb.ProbeReply:  # noqa: N802
         if request.cluster != self._cluster:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is cluster {self._cluster!r}")
-        return pb.ProbeReply(sender=fact_to_pb(self.machine.me))
-
-    def sender(self) -> Fact:
-        """Our own fact as of now."""
-        return self.machine.me
+        return pb.ProbeReply(sender=fact_to_pb(self.machine.me), clock_ms=time.time_ns() // 1_000_000)
 
     async def close(self) -> None:
         """Stop; the socket is closed."""
@@ -275,3 +270,20 @@ def _arrival(ancillary: list[tuple[int, int, bytes]]) -> int:
             if 0 <= age < _STAMP_BELIEVED_NS:  # the wall clock may have been set in between
                 return now - age
     return now
+
+
+async def probe_agent(cluster: str, address: Address, timeout_s: float) -> tuple[NodeId, float]:
+    """Ask whoever listens at ``address``: its node id, and how far its clock is ahead of ours (s).
+
+    Raises ``PeerError`` naming what it said, or that nobody answers.
+    """
+    try:
+        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+            stub = rpc.MembershipStub(channel)
+            await stub.Probe(pb.ProbeRequest(cluster=cluster), timeout=timeout_s)  # connects
+            begin = time.time()
+            answer = await stub.Probe(pb.ProbeRequest(cluster=cluster), timeout=timeout_s)
+            end = time.time()
+    except grpc.aio.AioRpcError as error:
+        raise PeerError(f"{address}: {error.code().name.lower()}: {error.details()}") from None
+    return read_fact(answer.sender).node, answer.clock_ms / 1000 - (begin + end) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from mesh.adapters.discovery.static import StaticDiscovery
 from mesh.discovery import Discovery
@@ -18,12 +19,16 @@ def discovery_of(config: AgentConfig) -> list[Discovery]:
         from mesh.adapters.discovery.mdns import MdnsDiscovery
 
         found.append(MdnsDiscovery(config.cluster, config.host))
-    if config.consul or os.environ.get("CONSUL_HTTP_ADDR"):
+    if consul_wanted(config, os.environ):
         from mesh.adapters.discovery.consul import ConsulDiscovery
-
         from node_agent.adapters.consul_setup import consul_access
 
         found.append(
             ConsulDiscovery(consul_access(config, os.environ), config.consul_service, config.cluster)
         )
     return found
+
+
+def consul_wanted(config: AgentConfig, environment: Mapping[str, str]) -> bool:
+    """Whether settings or Consul's own variable name one."""
+    return bool(config.consul or environment.get("CONSUL_HTTP_ADDR"))

@@ -369,14 +369,18 @@ class ProbeReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SENDER_FIELD_NUMBER: builtins.int
+    CLOCK_MS_FIELD_NUMBER: builtins.int
+    clock_ms: builtins.int
+    """wall clock, since 1970"""
     @property
     def sender(self) -> Global___Fact: ...
     def __init__(
         self,
         *,
         sender: Global___Fact | None = ...,
+        clock_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sender", b"sender"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["sender", b"sender"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clock_ms", b"clock_ms", "sender", b"sender"]) -> None: ...
 
 Global___ProbeReply: typing_extensions.TypeAlias = ProbeReply

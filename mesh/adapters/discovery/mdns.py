@@ -59,9 +59,11 @@ class MdnsDiscovery:
         advert: Advert,
         found: Callable[[str, Sighting], None],
         gone: Callable[[str, Sighting], None],
+        advertise: bool = True,
     ) -> None:
+        """``advertise`` off only looks."""
         self._found, self._gone = found, gone
-        self._advert = advert
+        self._advert, self._advertise = advert, advertise
         while True:
             interfaces = self._interfaces()
             wait_s = _RETRY_S
@@ -99,9 +101,9 @@ class MdnsDiscovery:
         try:
             await zeroconf.zeroconf.async_wait_for_start()
             browser = AsyncServiceBrowser(zeroconf.zeroconf, TYPE, handlers=[self._event])
-            assert self._advert is not None
-            await (await zeroconf.async_register_service(self._info(self._advert)))
-            self._zeroconf = zeroconf
+            if self._advertise and self._advert is not None:
+                await (await zeroconf.async_register_service(self._info(self._advert)))
+                self._zeroconf = zeroconf
             self._status = f"on {', '.join(interfaces)}"
             while self._interfaces() == interfaces:
                 await asyncio.sleep(_INTERFACES_S)
