@@ -22,13 +22,12 @@ one that does not is none, however long Consul lists it.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import ceil, log10
 from typing import TYPE_CHECKING
 
-from mesh.coordinates import Coordinate, Vivaldi
+from mesh.coordinates import Vivaldi
 from mesh.gossip import (
     NOBODY,
     Ack,
@@ -45,8 +44,31 @@ from mesh.gossip import (
     Twin,
 )
 from mesh.links import LinkMeter, train_speed
+from mesh.member import UNREACHABLE_AFTER, Member, Probe
+from mesh.membership_events import (
+    Changed,
+    Effect,
+    Event,
+    Found,
+    Gone,
+    Leave,
+    PingStream,
+    Received,
+    RegionSummary,
+    Send,
+    StreamAnswered,
+    StreamLost,
+    Sync,
+    Synced,
+    SyncReceived,
+    Tick,
+    TwinSeen,
+)
+from mesh.probing import Prober
 from mesh.profiles import Profile
+from mesh.sightings import Sightings
 from mesh.suspicion import CONFIRMATIONS, Suspicion
+from mesh.timers import Timers
 from mesh.types import Address, NodeId
 
 if TYPE_CHECKING:
@@ -55,212 +77,19 @@ if TYPE_CHECKING:
 MEMBERS_MAX = 4096
 FULL_VIEW_MAX = 400
 """Beyond so many members, those of other regions are kept as a summary only."""
-SIGHTINGS_MAX = 16_384
 SYNCS_MAX = 8
 """Exchanges of views that run at once."""
 NEWS_PER_PACKET = 10
 _HEALTH_MAX = 8
-_ASKS = 3
-_LATE = 4
-"""An answer is still worth its round trip so many timeouts after the ping."""
 _SPREAD_NS = 20_000_000
 """Fresh news is passed on after so long, the same news again every ``gossip_interval``."""
-_SYNC_RETRY_MAX_NS = 30_000_000_000
-_UNREACHABLE_AFTER = 3
 _GATEWAYS = 3
-
-
-# -- events ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Discovery saw an agent at ``address``; ``node`` where the advert says which."""
-
-    address: Address
-    source: str
-    node: NodeId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """Discovery does not list ``address`` any more. That alone kills nobody."""
-
-    address: Address
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A packet arrived at ``at`` (ns; the kernel's time where there is one)."""
-
-    packet: Packet
-    address: Address
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Synced:
-    """Views were exchanged with the agent at ``address``; ``error`` if it could not be reached."""
-
-    address: Address
-    sender: Fact | None = None
-    facts: tuple[Fact, ...] = ()
-    regions: tuple[RegionSummary, ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReceived:
-    """Another agent sent its view (and gets ours: ``facts``)."""
-
-    sender: Fact
-    facts: tuple[Fact, ...]
-    regions: tuple[RegionSummary, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StreamAnswered:
-    """A ping over the peer's stream (``PingStream``) came back."""
-
-    seq: int
-    sender: Fact
-
-
-@dataclass(frozen=True, slots=True)
-class StreamLost:
-    """A stream to a member broke."""
-
-    node: NodeId
-    instance: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """We stop: tell everybody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A deadline may have passed."""
-
-
-Event = Found | Gone | Received | Synced | SyncReceived | StreamAnswered | StreamLost | Leave | Tick
-
-
-# -- effects -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """One datagram."""
-
-    address: Address
-    packet: Packet
-
-
-@dataclass(frozen=True, slots=True)
-class Sync:
-    """Exchange views with the agent at ``address``; ``Synced`` must follow."""
-
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class PingStream:
-    """Ask over the peer's gRPC port as well: where datagrams are blocked that is the only way."""
-
-    address: Address
-    node: NodeId
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """A member's standing or address changed, or it is new, or (``member`` gone) forgotten."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True)
-class TwinSeen:
-    """Two live agents have one node id; ``ours`` if it is our own and we are the younger."""
-
-    node: NodeId
-    address: Address
-    ours: bool
-
-
-Effect = Send | Sync | PingStream | Changed | TwinSeen
-
-
-@dataclass(frozen=True, slots=True)
-class RegionSummary:
-    """What another region is told instead of all its members: the seam for meshes of many sites."""
-
-    region: str
-    alive: int
-    gateways: tuple[Address, ...]
-
-
-@dataclass(slots=True)
-class Member:
-    """What we hold of one node."""
-
-    fact: Fact
-    since: int
-    reason: str = ""
-    sources: set[str] = field(default_factory=set)
-    """How we know of it: names of discovery adapters, ``direct`` or ``gossip``."""
-    meter: LinkMeter = field(default_factory=LinkMeter)
-    coordinate: Coordinate | None = None
-    suspicion: Suspicion | None = None
-    missed: int = 0
-    """Probes in a row that found no direct answer."""
-    by_stream: bool = False
-    """Its last answer came over gRPC because datagrams did not get through."""
-    probe: _Probe | None = None
-    """The probe that is under way."""
-    trains: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def present(self) -> bool:
-        """Alive, or not known to be otherwise."""
-        return self.fact.state is MemberState.ALIVE or self.fact.state is MemberState.SUSPECT
-
-    @property
-    def reachable(self) -> bool:
-        """Alive and answering *us*: what a route from here needs."""
-        return self.fact.state is MemberState.ALIVE and self.missed < _UNREACHABLE_AFTER
-
-
-@dataclass(slots=True)
-class _Probe:
-    member: Member
-    instance: int
-    last_chance: bool
-    seqs: list[int] = field(default_factory=list)
-    helpers: tuple[NodeId, ...] = ()
-    nacks: int = 0
-    over: bool = False
-
-
-@dataclass(slots=True)
-class _Sighting:
-    sources: set[str]
-    wait: int
-    due: int
-    error: str = ""
 
 
 @dataclass(slots=True)
 class _Contest:
     challenger: Fact
     over: bool = False
-
-
-_Timer = tuple[int, int, Callable[..., None], tuple[object, ...]]
 
 
 class Membership:
@@ -277,31 +106,26 @@ class Membership:
         """An older process with our node id: we keep out of the mesh."""
         self._rng = rng
         self._out: list[Effect] = []
-        self._now = now
-        self._timers: list[_Timer] = []
-        self._order = 0
-        self._seq = rng.randrange(1 << 30)
-        self._pings: dict[int, tuple[_Probe | None, NodeId, int, int]] = {}
-        """By seq: the probe, whom, when, and its count."""
-        self._relays: dict[int, tuple[int, Address]] = {}
-        self._ring: list[NodeId] = []
+        self._timers = Timers(now)
+        self._prober = Prober(self, profile, rng, self._timers)
         self._rumours = Rumours(NEWS_PER_PACKET)
         self._spread_due = 0
-        self._sightings: dict[Address, _Sighting] = {}
+        self._sightings = Sightings(profile.probe_interval // 4)
         self._syncing: set[Address] = set()
         self._contests: dict[NodeId, _Contest] = {}
         self._leaving = False
+        self._train = 0
         self._known_present: list[Member] | None = None
-        self._at(now + self._share(profile.probe_interval), self._probe_next)
-        self._at(now + self._share(profile.sync_interval), self._sync_next)
-        self._at(now + self._share(profile.dead_probe_interval), self._try_dead)
-        self._at(now + self._share(profile.train_interval), self._train_next)
+        self._timers.after(self._share(profile.sync_interval), self._sync_next)
+        self._timers.after(self._share(profile.dead_probe_interval), self._try_dead)
+        self._timers.after(self._share(profile.train_interval), self._train_next)
+        self._timers.after(profile.probe_interval // 4, self._knock_again)
 
     # -- interface -----------------------------------------------------------------------------
 
     def handle(self, event: Event, now: int) -> list[Effect]:
         """Take an event; what must be done about it comes back."""
-        self._now = now
+        self._timers.now = now
         out: list[Effect] = []
         self._out = out
         if self._leaving:
@@ -320,7 +144,7 @@ class Membership:
             case Gone(address, source):
                 self._gone(address, source)
             case StreamAnswered(seq, sender):
-                self._answered(seq, sender, None, now)
+                self._prober.acknowledged(seq, sender, None, now)
             case StreamLost(node, instance, reason):
                 self._stream_lost(node, instance, reason)
             case Leave():
@@ -329,7 +153,7 @@ class Membership:
 
     def next_deadline(self) -> int | None:
         """When ``Tick`` is due."""
-        return self._timers[0][0] if self._timers and not self._leaving else None
+        return None if self._leaving else self._timers.next_due
 
     def facts(self) -> tuple[Fact, ...]:
         """Our view for an exchange: ourselves and all members but the left."""
@@ -348,17 +172,9 @@ class Membership:
 
     def unresolved(self) -> list[tuple[Address, tuple[str, ...], str]]:
         """Addresses that discovery lists and nobody answers at: address, sources, error."""
-        return [
-            (address, tuple(sorted(s.sources)), s.error)
-            for address, s in sorted(self._sightings.items())
-            if s.error
-        ]
+        return self._sightings.unanswered()
 
     # -- timers --------------------------------------------------------------------------------
-
-    def _at(self, due: int, action: Callable[..., None], *arguments: object) -> None:
-        self._order += 1
-        heapq.heappush(self._timers, (due, self._order, action, arguments))
 
     def _share(self, interval: int) -> int:
         """A random part of an interval: nodes that start together must not probe together."""
@@ -366,28 +182,32 @@ class Membership:
 
     def _tick(self) -> None:
         now = self._now
-        late = now - self._timers[0][0] if self._timers else 0
+        late = now - (self._timers.next_due or now)
         if late > self.profile.stall:
             # We were held up. Whatever is due now was due while we could not listen.
-            self._timers = [(due + late, order, act, args) for due, order, act, args in self._timers]
+            self._timers.postpone(late)
             for member in self.members.values():
                 if member.suspicion is not None:
                     member.suspicion.since += late
             self._unwell(1)
-        while self._timers and self._timers[0][0] <= now:
-            _, _, action, arguments = heapq.heappop(self._timers)
-            action(*arguments)
+        self._timers.run()
+
+    @property
+    def _now(self) -> int:
+        return self._timers.now
 
     def _unwell(self, by: int) -> None:
         self.health = min(_HEALTH_MAX, max(0, self.health + by))
 
     @property
-    def _timeout(self) -> int:
+    def timeout(self) -> int:
+        """How long an answer may take, ns."""
         return self.profile.probe_timeout * (1 + self.health)
 
     # -- sending -------------------------------------------------------------------------------
 
-    def _send(self, address: Address, body: Body, *facts: Fact) -> None:
+    def send(self, address: Address, body: Body, *facts: Fact) -> None:
+        """One datagram: ``facts`` first, then as much news as fits."""
         news = self._rumours.take(self._tellings) if self._rumours else ()
         if facts:
             named = {f.node for f in facts}
@@ -404,22 +224,22 @@ class Membership:
         soon = self._now + _SPREAD_NS
         if not self._spread_due or self._spread_due > soon:
             self._spread_due = soon
-            self._at(soon, self._spread)
+            self._timers.after(_SPREAD_NS, self._spread)
 
     def _spread(self) -> None:
         if self._spread_due > self._now:
             return  # an earlier timer took its turn
         self._spread_due = 0
-        peers = self._present()
+        peers = self.present()
         for member in self._rng.sample(peers, min(self.profile.gossip_fanout, len(peers))):
             if not self._rumours:
                 return
-            self._send(member.fact.address, None)
+            self.send(member.fact.address, None)
         if self._rumours and peers:
             self._spread_due = self._now + self.profile.gossip_interval
-            self._at(self._spread_due, self._spread)
+            self._timers.after(self.profile.gossip_interval, self._spread)
 
-    def _present(self) -> list[Member]:
+    def present(self) -> list[Member]:
         """Members that are alive or suspect, by id; kept until somebody's standing changes."""
         if self._known_present is None:
             self._known_present = [m for _, m in sorted(self.members.items()) if m.present]
@@ -432,85 +252,20 @@ class Membership:
             member.suspicion = None
         self._out.append(Changed(member.fact.node))
 
-    # -- probing -------------------------------------------------------------------------------
+    # -- answers to probes ---------------------------------------------------------------------
 
-    def _probe_next(self) -> None:
-        fanout = max(1, min(self.profile.probe_fanout, len(self.members)))
-        self._at(self._now + self.profile.probe_interval // fanout, self._probe_next)
-        for _ in range(len(self._ring) + 1):
-            if not self._ring:
-                self._ring = [m.fact.node for m in self._present()]
-                self._rng.shuffle(self._ring)
-                if not self._ring:
-                    return
-            member = self.members.get(self._ring.pop())
-            if member and member.present and member.probe is None:
-                self._probe(member)
-                return
+    def ping_stream(self, effect: PingStream) -> None:
+        """Try the gRPC port."""
+        self._out.append(effect)
 
-    def _probe(self, member: Member, last_chance: bool = False) -> None:
-        member.probe = _Probe(member, member.fact.instance, last_chance)
-        self._ask(member.probe, 0)
-
-    def _ask(self, probe: _Probe, step: int) -> None:
-        """Three times directly (at 0, half, one timeout), the third time helpers and the stream too."""
-        if probe.over:
-            return
-        timeout = self._timeout
-        if step == _ASKS:
-            self._unanswered(probe)
-            return
-        seq = self._ping(probe.member, probe)
-        if step < _ASKS - 1:
-            self._at(self._now + timeout // 2, self._ask, probe, step + 1)
-            return
-        fact = probe.member.fact
-        self._out.append(PingStream(fact.address, fact.node, seq))
-        others = [
-            m
-            for m in self._present()
-            if m.missed == 0 and m is not probe.member and m.fact.state is MemberState.ALIVE
-        ]
-        helpers = self._rng.sample(others, min(self.profile.helpers, len(others)))
-        probe.helpers = tuple(h.fact.node for h in helpers)
-        for helper in helpers:
-            self._send(helper.fact.address, PingRequest(seq, fact))
-        self._at(self._now + timeout, self._ask, probe, _ASKS)
-
-    def _ping(self, member: Member, probe: _Probe | None) -> int:
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
-        seq, fact = self._seq, member.fact
-        member.meter.pings_sent += 1
-        count = member.meter.pings_sent
-        self._pings[seq] = (probe, fact.node, self._now, count)
-        if probe is not None:
-            probe.seqs.append(seq)
-        else:
-            self._at(self._now + _LATE * self.profile.probe_timeout, self._forget_ping, seq)
-        accused = (fact,) if fact.state is not MemberState.ALIVE else ()
-        self._send(fact.address, Ping(seq, fact.node, fact.instance, count), *accused)
-        return seq
-
-    def _forget_ping(self, seq: int) -> None:
-        self._pings.pop(seq, None)
-
-    def _end(self, probe: _Probe) -> None:
-        probe.over = True
-        probe.member.probe = None
-        for seq in probe.seqs:
-            # An answer that is late still tells the round trip and that the peer lives.
-            _, node, sent, count = self._pings[seq]
-            self._pings[seq] = (None, node, sent, count)
-            self._at(self._now + _LATE * self.profile.probe_timeout, self._forget_ping, seq)
-
-    def _unanswered(self, probe: _Probe) -> None:
-        self._end(probe)
+    def unanswered(self, probe: Probe) -> None:
+        """A probe found nobody: suspect its member, or bury it."""
         member = probe.member
         if self.members.get(member.fact.node) is not member or member.fact.instance != probe.instance:
             return
-        if probe.helpers:
+        if probe.helpers and not probe.nacks:
             # Nobody told us that he could not reach it either: perhaps nobody hears us.
-            self._unwell(1 if not probe.nacks else 0)
+            self._unwell(1)
         member.missed += 1
         if probe.last_chance and member.fact.state is MemberState.SUSPECT:
             self._bury(member)
@@ -519,37 +274,21 @@ class Membership:
             waited = 2 * self.profile.probe_timeout / 1e9
             self._suspect(member, self.me.node, f"no answer for {waited:.3g} s{through}")
 
-    def _answered(self, seq: int, sender: Fact, ack: Ack | None, at: int) -> None:
-        """A ping of ours came back: directly (``ack``), through a helper, or over the stream."""
-        found = self._pings.get(seq)
-        if found is None:
-            return
-        probe, node, sent, count = found
-        member = self.members.get(node)
-        direct = sender.node == node
-        if member is None or (direct and sender.instance != member.fact.instance):
-            return
-        if probe is not None and not probe.over:
-            self._end(probe)
+    def answered(self, member: Member, sender: Fact, first: bool) -> None:
+        """A member answered, itself or through another."""
+        if first:
             self._unwell(-1)
-            if not direct:
-                member.missed += 1
-                if member.missed == _UNREACHABLE_AFTER:
-                    member.reason = f"answers {sender.node}, not us"
-                    self._out.append(Changed(node))
-        if not direct:
-            return
-        if member.missed >= _UNREACHABLE_AFTER and member.fact.state is MemberState.ALIVE:
-            member.reason = ""
-            self._out.append(Changed(node))
-        member.missed = 0
-        member.by_stream = ack is None
-        self._pings.pop(seq, None)
-        if probe is not None:
-            probe.seqs.remove(seq)
-        if ack is None:
-            return
-        rtt = at - sent - ack.held
+        was_reachable = member.missed < UNREACHABLE_AFTER
+        if sender.node == member.fact.node:
+            member.missed = 0
+        elif first:
+            member.missed += 1
+        if was_reachable != (member.missed < UNREACHABLE_AFTER) and member.fact.state is MemberState.ALIVE:
+            member.reason = f"answers {sender.node}, not us" if was_reachable else ""
+            self._out.append(Changed(member.fact.node))
+
+    def measured(self, member: Member, ack: Ack, rtt: int, count: int) -> None:
+        """Fold a direct answer into link and coordinates."""
         member.meter.answered(rtt if rtt > 0 else None, count, ack.seen, ack.count)
         if ack.coordinate is not None and ack.coordinate.valid():
             member.coordinate = ack.coordinate
@@ -573,8 +312,8 @@ class Membership:
             return
         self._tell(fact)
         if by == self.me.node:
-            self._ping(member, None)  # the accused hears it first
-        self._at(suspicion.deadline(), self._time_is_up, member, suspicion)
+            self._prober.ping(member)  # the accused hears it first
+        self._timers.after(suspicion.deadline() - self._now, self._time_is_up, member, suspicion)
 
     def _time_is_up(self, member: Member, suspicion: Suspicion) -> None:
         if member.suspicion is not suspicion or self._now < suspicion.deadline():
@@ -582,7 +321,7 @@ class Membership:
         if member.probe is not None:
             member.probe.last_chance = True
         else:
-            self._probe(member, last_chance=True)
+            self._prober.probe(member, last_chance=True)
 
     def _bury(self, member: Member) -> None:
         member.fact = replace(member.fact, state=MemberState.DEAD, by=self.me.node)
@@ -596,8 +335,8 @@ class Membership:
 
     def _try_dead(self) -> None:
         """Knock at one dead member, and forget those that are dead for long."""
-        self._at(self._now + self.profile.dead_probe_interval, self._try_dead)
-        if len(self._present()) == len(self.members):
+        self._timers.after(self.profile.dead_probe_interval, self._try_dead)
+        if len(self.present()) == len(self.members):
             return
         gone = [m for m in self.members.values() if not m.present]
         for member in gone:
@@ -607,20 +346,20 @@ class Membership:
                 self._out.append(Changed(member.fact.node))
         dead = [m for m in gone if m.fact.state is MemberState.DEAD]
         if dead:
-            self._ping(self._rng.choice(dead), None)
+            self._prober.ping(self._rng.choice(dead))
 
     # -- packets in ----------------------------------------------------------------------------
 
     def _received(self, packet: Packet, address: Address, at: int) -> None:
         sender, body = packet.sender, packet.body
         if isinstance(body, Twin):
-            self._told_of_twin(body.address)
+            self._start_sync(body.address)  # a datagram is no proof: who answers there?
             return
         if self.twin is not None:
             return
         if sender.node == self.me.node:
             if sender.instance != self.me.instance:
-                self._twin_of_ours(sender)
+                self._start_sync(sender.address)
             return
         self._met(sender)
         for fact in packet.news:
@@ -629,17 +368,13 @@ class Membership:
             case Ping():
                 self._answer(sender, body, at)
             case Ack(seq):
-                relay = self._relays.get(seq)
-                if relay is not None:
-                    self._relay(relay, sender)
-                else:
-                    self._answered(seq, sender, body, at)
+                self._prober.acknowledged(seq, sender, body, at)
             case PingRequest(seq, target):
-                self._help(sender, seq, target)
+                self._merge(target)
+                if target.node in self.members:
+                    self._prober.help(sender, seq, self.members[target.node])
             case Nack(seq):
-                found = self._pings.get(seq)
-                if found and found[0] is not None:
-                    found[0].nacks += 1
+                self._prober.refused(seq)
             case Train():
                 self._train_came(sender, body, at)
             case TrainSeen(_, speed):
@@ -652,7 +387,7 @@ class Membership:
     def _answer(self, sender: Fact, ping: Ping, at: int) -> None:
         if (ping.target, ping.instance) != (self.me.node, self.me.instance):
             # It knows our address by another process: an earlier life of ours, or another node's.
-            self._send(sender.address, None, self.me)
+            self.send(sender.address, None, self.me)
             return
         member = self.members.get(sender.node)
         seen = count = 0
@@ -662,28 +397,7 @@ class Membership:
             seen, count = member.meter.pings_seen, member.meter.acks_sent
         ack = Ack(ping.seq, max(0, self._now - at), seen, count, self.vivaldi.here)
         facts = (member.fact,) if member and member.fact.state is not MemberState.ALIVE else ()
-        self._send(sender.address, ack, *facts)
-
-    def _help(self, sender: Fact, seq: int, target: Fact) -> None:
-        self._merge(target)
-        member = self.members.get(target.node)
-        if member is None:
-            return
-        own = self._ping(member, None)
-        self._relays[own] = (seq, sender.address)
-        self._at(self._now + self.profile.probe_timeout * 4 // 5, self._give_up, own)
-
-    def _relay(self, relay: tuple[int, Address], target: Fact) -> None:
-        seq, asker = relay
-        self._send(asker, Ack(seq), replace(target, state=MemberState.ALIVE, by=NOBODY))
-        for own, waiting in list(self._relays.items()):
-            if waiting == relay:
-                del self._relays[own]
-
-    def _give_up(self, own: int) -> None:
-        relay = self._relays.pop(own, None)
-        if relay is not None:
-            self._send(relay[1], Nack(relay[0]))
+        self.send(sender.address, ack, *facts)
 
     # -- facts ---------------------------------------------------------------------------------
 
@@ -764,11 +478,8 @@ class Membership:
             return
         member = Member(replace(fact, state=MemberState.ALIVE, by=NOBODY), self._now, sources={"gossip"})
         self.members[fact.node] = member
-        sighting = self._sightings.pop(fact.address, None)
-        if sighting is not None:
-            member.sources |= sighting.sources
-        if self._ring:
-            self._ring.insert(self._rng.randrange(len(self._ring) + 1), fact.node)
+        member.sources |= self._sightings.resolved(fact.address)
+        self._prober.joined(fact.node)
         self._change(member, MemberState.ALIVE, "")
         self._tell(member.fact)
         if fact.state is MemberState.SUSPECT:
@@ -794,7 +505,7 @@ class Membership:
     # -- twins ---------------------------------------------------------------------------------
 
     def _knock(self, fact: Fact) -> None:
-        self._send(fact.address, Ping(0, fact.node, fact.instance, 0))
+        self.send(fact.address, Ping(0, fact.node, fact.instance, 0))
 
     def _other_instance(self, known: Member, sender: Fact) -> None:
         """A node that we know speaks as another process: restarted, or there are two of it."""
@@ -805,13 +516,13 @@ class Membership:
         if contest is not None:
             return
         contest = self._contests[sender.node] = _Contest(sender)
-        self._ping(known, None)
-        self._at(self._now + self._timeout, self._ping_again, known, contest)
-        self._at(self._now + 2 * self._timeout, self._settle, known, contest, known.meter.acks_seen)
+        self._prober.ping(known)
+        self._timers.after(self.timeout, self._ping_again, known, contest)
+        self._timers.after(2 * self.timeout, self._settle, known, contest, known.meter.acks_seen)
 
     def _ping_again(self, known: Member, contest: _Contest) -> None:
         if not contest.over:
-            self._ping(known, None)
+            self._prober.ping(known)
 
     def _settle(self, known: Member, contest: _Contest, acks_before: int) -> None:
         """Whether the process that we knew has answered since the other one turned up."""
@@ -825,23 +536,19 @@ class Membership:
             return
         # Both live. The older stays: whoever copied a data directory is the younger.
         older, younger = sorted((known.fact, challenger), key=lambda f: (f.instance, f.address))
-        self._send(younger.address, Twin(older.address))
+        self.send(younger.address, Twin(older.address))
         self._out.append(TwinSeen(challenger.node, younger.address, ours=False))
         if older is not known.fact:
             self._replace(known, older)
 
     def _twin_of_ours(self, other: Fact) -> None:
         if (other.instance, other.address) > (self.me.instance, self.me.address):
-            self._send(other.address, Twin(self.me.address))
+            self.send(other.address, Twin(self.me.address))
             self._out.append(TwinSeen(other.node, other.address, ours=False))
-        else:
-            self._told_of_twin(other.address)
-
-    def _told_of_twin(self, address: Address) -> None:
-        if self.twin is None and address != self.me.address:
-            self.twin = address
+        elif self.twin is None and other.address != self.me.address:
+            self.twin = other.address
             self._timers.clear()
-            self._out.append(TwinSeen(self.me.node, address, ours=True))
+            self._out.append(TwinSeen(self.me.node, other.address, ours=True))
 
     # -- discovery and exchange of views -------------------------------------------------------
 
@@ -852,34 +559,24 @@ class Membership:
             if member.fact.address == address:
                 member.sources.add(source)
                 return
-        sighting = self._sightings.get(address)
-        if sighting is None:
-            if len(self._sightings) >= SIGHTINGS_MAX:
-                return
-            sighting = self._sightings[address] = _Sighting(
-                set(), self.profile.probe_interval // 4, self._now
-            )
-            self._at(self._now, self._resolve, address)
-        sighting.sources.add(source)
+        self._sightings.add(address, source, self._now)
+        self._knock_next()
 
     def _gone(self, address: Address, source: str) -> None:
         for member in self.members.values():
             if member.fact.address == address:
                 member.sources.discard(source)
-        sighting = self._sightings.get(address)
-        if sighting is not None:
-            sighting.sources.discard(source)
-            if not sighting.sources:
-                del self._sightings[address]
+        self._sightings.remove(address, source)
 
-    def _resolve(self, address: Address) -> None:
-        sighting = self._sightings.get(address)
-        if sighting is None or self._now < sighting.due:
-            return
-        if len(self._syncing) >= SYNCS_MAX:
-            self._at(self._now + self.profile.probe_interval // 4, self._resolve, address)
-            return
-        self._start_sync(address)
+    def _knock_next(self) -> None:
+        """Exchange views with those that discovery named, a few at a time."""
+        for address in self._sightings.due(self._now, SYNCS_MAX - len(self._syncing)):
+            self._start_sync(address)
+
+    def _knock_again(self) -> None:
+        self._timers.after(self.profile.probe_interval // 4, self._knock_again)
+        if self._sightings:
+            self._knock_next()
 
     def _start_sync(self, address: Address) -> None:
         if address not in self._syncing and len(self._syncing) < SYNCS_MAX and self.twin is None:
@@ -887,7 +584,7 @@ class Membership:
             self._out.append(Sync(address))
 
     def _sync_next(self) -> None:
-        self._at(self._now + self.profile.sync_interval, self._sync_next)
+        self._timers.after(self.profile.sync_interval, self._sync_next)
         alive = [m.fact.address for m in self.members.values() if m.fact.state is MemberState.ALIVE]
         afar = [g for r, s in sorted(self.regions.items()) if r != self.me.region for g in s.gateways]
         known = {m.fact.address for m in self.members.values()}
@@ -897,25 +594,16 @@ class Membership:
 
     def _synced(self, event: Synced) -> None:
         self._syncing.discard(event.address)
-        sighting = self._sightings.get(event.address)
-        if event.sender is not None and not event.error:
-            if event.sender.node == self.me.node:
-                if event.sender.instance != self.me.instance:
-                    self._twin_of_ours(event.sender)
-                self._sightings.pop(event.address, None)
-                return
+        if event.sender is None:
+            self._sightings.failed(event.address, event.error, self._now)
+        else:
+            sources = self._sightings.resolved(event.address)
             self._exchange(event.sender, event.facts, event.regions)
-            if sighting is not None:
-                # It may tell another address than the one that was listed.
-                member = self.members.get(event.sender.node)
-                if member is not None:
-                    member.sources |= sighting.sources
-                self._sightings.pop(event.address, None)
-        elif sighting is not None:
-            sighting.error = event.error
-            sighting.wait = min(sighting.wait * 2, _SYNC_RETRY_MAX_NS)
-            sighting.due = self._now + sighting.wait
-            self._at(sighting.due, self._resolve, event.address)
+            # It may tell another address than the one that was listed.
+            member = self.members.get(event.sender.node)
+            if member is not None:
+                member.sources |= sources
+        self._knock_next()
 
     def _exchange(self, sender: Fact, facts: Iterable[Fact], regions: Iterable[RegionSummary]) -> None:
         if sender.node == self.me.node:
@@ -934,7 +622,7 @@ class Membership:
         """Tell everybody directly, twice: nobody will be there to repeat it."""
         gone = replace(self.me, state=MemberState.LEFT)
         for _ in range(2):
-            for member in self._present():
+            for member in self.present():
                 self._out.append(Send(member.fact.address, Packet(gone, None, (gone,))))
         self.me = gone
         self._leaving = True
@@ -942,15 +630,15 @@ class Membership:
     # -- bandwidth -----------------------------------------------------------------------------
 
     def _train_next(self) -> None:
-        self._at(self._now + self.profile.train_interval, self._train_next)
+        self._timers.after(self.profile.train_interval, self._train_next)
         alive = [m for m in self.members.values() if m.reachable and not m.by_stream]
         if not alive:
             return
         member = self._rng.choice(alive)
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
+        self._train = (self._train + 1) & 0xFFFFFFFF
         total, size = self.profile.train_packets, self.profile.train_bytes
         for index in range(total):
-            packet = Packet(self.me, Train(self._seq, index, total, size))
+            packet = Packet(self.me, Train(self._train, index, total, size))
             self._out.append(Send(member.fact.address, packet))
 
     def _train_came(self, sender: Fact, train: Train, at: int) -> None:
@@ -961,7 +649,7 @@ class Membership:
         if arrivals is None:
             member.trains.clear()
             arrivals = member.trains[train.train] = []
-            self._at(self._now + self._timeout, self._train_over, member, train, sender.address)
+            self._timers.after(self.timeout, self._train_over, member, train, sender.address)
         if len(arrivals) < train.total:
             arrivals.append(at)
 
@@ -969,4 +657,4 @@ class Membership:
         speed = train_speed(member.trains.pop(train.train, ()), train.size)
         if speed:
             member.meter.train_in(speed)
-            self._send(address, TrainSeen(train.train, speed))
+            self.send(address, TrainSeen(train.train, speed))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
-from mesh.membership import Member
+from mesh.member import Member
 from mesh.types import Address
 from scheduler.cluster import Node, Replica
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from random import Random
 
 from mesh.gossip import Fact, MemberState
-from mesh.membership import (
+from mesh.membership import Membership
+from mesh.membership_events import (
     Changed,
     Effect,
     Event,
     Found,
     Leave,
-    Membership,
     PingStream,
     Received,
     Send,

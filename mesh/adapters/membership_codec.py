@@ -23,7 +23,8 @@ from mesh.gossip import (
     TrainSeen,
     Twin,
 )
-from mesh.membership import MEMBERS_MAX, RegionSummary
+from mesh.membership import MEMBERS_MAX
+from mesh.membership_events import RegionSummary
 from mesh.messages import WIRE_VERSION
 from mesh.types import Address, NodeId
 from protos.gen import membership_pb2 as pb

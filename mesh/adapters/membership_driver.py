@@ -28,11 +28,11 @@ from mesh.adapters.membership_codec import (
     view_to_pb,
 )
 from mesh.errors import PeerError
-from mesh.membership import (
+from mesh.membership import Membership
+from mesh.membership_events import (
     Changed,
     Effect,
     Event,
-    Membership,
     PingStream,
     Received,
     Send,

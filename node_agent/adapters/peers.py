@@ -22,7 +22,9 @@ from mesh.adapters.membership_driver import MembershipDriver
 from mesh.discovery import Sighting
 from mesh.errors import PeerError
 from mesh.gossip import Fact, MemberState
-from mesh.membership import Found, Gone, Leave, Member, Membership, StreamLost, TwinSeen
+from mesh.member import Member
+from mesh.membership import Membership
+from mesh.membership_events import Found, Gone, Leave, StreamLost, TwinSeen
 from mesh.profiles import Profile
 from mesh.types import Address, NodeId
 from node_agent.adapters.records import read_node

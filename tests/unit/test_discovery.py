@@ -27,7 +27,7 @@ from mesh.discovery import ADVERT_BYTES_MAX, ITEM_BYTES_MAX, Advert, Sighting, r
 from mesh.errors import ConfigError, PeerError
 from mesh.gossip import Ack, Body, Fact, MemberState, Nack, Packet, Ping, PingRequest, Train, TrainSeen, Twin
 from mesh.links import LinkMeter, quantile, train_speed
-from mesh.membership import RegionSummary
+from mesh.membership_events import RegionSummary
 from mesh.types import Address, NodeId
 from node_agent.adapters.identity import node_identity
 from protos.gen import membership_pb2 as pb

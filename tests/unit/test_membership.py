@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.gossip import Fact, MemberState, Packet, Ping, Rumours
-from mesh.membership import (
-    FULL_VIEW_MAX,
+from mesh.membership import FULL_VIEW_MAX, Membership
+from mesh.membership_events import (
     Found,
     Gone,
-    Membership,
     Received,
     Send,
     StreamLost,
