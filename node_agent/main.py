@@ -71,6 +71,7 @@ _LOAD_S = 0.5
 _PROBE_S = 2.0
 _PORT_TRIES = 8
 _DISCOVERY_RETRY_S = 10.0
+_ALONE_S = 3.0
 _GRACE_S = 0.5
 _COLLECT_AFTER = 10_000
 _SWITCH_INTERVAL_S = 5e-5
@@ -328,8 +329,13 @@ class Agent:
         speeds = await asyncio.to_thread(
             probe_speeds, self.data_dir, self._capabilities.cpu, self.config.threads
         )
-        due = 0.0
+        due, alone_at = 0.0, time.monotonic() + _ALONE_S
         while True:
+            if self.view.membership.members:
+                alone_at = float("inf")
+            elif time.monotonic() >= alone_at:
+                alone_at = float("inf")
+                log.info("waiting for peers: %s", self.list_nodes()["waiting_for"])
             if time.monotonic() >= due:
                 due = time.monotonic() + _PROBE_S
                 measured = probe_machine(self.data_dir, self._labels, speeds)

@@ -117,6 +117,8 @@ def start_agent(
         line = pipe.readline()
     if not line:
         process.wait(START_S)
+        if process.stdin:
+            process.stdin.close()
         raise AssertionError(f"{folder.name} did not start:\n{log.read_text(errors='replace')[-3000:]}")
     ready = json.loads(line)
     return AgentProcess(process, ready["node"], ready["address"], ready["api_address"], log, prefix)

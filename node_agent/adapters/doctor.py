@@ -192,13 +192,13 @@ async def _clock(config: AgentConfig) -> list[Finding]:
 async def _consul(config: AgentConfig) -> list[Finding]:
     if not consul_wanted(config, os.environ):
         return [Finding("Consul", Verdict.FINE, "not used (set --consul or CONSUL_HTTP_ADDR to use it)")]
-    from mesh.adapters.consul_client import CONSUL_ERRORS, ConsulClient
+    from mesh.adapters.consul_client import CONSUL_ERRORS, ConsulClient, ConsulStore
     from node_agent.adapters.consul_setup import consul_access
 
     access = consul_access(config, os.environ)
     advice = (
         "is a Consul agent running there ('consul members'), and may our token write the service "
-        f"{config.consul_service!r} and read nodes?"
+        f"{config.consul_service!r} and the keys under {config.consul_prefix!r}, and read nodes?"
     )
     try:
         async with ConsulClient(access) as client:
@@ -214,6 +214,9 @@ async def _consul(config: AgentConfig) -> list[Finding]:
                 ]
             await client.agent.services()
             _, entries = await client.health.service(config.consul_service, passing=True)
+            store, key = ConsulStore(client, config.consul_prefix), f"doctor-{os.getpid()}"
+            await store.put(key, b"may we write?")
+            await store.delete(key)
     except CONSUL_ERRORS as error:
         return [Finding("Consul", Verdict.BAD, access.describe(error), advice)]
     return [Finding("Consul", Verdict.FINE, f"{access.url}, leader {leader}, {len(entries)} agents listed")]

@@ -106,7 +106,17 @@ async def saturate(mesh: LocalMesh, prompt: list[int], seconds: float) -> dict[s
             await asyncio.to_thread(stream, f"http://{agent.api_address}", prompt, 64)
             answers += 1
 
-    await asyncio.gather(*(client(a) for a in agents for _ in range(2)))
+    # Stages wait for each other; these leave no core idle meanwhile.
+    burners = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        await asyncio.gather(*(client(a) for a in agents for _ in range(2)))
+    finally:
+        for burner in burners:
+            burner.kill()
+            await burner.wait()
     working, idling = (b - a for a, b in zip(busy, machine_s(), strict=True))
     after = sum(metric(a, r"mesh_suspicions_total\{.*\}") for a in agents)
     return {"suspicions": after - before, "answers": answers, "busy": working / (working + idling)}

@@ -46,11 +46,25 @@ def test_cpu_by_cgroup_v1_v2_and_frequency(tmp_path: Path) -> None:
     cpu = probe_cpu(root)
     assert (cpu.cores, cpu.quota, cpu.mhz, cpu.mhz_now, cpu.model) == (1, 0.5, 1800, 900, "Cortex")
     assert cpu.instructions == ("asimd", "asimddp", "i8mm")
-    plant(root, {"sys/fs/cgroup/cpu.max": "150000 100000"})
+    plant(root, {"sys/fs/cgroup/cpu.max": "150000 100000", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"})
     assert probe_cpu(root).quota == min(1.5, everything.quota)
     for nonsense in ("max 100000", "x y", "1 0"):
         plant(root, {"sys/fs/cgroup/cpu.max": nonsense})
         assert probe_cpu(root).quota == everything.quota
+
+
+def test_the_tightest_cgroup_on_the_way_up_counts(tmp_path: Path) -> None:
+    plant(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/outer/inner\n3:memory:/\n0::/\n",
+            "sys/fs/cgroup/cpu/outer/cpu.cfs_quota_us": "30000",
+            "sys/fs/cgroup/cpu/outer/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/cpu/outer/inner/cpu.cfs_quota_us": "60000",
+            "sys/fs/cgroup/cpu/outer/inner/cpu.cfs_period_us": "100000",
+        },
+    )
+    assert probe_cpu(tmp_path).quota == 0.3
 
 
 def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 from mesh.capabilities import Cpu
-from node_agent.adapters.fingerprint.files import number, text
+from node_agent.adapters.fingerprint.files import cgroups, number, text
 
 INSTRUCTIONS = (
     "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8",  # x86
@@ -45,13 +45,14 @@ _BOARD = "proc/device-tree/model"
 
 
 def _quota(root: Path) -> float | None:
-    """Cores that the cgroup grants; ``None`` when it sets no limit."""
-    v2 = (text(root / "sys/fs/cgroup/cpu.max") or "").split()
-    if len(v2) == 2:
-        try:
-            return None if v2[0] == "max" else int(v2[0]) / int(v2[1])
-        except (ValueError, ZeroDivisionError):
-            return None
-    folder = root / "sys/fs/cgroup/cpu"
-    quota, period = number(folder / "cpu.cfs_quota_us"), number(folder / "cpu.cfs_period_us")
-    return quota / period if quota and period and quota > 0 else None
+    """Cores that the cgroups grant; ``None`` when they set no limit."""
+    limits = []
+    for version, folder in cgroups(root, "cpu"):
+        if version == 1:
+            quota, period = number(folder / "cpu.cfs_quota_us"), number(folder / "cpu.cfs_period_us")
+        else:
+            words = (text(folder / "cpu.max") or "").split()
+            quota, period = (int(w) if w.isdigit() else None for w in [*words, "", ""][:2])
+        if quota and period and quota > 0:
+            limits.append(quota / period)
+    return min(limits, default=None)

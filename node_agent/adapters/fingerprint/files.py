@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,3 +20,25 @@ def number(path: Path) -> int | None:
         return int(text(path) or "")
     except ValueError:
         return None
+
+
+def cgroups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """Version (2 or 1) and folder of the cgroups that bound this process, innermost first.
+
+    A process in a container sees its own cgroup as the top; elsewhere every cgroup on the way up
+    counts.
+    """
+    top = root / "sys/fs/cgroup"
+    paths = {2: "/", 1: "/"}
+    for line in (text(root / "proc/self/cgroup") or "").splitlines():
+        number_, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number_ == "0":
+            paths[2] = path
+        elif controller in controllers.split(","):
+            paths[1] = path
+    for version, base in ((2, top), (2, top / "unified"), (1, top / controller)):
+        inner = Path(paths[version].lstrip("/"))
+        for folder in (inner, *inner.parents):
+            if (base / folder).is_dir():
+                yield version, base / folder

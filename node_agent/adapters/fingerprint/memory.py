@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from node_agent.adapters.fingerprint.files import cgroups, number
+
 _UNLIMITED = 1 << 60
 
 
@@ -17,28 +19,20 @@ class Memory:
 
 
 def probe_memory(root: Path = Path("/")) -> Memory:
-    """Read ``/proc/meminfo`` and the cgroup's limits (v2, then v1); ``root`` is for tests."""
+    """Read ``/proc/meminfo`` and the limits of its cgroups (v2 and v1); ``root`` is for tests."""
     fields: dict[str, int] = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
     total, free = fields["MemTotal"], fields.get("MemAvailable", fields["MemFree"])
-    for limit_file, usage_file in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        (
-            "sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        limit = _number(root / limit_file)
+    for version, folder in cgroups(root, "memory"):
+        names = (
+            ("memory.max", "memory.current")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        limit = number(folder / names[0])
         if limit is not None and limit < min(total, _UNLIMITED):
-            used = _number(root / usage_file) or 0
-            return Memory(limit, max(0, min(free, limit - used)))
+            used = number(folder / names[1]) or 0
+            total, free = limit, max(0, min(free, limit - used))
     return Memory(total, free)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max", or not there
-        return None
