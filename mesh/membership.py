@@ -128,7 +128,7 @@ class Membership:
         self._timers.now = now
         out: list[Effect] = []
         self._out = out
-        if self._leaving:
+        if self._leaving or self.twin is not None:
             return out
         match event:
             case Received(packet, address, at):
@@ -355,8 +355,6 @@ class Membership:
         if isinstance(body, Twin):
             self._start_sync(body.address)  # a datagram is no proof: who answers there?
             return
-        if self.twin is not None:
-            return
         if sender.node == self.me.node:
             if sender.instance != self.me.instance:
                 self._start_sync(sender.address)
@@ -549,6 +547,9 @@ class Membership:
             self.twin = other.address
             self._timers.clear()
             self._out.append(TwinSeen(self.me.node, other.address, ours=True))
+            for node in list(self.members):
+                del self.members[node]
+                self._out.append(Changed(node))
 
     # -- discovery and exchange of views -------------------------------------------------------
 
@@ -579,7 +580,7 @@ class Membership:
             self._knock_next()
 
     def _start_sync(self, address: Address) -> None:
-        if address not in self._syncing and len(self._syncing) < SYNCS_MAX and self.twin is None:
+        if address not in self._syncing and len(self._syncing) < SYNCS_MAX:
             self._syncing.add(address)
             self._out.append(Sync(address))
 
