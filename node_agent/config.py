@@ -17,9 +17,10 @@ from typing import Any
 from mesh.errors import ConfigError
 
 
-def setting(default: Any, about: str, *, unit: str = "", low: float = -math.inf) -> Any:
-    """A documented field; ``low`` is the least value that a number may have."""
-    return field(default=default, metadata={"about": about, "unit": unit, "low": low})
+def setting(default: Any, about: str, *, unit: str = "", low: float = -math.inf, bare: str = "") -> Any:
+    """A documented field; ``low`` is the least value that a number may have, ``bare`` what the flag
+    means without a value (empty: it needs one)."""
+    return field(default=default, metadata={"about": about, "unit": unit, "low": low, "bare": bare})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class AgentConfig:
     mdns: str = setting("on", "on: find agents on this network by multicast DNS and be found. off: neither.")
     consul: str = setting(
         "",
-        "Address of a Consul agent, as http://127.0.0.1:8500: register there and find agents. Empty: CONSUL_HTTP_ADDR, or no Consul.",
+        "Address of a Consul agent: register there and find agents. Empty: CONSUL_HTTP_ADDR, or no Consul. The flag alone means http://127.0.0.1:8500.",
+        bare="http://127.0.0.1:8500",
     )
     consul_token: str = setting("", "ACL token for Consul. Empty: CONSUL_HTTP_TOKEN.")
     consul_ca: str = setting("", "File with the CA of Consul's HTTPS. Empty: CONSUL_CACERT, or the system's.")

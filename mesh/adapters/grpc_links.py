@@ -33,15 +33,19 @@ MESSAGE_BYTES_MAX = 4 << 20
 _FRAMING_BYTES = 14
 """gRPC's prefix (5) and HTTP/2's frame head (9)."""
 
-CHANNEL_OPTIONS = (
+QUIET_CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""For streams whose peer membership watches anyway: nothing is sent while there is nothing to say."""
+CHANNEL_OPTIONS = (
+    *QUIET_CHANNEL_OPTIONS,
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),
 )
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),

@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 
-from mesh.adapters.grpc_links import CHANNEL_OPTIONS
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.adapters.membership_codec import (
     cluster_mark,
     decode_packet,
@@ -213,7 +213,7 @@ class MembershipDriver(rpc.MembershipServicer):
         machine = self.machine
         view = view_to_pb(self._cluster, machine.me, machine.facts(), machine.summaries())
         try:
-            async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
                 answer = await rpc.MembershipStub(channel).Exchange(view, timeout=SYNC_TIMEOUT_S)
             event = Synced(address, *read_view(answer, self._cluster))
         except grpc.aio.AioRpcError as error:
@@ -225,7 +225,7 @@ class MembershipDriver(rpc.MembershipServicer):
     async def _ping_stream(self, address: Address, node: NodeId, seq: int) -> None:
         timeout_s = 2 * self.machine.profile.probe_timeout / 1e9
         try:
-            async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
                 request = pb.ProbeRequest(cluster=self._cluster, target=node)
                 answer = await rpc.MembershipStub(channel).Probe(request, timeout=timeout_s)
             sender = read_fact(answer.sender)
@@ -278,7 +278,7 @@ async def probe_agent(cluster: str, address: Address, timeout_s: float) -> tuple
     Raises ``PeerError`` naming what it said, or that nobody answers.
     """
     try:
-        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
             stub = rpc.MembershipStub(channel)
             await stub.Probe(pb.ProbeRequest(cluster=cluster), timeout=timeout_s)  # connects
             begin = time.time()

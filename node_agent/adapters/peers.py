@@ -17,7 +17,7 @@ from typing import cast
 
 import grpc
 
-from mesh.adapters.grpc_links import CHANNEL_OPTIONS
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.adapters.membership_driver import MembershipDriver
 from mesh.discovery import Sighting
 from mesh.errors import PeerError
@@ -148,7 +148,7 @@ class ClusterView:
         wait_s = _RETRY_S[0]
         while True:
             try:
-                async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
+                async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
                     stream = rpc.AgentStub(channel).Watch(pb.WatchRequest(cluster=self._cluster))
                     # The first record must come soon; later ones come when there is news.
                     async with asyncio.timeout(_CONNECT_S):

@@ -36,6 +36,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             "--" + item.name.replace("_", "-"),
             dest=item.name,
             metavar=item.name.upper(),
+            **({"nargs": "?", "const": item.metadata["bare"]} if item.metadata["bare"] else {}),
             help=f"{item.metadata['about']} [{variable(item.name)}; default: {default}]".replace("%", "%%"),
         )
 

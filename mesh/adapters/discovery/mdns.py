@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Mapping
 
 import ifaddr
@@ -65,9 +66,9 @@ class MdnsDiscovery:
         self._found, self._gone = found, gone
         self._advert, self._advertise = advert, advertise
         while True:
-            interfaces = self._interfaces()
             wait_s = _RETRY_S
             try:
+                interfaces = self._interfaces()
                 if not interfaces:
                     self._status = f"no interface with the address {self._host}"
                 else:
@@ -81,11 +82,12 @@ class MdnsDiscovery:
     def _interfaces(self) -> tuple[str, ...]:
         """Addresses of ours to serve on, sorted."""
         everywhere = self._host in ("0.0.0.0", "::", "")
+        ours = set() if everywhere else {str(a[4][0]) for a in socket.getaddrinfo(self._host, None)}
         found = set()
         for adapter in ifaddr.get_adapters():
             for ip in adapter.ips:
                 text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
-                if text == self._host or (everywhere and not ipaddress.ip_address(text).is_loopback):
+                if text in ours or (everywhere and not ipaddress.ip_address(text).is_loopback):
                     found.add(text)
         return tuple(sorted(found))
 
