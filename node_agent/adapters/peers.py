@@ -58,6 +58,13 @@ class ClusterView:
         """Capability digests as discovery advertised them."""
         self._cluster = cluster
         self._watches: dict[NodeId, _Watch] = {}
+        # Now and then, for middleboxes that forget idle streams: membership watches the peer itself.
+        self._options = (
+            *QUIET_CHANNEL_OPTIONS,
+            ("grpc.keepalive_time_ms", profile.sync_interval // 1_000_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        )
         machine = Membership(me, profile, random.Random(), time.monotonic_ns())
         self.driver = MembershipDriver(cluster, machine, sock, self._judged, self._twin)
         self.on_twin: Callable[[Address], None] = lambda address: None
@@ -148,7 +155,7 @@ class ClusterView:
         wait_s = _RETRY_S[0]
         while True:
             try:
-                async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                async with grpc.aio.insecure_channel(address, self._options) as channel:
                     stream = rpc.AgentStub(channel).Watch(pb.WatchRequest(cluster=self._cluster))
                     # The first record must come soon; later ones come when there is news.
                     async with asyncio.timeout(_CONNECT_S):
