@@ -56,6 +56,7 @@ def test_frozen_killed_and_left(tmp_path: Path) -> None:
             assert "RTT p50 ms" in table.stdout
             whole = json.loads(mesh("nodes", "--json", api=one.api).stdout)
             assert {n["id"] for n in whole["nodes"]} == {one.node, two.node, three.node}
+            until(lambda: _node(one, three.node)["link"] is not None)
             link = _node(one, three.node)["link"]
             assert 0 < link["rtt_ms_p50"] <= link["rtt_ms_p99"] < 1000
             three.sends(signal.SIGKILL)
