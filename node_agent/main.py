@@ -29,12 +29,14 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import open_socket
+from mesh.coordinates import Coordinate
 from mesh.discovery import Advert, Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
 from mesh.gossip import Fact, MemberState
+from mesh.links import LinkEstimate
 from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
-from mesh.types import Address, LayeredRoute, SessionId
+from mesh.types import Address, LayeredRoute, NodeId, SessionId
 from node_agent import __version__
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.discovery_setup import discovery_of
@@ -51,15 +53,22 @@ from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.config import AgentConfig, join_address, parse_shard
-from node_agent.hysteresis import memory_worth_telling, worth_telling
+from node_agent.hysteresis import (
+    links_worth_telling,
+    memory_worth_telling,
+    place_worth_telling,
+    worth_telling,
+)
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.schema import Generation
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
+from node_agent.route_report import route_report
 from protos.gen import agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
-from scheduler.routing import RouteRequest, find_route, models_served
+from scheduler.cost import Percentile
+from scheduler.routing import RoutePlan, Router, RouteRequest, models_served
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +81,10 @@ _PROBE_S = 2.0
 _PORT_TRIES = 8
 _DISCOVERY_RETRY_S = 10.0
 _ALONE_S = 3.0
+_TOKENS_EXPECTED = 256
+"""Of an answer whose length nobody limited."""
+_ALTERNATIVES = 2
+_FIRST_LINKS_S = 3.0
 _GRACE_S = 0.5
 _COLLECT_AFTER = 10_000
 _SWITCH_INTERVAL_S = 5e-5
@@ -103,8 +116,11 @@ class Agent:
         self._labels = tuple(sorted(_pair(label) for label in config.labels))
         self._capabilities = probe_machine(self.data_dir, self._labels)
         self._memory_told = 0
+        self._links_told: dict[NodeId, LinkEstimate] = {}
+        self._place_told: Coordinate | None = None
         self._told: Node | None = None
         self._twin: Address | None = None
+        self._router = Router()
         self._discovery: list[Discovery] = []
         self._discovering: list[asyncio.Task[None]] = []
 
@@ -139,6 +155,7 @@ class Agent:
             self.start_generation,
             self.list_models,
             self.list_nodes,
+            self.explain,
             self.driver,
             self.metrics,
             self._gauges,
@@ -211,7 +228,9 @@ class Agent:
         self.view = ClusterView(config.cluster, me, PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
-        self.replicas = ReplicaManager(config, self.store, self.host, self.metrics, self._announce)
+        self.replicas = ReplicaManager(
+            config, self.store, self.host, self.metrics, self._announce, lambda: self._capabilities
+        )
         self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
         self.health = HealthServicer()
         self._discovery = discovery_of(config)
@@ -300,6 +319,8 @@ class Agent:
             draining=self.driver.draining,
             region=self.config.region,
             public_key=self.identity.public_key,
+            links=self._links_told,
+            coordinate=self._place_told,
         )
 
     def advert(self) -> Advert:
@@ -330,7 +351,15 @@ class Agent:
             probe_speeds, self.data_dir, self._capabilities.cpu, self.config.threads
         )
         due, alone_at = 0.0, time.monotonic() + _ALONE_S
+        links_due = time.monotonic() + _FIRST_LINKS_S
+        machine = self.view.membership
         while True:
+            if time.monotonic() >= links_due:
+                # As rarely as views are exchanged: a radio has room for few bytes.
+                links_due = time.monotonic() + machine.profile.sync_interval / 6e9
+                measured_links = {n: m.meter.estimate() for n, m in machine.members.items() if m.reachable}
+                self._links_told = links_worth_telling(self._links_told, measured_links)
+                self._place_told = place_worth_telling(self._place_told, machine.vivaldi.here)
             if self.view.membership.members:
                 alone_at = float("inf")
             elif time.monotonic() >= alone_at:
@@ -406,7 +435,7 @@ class Agent:
                 code="model_not_found",
                 status=404,
             )
-        route = find_route(self.view.snapshot, RouteRequest(name, self.node_id))
+        route = self.plan(name).route
         text = await self._text_model(name, shape.ref.digest)
         context = self._context(route, shape.context_max)
         prompts = await self._prompts(text, generation, context)
@@ -420,13 +449,46 @@ class Agent:
                     choices[i].text.append(
                         b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace")
                     )
-                chosen = route if i == 0 else find_route(self.view.snapshot, RouteRequest(name, self.node_id))
-                handles.append(self.driver.start(order, chosen, str(shape.ref)))
+                plan = self.plan(name, order, draw=secrets.randbits(62) + 1)
+                handles.append(self.driver.start(order, plan, str(shape.ref)))
         except MeshError:
             for handle in handles:
                 handle.stop()
             raise
         return Job(generation, envelope, choices, handles, sum(map(len, prompts)))
+
+    def plan(
+        self, model: str, order: SessionOrder | None = None, draw: int = 0, percentile: str = "p50"
+    ) -> RoutePlan:
+        """The route of a request on our latest snapshot; raises ``NoRoute``."""
+        request = RouteRequest(
+            model,
+            self.node_id,
+            percentile=Percentile[percentile.upper()],
+            tokens=min(order.tokens_max, _TOKENS_EXPECTED) if order else 1,
+            prompt=len(order.prompt) if order else 0,
+            chunk=self.config.chunk,
+            own=self.driver.own_sessions(),
+            positions=len(order.prompt) + order.tokens_max if order else 0,
+            draw=draw,
+            alternatives=_ALTERNATIVES,
+        )
+        return self._router.plan(self.view.snapshot, request)
+
+    def explain(self, model: str, percentile: str) -> dict[str, Any]:
+        """``/mesh/v1/route``: the route that a request would take now, with every term of its cost."""
+        if model not in models_served(self.view.snapshot):
+            known = ", ".join(sorted(models_served(self.view.snapshot))) or "none"
+            raise RequestError(
+                f"the model {model!r} does not exist here (served: {known})",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        if percentile not in ("p50", "p99"):
+            raise RequestError(f"percentile is {percentile!r}; use p50 or p99", param="percentile")
+        names = {n.id: n.name for n in self.view.snapshot.nodes.values()}
+        return route_report(self.plan(model, percentile=percentile), names)
 
     def _context(self, route: LayeredRoute, model_context: int) -> int:
         """Positions that every stage of the route has room for."""

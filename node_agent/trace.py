@@ -26,6 +26,9 @@ class SessionTrace:
     route: LayeredRoute
     prompt_tokens: int
     started_ns: int
+    predicted_ttft_ms: float = 0.0
+    predicted_tpot_ms: float = 0.0
+    """What the route's cost model said before the request ran; 0 if it was not asked."""
     ingress_hop_us: int = 0
     first_ns: int = 0
     last_ns: int = 0
@@ -65,6 +68,14 @@ class SessionTrace:
         """Mean time per output token after the first, milliseconds."""
         return (self.last_ns - self.first_ns) / 1e6 / (self.tokens - 1) if self.tokens > 1 else 0.0
 
+    def prediction_errors(self) -> dict[str, float]:
+        """Relative errors of the predictions, by name; of those that were made and came to be."""
+        pairs = {
+            "ttft": (self.predicted_ttft_ms, self.ttft_ms),
+            "tpot": (self.predicted_tpot_ms, self.tpot_ms),
+        }
+        return {k: abs(said - was) / was for k, (said, was) in pairs.items() if said > 0 and was > 0}
+
     def _overhead_ms(self, quantile: float) -> float:
         ordered = sorted(self.overheads_us)
         return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] / 1000 if ordered else 0.0
@@ -102,6 +113,8 @@ class SessionTrace:
             "tokens": self.tokens,
             "ttft_ms": round(self.ttft_ms, 3),
             "tpot_ms": round(self.tpot_ms, 3),
+            "predicted_ttft_ms": round(self.predicted_ttft_ms, 3),
+            "predicted_tpot_ms": round(self.predicted_tpot_ms, 3),
             "overhead_ms_p50": round(self._overhead_ms(0.5), 3),
             "overhead_ms_p99": round(self._overhead_ms(0.99), 3),
             "ingress_hop_ms": round(self.ingress_hop_us / 1000, 3),

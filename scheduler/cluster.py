@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from mesh.capabilities import Capabilities
+from mesh.coordinates import Coordinate
 from mesh.gossip import MemberState
+from mesh.links import LinkEstimate
 from mesh.types import Address, NodeId, ShardInfo
+from scheduler.speed import StageSpeed
 
 
 class ReplicaState(enum.Enum):
@@ -40,6 +43,7 @@ class Replica:
     kv_budget_bytes: int = 0
     provider: str = ""
     leases: int = 0
+    speed: StageSpeed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,9 @@ class Node:
     version: str = ""
     draining: bool = False
     region: str = ""
+    links: Mapping[NodeId, LinkEstimate] = field(default_factory=dict)
+    """What it measured of its links, by peer; ``out`` is away from it."""
+    coordinate: Coordinate | None = None
     public_key: bytes = b""
     """Ed25519, raw."""
     state: MemberState = MemberState.ALIVE

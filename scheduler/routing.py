@@ -1,34 +1,96 @@
 """The route of a request: a pure function of snapshot and request, run inside the ingress.
 
-A layered shortest path: the state is (next layer, node that holds the activations), an edge is a
-replica that starts there. Cost is compared in this order: hops between nodes, stages, sessions
-already on the replicas; ties fall to the smaller node id, so equal snapshots give equal routes.
+A layered shortest path over replicas: a replica follows another that ends where it starts, or the
+ingress when it starts at 0. What an edge and a replica cost is ``scheduler.cost``'s. Boundaries
+between layers are walked in order, all replicas of one at a time, so a mesh of a thousand takes
+less than a millisecond. Equal costs fall to the smaller node id, so equal snapshots give equal
+routes.
+
+Herding: every ingress sees load half a second late, and the cheapest replica of that moment would
+get everybody's next request. Each request therefore sees all stage costs scaled by a draw of its
+own within ``DITHER``: replicas of about equal cost share, one that is clearly better gets nearly
+all. (Two random choices would spread over all replicas, however unequal the machines.)
 """
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mesh.errors import NoRoute
 from mesh.types import Digest, LayeredRoute, LayerRange, ModelShape, NodeId, Stage
 from scheduler.cluster import ClusterSnapshot, Node, Replica, ReplicaState
+from scheduler.cost import (
+    BUSY_WAIT,
+    FRAME_HEAD_BYTES,
+    STAGE_US,
+    TOKEN_BYTES,
+    Percentile,
+    Terms,
+    compute_us,
+    queue_us,
+    risk_us,
+    speed_of,
+    way_us,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+DITHER = 0.1
+"""Half a batch's worth of a step: load differs by more before it outweighs the draw."""
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """``ingress`` is preferred as the first stage: its hop is free."""
+    """``ingress`` is preferred as the first stage: its hop is free. ``tokens`` to be generated and
+    ``prompt`` positions weigh decode against prefill. ``own``: sessions that the ingress runs on
+    replicas, which records may not tell yet. ``positions``: room that each replica must have for the
+    session. ``draw`` seeds the dither; 0 is none."""
 
     model: str
     ingress: NodeId
     quantization: str | None = None
+    percentile: Percentile = Percentile.P50
+    tokens: int = 1
+    prompt: int = 0
+    chunk: int = 64
+    own: Mapping[tuple[NodeId, Digest], int] = field(default_factory=dict)
+    positions: int = 0
+    draw: int = 0
+    alternatives: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePlan:
+    """A route, what it is predicted to take, and others that share no machine with it but the ingress.
+
+    ``terms`` are of its stages in order; ``home_us`` is the token's way back.
+    """
+
+    route: LayeredRoute
+    terms: tuple[Terms, ...]
+    home_us: float
+    ttft_us: float
+    alternatives: tuple[LayeredRoute, ...] = ()
+
+    @property
+    def tpot_us(self) -> float:
+        """Predicted time per output token."""
+        return sum(t.total for t in self.terms) + self.home_us
 
 
 _Group = tuple[Digest, str, str]
-_Cost = tuple[int, int, int]
+_Held = tuple[Node, Replica]
 
 
-def serving(snapshot: ClusterSnapshot, model: str | None = None) -> list[tuple[Node, Replica]]:
+def serving(snapshot: ClusterSnapshot, model: str | None = None) -> list[_Held]:
     """Replicas that may be in a route now, by node."""
     return [
         (node, replica)
@@ -48,62 +110,207 @@ def models_served(snapshot: ClusterSnapshot) -> dict[str, ModelShape]:
     }
 
 
-def find_route(snapshot: ClusterSnapshot, request: RouteRequest) -> LayeredRoute:
-    """The cheapest route; raises ``NoRoute`` naming the layers that nobody serves.
+class Router:
+    """Routes over snapshots. What depends on the snapshot alone is kept until another one comes."""
 
-    A route stays within one model digest, runtime and quantization, so that its text does not
-    depend on who happened to be there.
-    """
-    groups: dict[_Group, list[tuple[Node, Replica]]] = {}
+    def __init__(self) -> None:
+        self._snapshot: ClusterSnapshot | None = None
+        self._graphs: dict[tuple[str, str | None, NodeId, Percentile], list[_Graph]] = {}
+
+    def plan(self, snapshot: ClusterSnapshot, request: RouteRequest) -> RoutePlan:
+        """The cheapest route; raises ``NoRoute`` naming the layers that nobody serves.
+
+        A route stays within one model digest, runtime and quantization, so that its text does not
+        depend on who happened to be there.
+        """
+        if snapshot is not self._snapshot:
+            self._snapshot = snapshot
+            self._graphs.clear()
+        key = (request.model, request.quantization, request.ingress, request.percentile)
+        graphs = self._graphs.get(key)
+        if graphs is None:
+            graphs = self._graphs[key] = _graphs(snapshot, request)
+        best: tuple[float, _Graph, list[int], Floats] | None = None
+        for graph in graphs:
+            weights = graph.weights(request)
+            found = graph.shortest(request, weights)
+            if found is not None and (best is None or found[0] < best[0]):
+                best = (found[0], graph, found[1], weights)
+        if best is None:
+            raise NoRoute(_explain(snapshot, request, [g.held for g in graphs]))
+        _, graph, path, weights = best
+        others = []
+        for _ in range(request.alternatives):
+            used = {graph.held[i][0].id for i in path} - {request.ingress}
+            weights = np.where([n.id in used for n, _ in graph.held], np.inf, weights)
+            found = graph.shortest(request, weights)
+            if found is None:
+                break
+            path = found[1]
+            others.append(graph.route(path))
+        return graph.told(request, best[2], tuple(others))
+
+
+def find_route(snapshot: ClusterSnapshot, request: RouteRequest) -> LayeredRoute:
+    """The cheapest route of one snapshot; see ``Router.plan``."""
+    return Router().plan(snapshot, request).route
+
+
+def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
+    groups: dict[_Group, list[_Held]] = {}
     for node, replica in serving(snapshot, request.model):
         shard = replica.shard
         if request.quantization in (None, shard.quantization):
             key = (shard.model.ref.digest, shard.runtime, shard.quantization)
             groups.setdefault(key, []).append((node, replica))
-    best: tuple[_Cost, _Group, LayeredRoute] | None = None
-    for key in sorted(groups):
-        found = _shortest(groups[key], request.ingress)
-        if found and (best is None or found[0] < best[0]):
-            best = (found[0], key, found[1])
-    if best:
-        return best[2]
-    raise NoRoute(_explain(snapshot, request, list(groups.values())))
+    ingress = snapshot.nodes.get(request.ingress)
+    return [_Graph(groups[key], ingress, request.percentile) for key in sorted(groups)]
 
 
-def _shortest(replicas: list[tuple[Node, Replica]], ingress: NodeId) -> tuple[_Cost, LayeredRoute] | None:
-    starts: dict[int, list[tuple[Node, Replica]]] = {}
-    for node, replica in replicas:
-        starts.setdefault(replica.shard.layers.start, []).append((node, replica))
-    total = replicas[0][1].shard.model.layers
-    frontier: list[tuple[_Cost, int, NodeId, tuple[Stage, ...]]] = [((0, 0, 0), 0, ingress, ())]
-    done: set[tuple[int, NodeId]] = set()
-    while frontier:
-        cost, layer, at, stages = heapq.heappop(frontier)
-        if layer == total:
-            return cost, LayeredRoute(stages)
-        if (layer, at) in done:
-            continue
-        done.add((layer, at))
-        for node, replica in starts.get(layer, ()):
-            shard = replica.shard
-            back = shard.last and node.id != ingress  # the token has to come home
-            hops = cost[0] + (node.id != at) + back
-            stage = Stage(node.id, node.address, shard.layers, shard.digest)
-            heapq.heappush(
-                frontier,
-                (
-                    (hops, cost[1] + 1, cost[2] + replica.sessions),
-                    shard.layers.end,
-                    node.id,
-                    (*stages, stage),
-                ),
+class _Graph:
+    """Replicas of one digest, runtime and quantization, with the costs that no request changes."""
+
+    def __init__(self, held: list[_Held], ingress: Node | None, percentile: Percentile) -> None:
+        self.held = held
+        self._percentile = percentile
+        shape = held[0][1].shard.model
+        self._layers = shape.layers
+        self._frame_bytes = shape.width * _FLOAT_BYTES + FRAME_HEAD_BYTES
+        self._speeds = [speed_of(n, r) for n, r in held]
+        self._keys = [(n.id, r.shard.digest) for n, r in held]
+        self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
+        self._decode = np.array([s.decode for s in self._speeds])
+        self._row = np.array([s.row for s in self._speeds])
+        self._prefill = np.array([s.prefill for s in self._speeds])
+        tail = percentile is Percentile.P99
+        self._tail = np.array([max(0.0, s.decode_p99 - s.decode) if tail else 0.0 for s in self._speeds])
+        self._room = np.array([r.context_max or np.inf for _, r in held])
+        self._risk = np.array([risk_us(n, 1.0) for n, _ in held])
+        self._starts: dict[int, list[int]] = {}
+        self._ends: dict[int, list[int]] = {}
+        for i, (_, replica) in enumerate(held):
+            self._starts.setdefault(replica.shard.layers.start, []).append(i)
+            self._ends.setdefault(replica.shard.layers.end, []).append(i)
+        self._boundaries = [
+            (layer, np.array(self._ends[layer]), np.array(self._starts[layer]), *self._ways(layer))
+            for layer in sorted(self._starts)
+            if layer in self._ends
+        ]
+        self._in = self._ingress_ways(ingress, outward=True)
+        self._home = self._ingress_ways(ingress, outward=False)[0]
+        self._tokens_in = self._in[0]
+
+    def _ways(self, layer: int) -> tuple[Floats, Floats]:
+        """Latency and transfer from those that end at a layer to those that start there."""
+        before, after = self._ends[layer], self._starts[layer]
+        latency = np.zeros((len(before), len(after)))
+        transfer = np.zeros_like(latency)
+        known: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
+        for i, a in enumerate(before):
+            for k, b in enumerate(after):
+                source, target = self.held[a][0], self.held[b][0]
+                pair = (source.id, target.id)
+                if pair not in known:
+                    known[pair] = way_us(source, target, self._frame_bytes, self._percentile)
+                latency[i, k], transfer[i, k] = known[pair]
+        return latency, transfer
+
+    def _ingress_ways(self, ingress: Node | None, outward: bool) -> tuple[Floats, Floats]:
+        """Tokens to the first stages or home from the last ones: few bytes."""
+        latency, transfer = np.zeros(len(self.held)), np.zeros(len(self.held))
+        for i, (node, replica) in enumerate(self.held):
+            edge = replica.shard.first if outward else replica.shard.last
+            if not edge:
+                continue
+            if ingress is None:
+                way = way_us(node, _elsewhere(node), TOKEN_BYTES, self._percentile)
+            else:
+                ends = (ingress, node) if outward else (node, ingress)
+                way = way_us(*ends, TOKEN_BYTES, self._percentile)
+            latency[i] = way[0] + way[1]
+        return latency, transfer
+
+    def _load(self, request: RouteRequest) -> Floats:
+        if not request.own:
+            return self._sessions
+        own = np.array([request.own.get(key, 0) for key in self._keys], dtype=np.float64)
+        return np.maximum(self._sessions, own)
+
+    def weights(self, request: RouteRequest) -> Floats:
+        """What each replica costs this request, all its positions together."""
+        load = self._load(request)
+        step = STAGE_US + self._decode + self._row * load + self._tail
+        queue = np.where(load > 0, BUSY_WAIT * (self._decode + self._row * np.maximum(load - 1, 0)), 0.0)
+        each = (step + queue) + step * self._risk
+        total = request.tokens * each + request.prompt * self._prefill
+        if request.draw:
+            total = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
+        result: Floats = np.where(self._room < request.positions, np.inf, total)
+        return result
+
+    def shortest(self, request: RouteRequest, weights: Floats) -> tuple[float, list[int]] | None:
+        """Cost and replicas of the cheapest path; ``None`` if there is none."""
+        tokens = request.tokens
+        chunks = -(-request.prompt // request.chunk) if request.prompt else 0
+        cost = np.full(len(self.held), np.inf)
+        parent = np.full(len(self.held), -1)
+        first = self._starts.get(0)
+        if first is None or self._layers not in self._ends:
+            return None
+        cost[first] = (tokens + chunks) * self._tokens_in[first] + weights[first]
+        for _, before, after, latency, transfer in self._boundaries:
+            edges = (tokens + chunks) * latency + (tokens + request.prompt) * transfer
+            reached = cost[before][:, None] + edges
+            which = reached.argmin(axis=0)
+            cost[after] = reached[which, np.arange(len(after))] + weights[after]
+            parent[after] = before[which]
+        last = np.array(self._ends[self._layers])
+        ends = cost[last] + tokens * self._home[last]
+        best = int(ends.argmin())
+        if not np.isfinite(ends[best]):
+            return None
+        path = [int(last[best])]
+        while parent[path[-1]] >= 0:
+            path.append(int(parent[path[-1]]))
+        return float(ends[best]), path[::-1]
+
+    def route(self, path: list[int]) -> LayeredRoute:
+        """The route of a path."""
+        return LayeredRoute(
+            tuple(
+                Stage(node.id, node.address, replica.shard.layers, replica.shard.digest)
+                for node, replica in (self.held[i] for i in path)
             )
-    return None
+        )
+
+    def told(self, request: RouteRequest, path: list[int], others: tuple[LayeredRoute, ...]) -> RoutePlan:
+        """A path with its terms, by ``scheduler.cost``'s formulas one by one."""
+        load = self._load(request)
+        terms, slowest, ttft = [], 0.0, 0.0
+        chunk = min(request.chunk, request.prompt)
+        for place, i in enumerate(path):
+            node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])
+            if place == 0:
+                latency, transfer = float(self._tokens_in[i]), 0.0
+            else:
+                before = self.held[path[place - 1]][0]
+                latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
+            compute = compute_us(speed, sessions, self._percentile)
+            terms.append(Terms(compute, queue_us(speed, sessions), latency, transfer, risk_us(node, compute)))
+            block = STAGE_US + speed.prefill * chunk
+            slowest = max(slowest, block)
+            ttft += block + latency + transfer * chunk
+        chunks = -(-request.prompt // request.chunk) if request.prompt else 1
+        home = float(self._home[path[-1]])
+        return RoutePlan(self.route(path), tuple(terms), home, ttft + (chunks - 1) * slowest + home, others)
 
 
-def _explain(
-    snapshot: ClusterSnapshot, request: RouteRequest, groups: list[list[tuple[Node, Replica]]]
-) -> str:
+def _elsewhere(node: Node) -> Node:
+    """An ingress of which nothing is known."""
+    return Node(NodeId(""), "", node.address, node.api_address, node.capabilities, 0, 0)
+
+
+def _explain(snapshot: ClusterSnapshot, request: RouteRequest, groups: list[list[_Held]]) -> str:
     name = request.model
     if not groups:
         known = models_served(snapshot).get(name)

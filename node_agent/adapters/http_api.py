@@ -117,11 +117,12 @@ class HttpApi:
         start: Start,
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
+        explain: Callable[[str, str], dict[str, Any]],
         driver: SessionDriver,
         metrics: AgentMetrics,
         before_metrics: Callable[[], None],
     ) -> None:
-        self._start, self._models, self._nodes = start, models, nodes
+        self._start, self._models, self._nodes, self._explain = start, models, nodes, explain
         self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
         self._runner: web.AppRunner | None = None
 
@@ -133,6 +134,7 @@ class HttpApi:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/mesh/v1/nodes", self._list_nodes)
+        app.router.add_get("/mesh/v1/route", self._route)
         app.router.add_get("/mesh/v1/sessions/{id}", self._session)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/health", self._health)
@@ -244,6 +246,9 @@ class HttpApi:
 
     async def _list_nodes(self, request: web.Request) -> web.Response:
         return _json(self._nodes())
+
+    async def _route(self, request: web.Request) -> web.Response:
+        return _json(self._explain(request.query.get("model", ""), request.query.get("percentile", "p50")))
 
     async def _session(self, request: web.Request) -> web.Response:
         wanted = request.match_info["id"]

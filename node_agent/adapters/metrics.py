@@ -73,6 +73,13 @@ class AgentMetrics:
             buckets=_FAST,
             registry=self.registry,
         )
+        self.prediction = Histogram(
+            "mesh_prediction_error_ratio",
+            "How far a route's predicted TTFT and TPOT were off, relative to what was measured",
+            ("node_id", "model_version", "what"),
+            buckets=(0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0),
+            registry=self.registry,
+        )
         self.sessions = Gauge("mesh_sessions", "Sessions at a replica", _LABELS, registry=self.registry)
         self.kv_reserved = Gauge(
             "mesh_kv_reserved_bytes",

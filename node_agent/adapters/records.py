@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 from mesh.capabilities import Accelerator, Battery, Capabilities, Cpu, Disk, Interface, Speed, Thermal
+from mesh.coordinates import Coordinate
 from mesh.errors import PeerError
+from mesh.links import LinkEstimate
 from mesh.messages import FEATURES, WIRE_VERSION
 from mesh.types import Address, Digest, LayerRange, ModelRef, ModelShape, NodeId, ShardInfo
 from protos.gen import agent_pb2 as pb
 from scheduler.cluster import Node, Replica, ReplicaState
+from scheduler.speed import StageSpeed
+
+_SPEED_MAX_US = 1e9
+_LINKS_MAX = 512
 
 _STATES: dict[ReplicaState, Any] = {
     ReplicaState.LOADING: pb.REPLICA_STATE_LOADING,
@@ -49,7 +56,26 @@ def replica_record(replica: Replica) -> pb.ReplicaRecord:
         kv_budget_bytes=replica.kv_budget_bytes,
         provider=replica.provider,
         leases=replica.leases,
+        speed=_speed_record(replica.speed) if replica.speed else None,
     )
+
+
+def _speed_record(speed: StageSpeed) -> pb.StageSpeed:
+    return pb.StageSpeed(
+        decode=speed.decode,
+        row=speed.row,
+        prefill=speed.prefill,
+        decode_p99=speed.decode_p99,
+        measured=speed.measured,
+    )
+
+
+def _read_speed(record: pb.StageSpeed) -> StageSpeed | None:
+    """``None`` for figures that cannot be: they come from the network and steer routes."""
+    values = (record.decode, record.row, record.prefill, record.decode_p99)
+    if not all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) or record.decode <= 0:
+        return None
+    return StageSpeed(*values, measured=record.measured)
 
 
 def node_record(node: Node, cluster: str) -> pb.NodeRecord:
@@ -70,7 +96,51 @@ def node_record(node: Node, cluster: str) -> pb.NodeRecord:
         capabilities=capabilities_record(node.capabilities),
         region=node.region,
         public_key=node.public_key,
+        links=[_link_record(peer, link) for peer, link in sorted(node.links.items())],
+        coordinate=_coordinate_record(node.coordinate) if node.coordinate else None,
     )
+
+
+def _link_record(peer: NodeId, link: LinkEstimate) -> pb.LinkRecord:
+    return pb.LinkRecord(
+        peer=peer,
+        rtt_us_p50=link.rtt_p50 // 1000,
+        rtt_us_p99=link.rtt_p99 // 1000,
+        loss_out=link.loss_out,
+        loss_in=link.loss_in,
+        bandwidth_out=link.bandwidth_out_p50,
+        bandwidth_in=link.bandwidth_in_p50,
+    )
+
+
+def _coordinate_record(place: Coordinate) -> pb.NetworkCoordinate:
+    return pb.NetworkCoordinate(
+        vector=place.vector, height=place.height, adjustment=place.adjustment, error=place.error
+    )
+
+
+def _read_links(record: pb.NodeRecord) -> dict[NodeId, LinkEstimate]:
+    links = {}
+    for link in record.links[:_LINKS_MAX]:
+        shares = (link.loss_out, link.loss_in)
+        if link.rtt_us_p50 and all(isfinite(s) and 0 <= s <= 1 for s in shares):
+            links[NodeId(link.peer)] = LinkEstimate(
+                rtt_p50=link.rtt_us_p50 * 1000,
+                rtt_p99=max(link.rtt_us_p50, link.rtt_us_p99) * 1000,
+                loss_out=link.loss_out,
+                loss_in=link.loss_in,
+                bandwidth_out_p50=link.bandwidth_out,
+                bandwidth_in_p50=link.bandwidth_in,
+            )
+    return links
+
+
+def _read_coordinate(record: pb.NodeRecord) -> Coordinate | None:
+    if not record.HasField("coordinate"):
+        return None
+    place = record.coordinate
+    found = Coordinate(tuple(place.vector), place.height, place.adjustment, place.error)
+    return found if found.valid() else None
 
 
 def capabilities_record(have: Capabilities) -> pb.Capabilities:
@@ -166,6 +236,7 @@ def read_replica(record: pb.ReplicaRecord) -> Replica:
         record.kv_budget_bytes,
         record.provider,
         record.leases,
+        _read_speed(record.speed) if record.HasField("speed") else None,
     )
 
 
@@ -187,4 +258,6 @@ def read_node(record: pb.NodeRecord) -> Node:
         draining=record.draining,
         region=record.region,
         public_key=record.public_key,
+        links=_read_links(record),
+        coordinate=_read_coordinate(record),
     )

@@ -24,6 +24,7 @@ from mesh.types import Epoch, SessionId, Token
 from node_agent.ports import Runtime
 from node_agent.sampling import sample
 from node_agent.stage import Refusal, Run, StageBook, StageSession
+from scheduler.speed import SpeedMeter, StageSpeed, coarse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Replica:
     """Runs a ``StageBook`` over a ``Runtime``.
 
     ``forward(rows)`` is called on the loop with what a run computed, ``failed(session, cause,
-    detail)`` for each session whose row could not be.
+    detail)`` for each session whose row could not be. ``speed`` is believed until runs are measured.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Replica:
         kv_budget_bytes: int,
         forward: Callable[[list[Computed]], None],
         failed: Callable[[StageSession, Cause, str], None],
+        speed: StageSpeed,
     ) -> None:
         self.runtime = runtime
+        self._speed = SpeedMeter(speed)
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
         self.runs = 0
@@ -84,6 +87,10 @@ class Replica:
     def working(self) -> bool:
         """Something is queued or being computed."""
         return self._busy or self.book.queued > 0
+
+    def speed(self) -> StageSpeed:
+        """How fast it is, for peers."""
+        return coarse(self._speed.speed(time.monotonic()))
 
     def open(self, order: Open) -> StageSession | Refusal:
         return self.book.open(order, time.monotonic_ns())
@@ -230,7 +237,11 @@ class Replica:
         self._busy = False
         self.runs += 1
         compute_us = (ended - started) // 1000
-        if run.rows[0] is not None and run.rows[0][1].length == 1:
+        first = next(run.live)[2]
+        if first.length > 1:
+            self._speed.prefilled(first.length, compute_us, ended / 1e9)
+        else:
+            self._speed.decoded(len(run.rows), compute_us, ended / 1e9)
             self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
         results = []
         for i, session, frame in run.live:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mesh.capabilities import Capabilities
 from mesh.errors import Full, InputError, MeshError, ShardError
 from mesh.types import ShardInfo
 from node_agent.adapters.fingerprint.memory import Memory, probe_memory
@@ -24,6 +25,7 @@ from node_agent.ports import Runtime
 from node_agent.shards.manifest import ShardManifest
 from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
+from scheduler.speed import guess
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,9 @@ class ReplicaManager:
         host: StageHost,
         metrics: AgentMetrics,
         changed: Callable[[], None],
+        capabilities: Callable[[], Capabilities],
     ) -> None:
+        self.capabilities = capabilities
         self._config, self._store, self._host = config, store, host
         self._metrics, self._changed = metrics, changed
         self._leases: LeaseBook[ShardKey] = LeaseBook()
@@ -109,6 +113,7 @@ class ReplicaManager:
             book.kv_budget_bytes if book else 0,
             held.replica.runtime.provider if held.replica else "",
             self._leases.count(held.key),
+            held.replica.speed() if held.replica else None,
         )
 
     async def hold(self, key: ShardKey, holder: str) -> AsyncIterator[ReplicaStatus]:
@@ -146,7 +151,10 @@ class ReplicaManager:
                 )
                 stage_metrics = StageMetrics(self._metrics, manifest.info)
                 digest = manifest.info.digest
-                held.replica = Replica(replica_runtime, kv_budget, self._host.forward, self._host.failed)
+                speed = guess(manifest.info, self.capabilities())
+                held.replica = Replica(
+                    replica_runtime, kv_budget, self._host.forward, self._host.failed, speed
+                )
                 self._host.replicas[digest] = held.replica
                 self._host.metrics[digest] = stage_metrics
                 self._committed_bytes += manifest.info.weight_bytes + kv_budget

@@ -29,11 +29,12 @@ from mesh.session import (
     SessionOrder,
     Tick,
 )
-from mesh.types import Address, LayeredRoute, SessionId, Token
+from mesh.types import Address, Digest, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
 from node_agent.trace import SessionTrace
+from scheduler.routing import RoutePlan
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class SessionDriver:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, order: SessionOrder, route: LayeredRoute, model: str) -> SessionHandle:
+    def start(self, order: SessionOrder, plan: RoutePlan, model: str) -> SessionHandle:
         """Begin a session; raises ``Full`` when this ingress runs as many as it may."""
         if self.draining:
             raise Unavailable("this agent is draining; ask another", retry_after_s=5)
@@ -114,8 +115,11 @@ class SessionDriver:
             self._metrics.refused.labels(self._metrics.node_id, "ingress_full").inc()
             raise Full(f"this agent runs {len(self._running)} sessions already, its limit")
         now = time.monotonic_ns()
+        route = plan.route
         session = Session(order, route, self._host.node, self._host.address, now)
-        trace = SessionTrace(order.session, model, route, len(order.prompt), now)
+        trace = SessionTrace(
+            order.session, model, route, len(order.prompt), now, plan.ttft_us / 1000, plan.tpot_us / 1000
+        )
         handle = SessionHandle(self, session, trace)
         try:
             self._log.begin(order.session, order.prompt, time.time() + self._keep_s)
@@ -129,6 +133,15 @@ class SessionDriver:
         self._carry_out(handle, session.start(now))
         self._feed()
         return handle
+
+    def own_sessions(self) -> dict[tuple[NodeId, Digest], int]:
+        """How many of our sessions each replica has now: records tell it half a second late."""
+        counts: dict[tuple[NodeId, Digest], int] = {}
+        for handle in self._running.values():
+            for stage in handle.session.route.stages:
+                key = (stage.node, stage.shard)
+                counts[key] = counts.get(key, 0) + 1
+        return counts
 
     def on_message(self, message: Message) -> None:
         """A token, acknowledgement, refusal or loss for a session of ours.
@@ -251,6 +264,8 @@ class SessionDriver:
             metrics.ttft.labels(node, trace.model).observe(trace.ttft_ms / 1000)
         if trace.tokens > 1:
             metrics.tpot.labels(node, trace.model).observe(trace.tpot_ms / 1000)
+            for what, error in trace.prediction_errors().items():
+                metrics.prediction.labels(node, trace.model, what).observe(error)
         extra = {
             "session": order.session,
             "model_version": trace.model,

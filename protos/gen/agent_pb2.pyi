@@ -204,6 +204,7 @@ class ReplicaRecord(google.protobuf.message.Message):
     PROVIDER_FIELD_NUMBER: builtins.int
     LEASES_FIELD_NUMBER: builtins.int
     CONTEXT_MAX_FIELD_NUMBER: builtins.int
+    SPEED_FIELD_NUMBER: builtins.int
     state: Global___ReplicaState.ValueType
     reason: builtins.str
     """when failed"""
@@ -217,6 +218,8 @@ class ReplicaRecord(google.protobuf.message.Message):
     """positions that a session may take"""
     @property
     def shard(self) -> Global___ShardInfo: ...
+    @property
+    def speed(self) -> Global___StageSpeed: ...
     def __init__(
         self,
         *,
@@ -230,11 +233,106 @@ class ReplicaRecord(google.protobuf.message.Message):
         provider: builtins.str = ...,
         leases: builtins.int = ...,
         context_max: builtins.int = ...,
+        speed: Global___StageSpeed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["shard", b"shard"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["context_max", b"context_max", "kv_budget_bytes", b"kv_budget_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "leases", b"leases", "provider", b"provider", "reason", b"reason", "sessions", b"sessions", "shard", b"shard", "slots", b"slots", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["shard", b"shard", "speed", b"speed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["context_max", b"context_max", "kv_budget_bytes", b"kv_budget_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "leases", b"leases", "provider", b"provider", "reason", b"reason", "sessions", b"sessions", "shard", b"shard", "slots", b"slots", "speed", b"speed", "state", b"state"]) -> None: ...
 
 Global___ReplicaRecord: typing_extensions.TypeAlias = ReplicaRecord
+
+@typing.final
+class StageSpeed(google.protobuf.message.Message):
+    """Microseconds. A decode step of b sessions takes decode + (b - 1) * row."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECODE_FIELD_NUMBER: builtins.int
+    ROW_FIELD_NUMBER: builtins.int
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_P99_FIELD_NUMBER: builtins.int
+    MEASURED_FIELD_NUMBER: builtins.int
+    decode: builtins.float
+    row: builtins.float
+    prefill: builtins.float
+    """a position"""
+    decode_p99: builtins.float
+    measured: builtins.bool
+    """else a guess from the machine's probe"""
+    def __init__(
+        self,
+        *,
+        decode: builtins.float = ...,
+        row: builtins.float = ...,
+        prefill: builtins.float = ...,
+        decode_p99: builtins.float = ...,
+        measured: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_p99", b"decode_p99", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
+
+Global___StageSpeed: typing_extensions.TypeAlias = StageSpeed
+
+@typing.final
+class LinkRecord(google.protobuf.message.Message):
+    """What a node measured of its link to a peer; out is towards the peer, 0 is unknown."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: builtins.int
+    RTT_US_P50_FIELD_NUMBER: builtins.int
+    RTT_US_P99_FIELD_NUMBER: builtins.int
+    LOSS_OUT_FIELD_NUMBER: builtins.int
+    LOSS_IN_FIELD_NUMBER: builtins.int
+    BANDWIDTH_OUT_FIELD_NUMBER: builtins.int
+    BANDWIDTH_IN_FIELD_NUMBER: builtins.int
+    peer: builtins.str
+    rtt_us_p50: builtins.int
+    rtt_us_p99: builtins.int
+    loss_out: builtins.float
+    loss_in: builtins.float
+    bandwidth_out: builtins.int
+    """bits per second"""
+    bandwidth_in: builtins.int
+    def __init__(
+        self,
+        *,
+        peer: builtins.str = ...,
+        rtt_us_p50: builtins.int = ...,
+        rtt_us_p99: builtins.int = ...,
+        loss_out: builtins.float = ...,
+        loss_in: builtins.float = ...,
+        bandwidth_out: builtins.int = ...,
+        bandwidth_in: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bandwidth_in", b"bandwidth_in", "bandwidth_out", b"bandwidth_out", "loss_in", b"loss_in", "loss_out", b"loss_out", "peer", b"peer", "rtt_us_p50", b"rtt_us_p50", "rtt_us_p99", b"rtt_us_p99"]) -> None: ...
+
+Global___LinkRecord: typing_extensions.TypeAlias = LinkRecord
+
+@typing.final
+class NetworkCoordinate(google.protobuf.message.Message):
+    """A place in the latency space (Vivaldi), seconds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: builtins.int
+    HEIGHT_FIELD_NUMBER: builtins.int
+    ADJUSTMENT_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    height: builtins.float
+    adjustment: builtins.float
+    error: builtins.float
+    @property
+    def vector(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        vector: collections.abc.Iterable[builtins.float] | None = ...,
+        height: builtins.float = ...,
+        adjustment: builtins.float = ...,
+        error: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "error", b"error", "height", b"height", "vector", b"vector"]) -> None: ...
+
+Global___NetworkCoordinate: typing_extensions.TypeAlias = NetworkCoordinate
 
 @typing.final
 class NodeRecord(google.protobuf.message.Message):
@@ -256,6 +354,8 @@ class NodeRecord(google.protobuf.message.Message):
     CAPABILITIES_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     PUBLIC_KEY_FIELD_NUMBER: builtins.int
+    LINKS_FIELD_NUMBER: builtins.int
+    COORDINATE_FIELD_NUMBER: builtins.int
     node: builtins.str
     name: builtins.str
     cluster: builtins.str
@@ -279,6 +379,10 @@ class NodeRecord(google.protobuf.message.Message):
 
     @property
     def capabilities(self) -> Global___Capabilities: ...
+    @property
+    def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LinkRecord]: ...
+    @property
+    def coordinate(self) -> Global___NetworkCoordinate: ...
     def __init__(
         self,
         *,
@@ -298,9 +402,11 @@ class NodeRecord(google.protobuf.message.Message):
         capabilities: Global___Capabilities | None = ...,
         region: builtins.str = ...,
         public_key: builtins.bytes = ...,
+        links: collections.abc.Iterable[Global___LinkRecord] | None = ...,
+        coordinate: Global___NetworkCoordinate | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "draining", b"draining", "features", b"features", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "coordinate", b"coordinate"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "coordinate", b"coordinate", "draining", b"draining", "features", b"features", "links", b"links", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
 
 Global___NodeRecord: typing_extensions.TypeAlias = NodeRecord
 

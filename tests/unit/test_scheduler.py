@@ -54,8 +54,10 @@ def test_snapshots_do_not_change() -> None:
 
 
 def test_the_ingress_is_its_own_first_stage_and_fewer_hops_win() -> None:
-    snapshot = cluster(node("a", shard(0, 3)), node("b", shard(0, 3), shard(3, 6)), node("c", shard(3, 6)))
-    assert names(snapshot) == [("a", "0-3"), ("b", "3-6")]
+    snapshot = cluster(node("b", shard(0, 3)), node("a", shard(0, 3)), node("c", shard(3, 6)))
+    assert names(snapshot) == [("a", "0-3"), ("c", "3-6")]
+    together = cluster(node("b", shard(0, 3)), node("c", shard(0, 3), shard(3, 6)))
+    assert names(together) == [("c", "0-3"), ("c", "3-6")]
     alone = cluster(node("a", shard(0, 6)), node("b", shard(0, 3), shard(3, 6)))
     assert names(alone) == [("a", "0-6")]
 

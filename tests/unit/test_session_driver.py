@@ -19,6 +19,8 @@ from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import BRIEF_MAX_NS, Replica
 from node_agent.adapters.session_driver import CLIENT_BEHIND_MAX, SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
+from scheduler.routing import RoutePlan
+from scheduler.speed import StageSpeed
 from tests.builders import ADDRESS, OWNER, order, shard
 
 INFO = shard(0, 6)
@@ -73,7 +75,9 @@ class Bench:
         self.log = FailingTokenLog()
         metrics = AgentMetrics("n")
         self.host = StageHost(OWNER, ADDRESS, lambda address, message: None, lambda reason: None)
-        self.replica = Replica(self.runtime, 1 << 30, self.host.forward, self.host.failed)
+        self.replica = Replica(
+            self.runtime, 1 << 30, self.host.forward, self.host.failed, StageSpeed(1000, 100, 100, 2000)
+        )
         self.host.replicas[INFO.digest] = self.replica
         self.host.metrics[INFO.digest] = StageMetrics(metrics, INFO)
         self.driver = SessionDriver(self.host, self.log, metrics, sessions_max=2, keep_s=60)
@@ -88,7 +92,7 @@ class Bench:
             step_timeout_ns=10**11,
             **changes,
         )
-        return self.driver.start(base, ROUTE, "tiny")
+        return self.driver.start(base, RoutePlan(ROUTE, (), 0.0, 0.0), "tiny")
 
 
 def run(story: Callable[[], Awaitable[None]]) -> None:

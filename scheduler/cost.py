@@ -1,0 +1,134 @@
+"""What a route costs: the terms of ARCHITECTURE.md's page "What a route costs", each with its unit.
+
+All times are microseconds for one position unless a name says otherwise. ``Terms`` is what
+``mesh route --explain`` shows; routing minimises ``total``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from mesh.links import LinkEstimate
+from scheduler.cluster import Node, Replica
+from scheduler.speed import StageSpeed, guess
+
+FRAME_HEAD_BYTES = 100
+"""What an activation frame carries beside its floats."""
+TOKEN_BYTES = 100
+UNKNOWN_RTT_US = 2000.0
+UNKNOWN_BITS_S = 50e6
+"""Of a link that nobody measured and that has no coordinates: an ordinary wireless one."""
+RETRANSMIT_US = 200_000.0
+"""What a lost segment costs a stream: TCP's least retransmission timeout on Linux."""
+HAZARD_S = 1 / 86_400
+"""Losses of a node per second that nothing is known of: one a day."""
+RECOVERY_US = 2e6
+"""Until a session goes on after the loss of a stage; measured figures will replace it."""
+RUNNING_DRY_S = 600.0
+"""A battery that lasts less than this is about to be a loss."""
+STAGE_US = 250.0
+"""What a stage costs beside its computation: a frame's way through an agent."""
+BUSY_WAIT = 0.5
+"""Of a step: what a frame waits on average at a replica that others use."""
+
+
+class Percentile(Enum):
+    """Which of a distribution a route is chosen by."""
+
+    P50 = 50
+    P99 = 99
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Cost of one stage and of the hop that leads to it, microseconds a position."""
+
+    compute: float
+    queue: float
+    hop: float
+    transfer: float
+    risk: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.queue + self.hop + self.transfer + self.risk
+
+
+def speed_of(node: Node, replica: Replica) -> StageSpeed:
+    """Measured, or guessed from the machine."""
+    return replica.speed or guess(replica.shard, node.capabilities)
+
+
+def compute_us(speed: StageSpeed, sessions: int, percentile: Percentile) -> float:
+    """A decode step with ours among ``sessions`` others, which are computed together."""
+    step = STAGE_US + speed.step(sessions + 1)
+    return step if percentile is Percentile.P50 else step + max(0.0, speed.decode_p99 - speed.decode)
+
+
+def queue_us(speed: StageSpeed, sessions: int) -> float:
+    """Waiting for a step of others to end."""
+    return BUSY_WAIT * speed.step(sessions) if sessions else 0.0
+
+
+def hop_us(link: LinkEstimate | None, apart_s: float | None, percentile: Percentile) -> float:
+    """One way: half the round trip as measured, else by coordinates (``apart_s``, a round trip), else
+    a guess; and what losses cost a stream."""
+    if link is None:
+        return (UNKNOWN_RTT_US if apart_s is None else apart_s * 1e6) / 2
+    rtt = (link.rtt_p50 if percentile is Percentile.P50 else link.rtt_p99) / 1000
+    return rtt / 2 + link.loss_out * (RETRANSMIT_US + rtt)
+
+
+def transfer_us(link: LinkEstimate | None, size: int) -> float:
+    """``size`` bytes over the bandwidth of that direction."""
+    bits_s = link.bandwidth_out_p50 if link and link.bandwidth_out_p50 > 0 else UNKNOWN_BITS_S
+    return size * 8 / bits_s * 1e6
+
+
+def hazard_per_s(node: Node) -> float:
+    """Expected losses of a node per second."""
+    battery = node.capabilities.battery
+    if battery is None or battery.charging or battery.power_w <= 0:
+        return HAZARD_S
+    left_s = battery.energy_wh * 3600 / battery.power_w
+    return HAZARD_S + (1 / max(left_s, 1.0) if left_s < RUNNING_DRY_S else 0.0)
+
+
+def risk_us(node: Node, step_us: float) -> float:
+    """The chance that the node is lost during a step, times what that would cost."""
+    return hazard_per_s(node) * step_us / 1e6 * RECOVERY_US
+
+
+def apart_s(a: Node, b: Node) -> float | None:
+    """Round trip by network coordinates, seconds."""
+    if a.coordinate is None or b.coordinate is None:
+        return None
+    return max(0.0, a.coordinate.rtt_to(b.coordinate))
+
+
+def link_between(a: Node, b: Node) -> LinkEstimate | None:
+    """What is known of the direction from ``a`` to ``b``: its own measurement, else b's turned around."""
+    own = a.links.get(b.id)
+    if own is not None:
+        return own
+    back = b.links.get(a.id)
+    if back is None:
+        return None
+    return LinkEstimate(
+        rtt_p50=back.rtt_p50,
+        rtt_p99=back.rtt_p99,
+        jitter=back.jitter,
+        loss_out=back.loss_in,
+        loss_in=back.loss_out,
+        bandwidth_out_p50=back.bandwidth_in_p50,
+        bandwidth_in_p50=back.bandwidth_out_p50,
+    )
+
+
+def way_us(a: Node, b: Node, size: int, percentile: Percentile) -> tuple[float, float]:
+    """Latency and transfer from ``a`` to ``b``; nothing within a node."""
+    if a.id == b.id:
+        return 0.0, 0.0
+    link = link_between(a, b)
+    return hop_us(link, apart_s(a, b), percentile), transfer_us(link, size)

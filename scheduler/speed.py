@@ -1,0 +1,118 @@
+"""How fast a replica computes: measured while it works, guessed from the machine's probe before.
+
+A decode step of ``b`` sessions takes ``decode + (b - 1) * row``: reading the weights once, then a
+little for each further row. Prefill takes ``prefill`` a position. All in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from math import exp
+
+from mesh.capabilities import Capabilities
+from mesh.types import ShardInfo
+
+_WINDOW = 48
+_ROW_SHARE = 0.16
+"""Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
+_EFFICIENCY = 0.6
+"""Of the probe's bandwidth and arithmetic that a whole shard reaches."""
+_GB_S, _GFLOP_S = 5.0, 20.0
+"""Of a machine that was not measured: a small board's."""
+_FADES_S = 30.0
+_US = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpeed:
+    """Microseconds; ``decode_p99`` is that of single steps, ``measured`` is false for a guess."""
+
+    decode: float
+    row: float
+    prefill: float
+    decode_p99: float
+    measured: bool = False
+
+    def step(self, sessions: int) -> float:
+        """A decode step of so many sessions together."""
+        return self.decode + max(0, sessions - 1) * self.row
+
+
+def coarse(speed: StageSpeed) -> StageSpeed:
+    """Two digits of each figure: what peers are told, so that they do not hear of every run."""
+    decode, row, prefill, p99 = (
+        float(f"{v:.2g}") for v in (speed.decode, speed.row, speed.prefill, speed.decode_p99)
+    )
+    return StageSpeed(decode, row, prefill, p99, speed.measured)
+
+
+def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
+    """From the probe: decode reads every weight once, prefill takes two operations a weight and position."""
+    known = [s for s in have.speeds if s.runtime == shard.runtime and s.gb_s > 0 and s.gflop_s > 0]
+    gb_s, gflop_s = (known[0].gb_s, known[0].gflop_s) if known else (_GB_S, _GFLOP_S)
+    decode = shard.weight_bytes / (gb_s * 1e9 * _EFFICIENCY) * _US
+    prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * _EFFICIENCY) * _US
+    return StageSpeed(decode, decode * _ROW_SHARE, prefill, 2 * decode)
+
+
+class SpeedMeter:
+    """Medians of the last runs. What was measured long ago fades into the best that was ever measured
+    here, so that a node that was slow, and therefore shunned, is tried again."""
+
+    def __init__(self, prior: StageSpeed) -> None:
+        self._prior = prior
+        self._single: deque[float] = deque(maxlen=_WINDOW)
+        self._rows: deque[float] = deque(maxlen=_WINDOW)
+        self._prefill: deque[float] = deque(maxlen=_WINDOW)
+        self._best: StageSpeed | None = None
+        self._last_s = 0.0
+
+    def decoded(self, rows: int, us: float, now_s: float) -> None:
+        """A step of ``rows`` sessions took ``us``."""
+        self._last_s = now_s
+        if rows == 1:
+            self._single.append(us)
+        else:
+            alone = _quantile(self._single, 50) or self._prior.decode
+            self._rows.append(max(0.0, us - alone) / (rows - 1))
+
+    def prefilled(self, positions: int, us: float, now_s: float) -> None:
+        """A chunk of ``positions`` took ``us``."""
+        self._last_s = now_s
+        self._prefill.append(us / positions)
+
+    def speed(self, now_s: float) -> StageSpeed:
+        """The estimate of now."""
+        guessed = self._best or self._prior
+        if not (self._single or self._rows or self._prefill):
+            return guessed
+        now = StageSpeed(
+            _or(_quantile(self._single, 50), guessed.decode),
+            _or(_quantile(self._rows, 50), guessed.row),
+            _or(_quantile(self._prefill, 50), guessed.prefill),
+            _or(_quantile(self._single, 99), guessed.decode_p99),
+            measured=True,
+        )
+        if self._best is None or (len(self._single) == _WINDOW and now.decode < self._best.decode):
+            self._best = now
+        trust = exp(-max(0.0, now_s - self._last_s) / _FADES_S)
+        best = self._best
+        return StageSpeed(
+            now.decode * trust + best.decode * (1 - trust),
+            now.row * trust + best.row * (1 - trust),
+            now.prefill * trust + best.prefill * (1 - trust),
+            now.decode_p99 * trust + best.decode_p99 * (1 - trust),
+            measured=True,
+        )
+
+
+def _or(measured: float | None, guessed: float) -> float:
+    return guessed if measured is None else measured
+
+
+def _quantile(values: deque[float], percent: int) -> float | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, -(-len(ordered) * percent // 100) - 1)]

@@ -1,0 +1,286 @@
+"""Routes by cost: against every possible path, with measured speeds and links, under load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.capabilities import Battery, Speed
+from mesh.coordinates import Coordinate
+from mesh.errors import NoRoute
+from mesh.links import LinkEstimate
+from mesh.types import NodeId
+from node_agent.adapters.records import node_record, read_node
+from node_agent.commands.route import plan_view
+from node_agent.hysteresis import links_worth_telling, place_worth_telling
+from node_agent.route_report import route_report
+from scheduler.cluster import ClusterSnapshot, Node
+from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us
+from scheduler.routing import Router, RouteRequest, find_route
+from scheduler.speed import SpeedMeter, StageSpeed, coarse, guess
+from tests.builders import CAPABILITIES, cluster, node, shard
+
+HERE = NodeId("a")
+MS = 1_000_000
+
+
+def fast(ms: float) -> StageSpeed:
+    return StageSpeed(ms * 1000, ms * 100, ms * 10, ms * 2000, measured=True)
+
+
+def at_speed(made: Node, *ms: float) -> Node:
+    replicas = tuple(replace(r, speed=fast(m)) for r, m in zip(made.replicas, ms, strict=True))
+    return replace(made, replicas=replicas)
+
+
+def link(rtt_ms: float, mbit: float = 100, loss: float = 0.0, p99_ms: float | None = None) -> LinkEstimate:
+    return LinkEstimate(
+        rtt_p50=int(rtt_ms * MS),
+        rtt_p99=int((p99_ms or 2 * rtt_ms) * MS),
+        loss_out=loss,
+        bandwidth_out_p50=int(mbit * 1e6),
+        samples=9,
+    )
+
+
+def linked(made: Node, **links: LinkEstimate) -> Node:
+    return replace(made, links={NodeId(n): estimate for n, estimate in links.items()})
+
+
+def chosen(snapshot: ClusterSnapshot, **request: object) -> list[str]:
+    return [s.node for s in find_route(snapshot, RouteRequest("tiny", HERE, **request)).stages]  # type: ignore[arg-type]
+
+
+def test_the_faster_replica_and_the_nearer_one() -> None:
+    ends = at_speed(node("a", shard(0, 3)), 1)
+    far_fast = at_speed(node("b", shard(3, 6)), 1)
+    near_slow = at_speed(node("c", shard(3, 6)), 9)
+    a = linked(ends, b=link(10), c=link(1))
+    assert chosen(cluster(a, far_fast, near_slow)) == ["a", "c"]
+    a = linked(ends, b=link(4), c=link(1))
+    assert chosen(cluster(a, far_fast, near_slow)) == ["a", "b"]
+
+
+def test_direction_loss_and_tail_count() -> None:
+    a, b, c = (
+        at_speed(node(n, shard(*layers)), 1) for n, layers in (("a", (0, 3)), ("b", (3, 6)), ("c", (3, 6)))
+    )
+    assert chosen(cluster(linked(a, b=link(1, mbit=0.05), c=link(5)), b, c)) == ["a", "c"]
+    assert chosen(cluster(linked(a, b=link(1, loss=0.1), c=link(5)), b, c)) == ["a", "c"]
+    tailed = linked(a, b=link(1, p99_ms=50), c=link(5, p99_ms=6))
+    assert chosen(cluster(tailed, b, c)) == ["a", "b"]
+    assert chosen(cluster(tailed, b, c), percentile=Percentile.P99) == ["a", "c"]
+
+
+def test_a_prompt_weighs_prefill_and_bandwidth() -> None:
+    a = at_speed(node("a", shard(0, 3)), 1)
+    b, c = at_speed(node("b", shard(3, 6)), 1), at_speed(node("c", shard(3, 6)), 1.5)
+    b = replace(b, replicas=(replace(b.replicas[0], speed=StageSpeed(1000, 100, 900, 2000)),))
+    snapshot = cluster(linked(a, b=link(1), c=link(1)), b, c)
+    assert chosen(snapshot, tokens=200, prompt=10) == ["a", "b"]
+    assert chosen(snapshot, tokens=10, prompt=500) == ["a", "c"]
+
+
+def test_our_own_sessions_count_before_records_tell_them() -> None:
+    snapshot = cluster(node("b", shard()), node("c", shard()))
+    assert chosen(snapshot) == ["b"]
+    digest = shard().digest
+    assert chosen(snapshot, own={(NodeId("b"), digest): 2}) == ["c"]
+
+
+def test_requests_spread_over_equals_and_flock_to_the_clearly_better() -> None:
+    equal = cluster(*(at_speed(node(n, shard()), 5) for n in "bcde"))
+    drawn = [chosen(equal, draw=i + 1)[0] for i in range(400)]
+    assert {n: drawn.count(n) > 60 for n in "bcde"} == dict.fromkeys("bcde", True)
+    unequal = cluster(at_speed(node("b", shard()), 5), at_speed(node("c", shard()), 8))
+    assert {chosen(unequal, draw=i + 1)[0] for i in range(100)} == {"b"}
+
+
+def test_a_node_slowed_to_a_fifth_gets_nothing_while_others_have_room() -> None:
+    slow = cluster(
+        at_speed(node("b", shard()), 25), *(at_speed(node(n, shard(), sessions=3), 5) for n in "cd")
+    )
+    assert "b" not in {chosen(slow, draw=i + 1)[0] for i in range(100)}
+
+
+def test_alternatives_share_no_machine() -> None:
+    nodes = [node(n, shard(0, 3)) for n in "bcd"] + [node(n, shard(3, 6)) for n in "efg"]
+    plan = Router().plan(cluster(*nodes), RouteRequest("tiny", HERE, alternatives=5))
+    routes = [plan.route, *plan.alternatives]
+    assert len(routes) == 3
+    used = [s.node for r in routes for s in r.stages]
+    assert len(used) == len(set(used))
+    # The ingress may be in all of them: if it dies, the request does.
+    with_ingress = cluster(node("a", shard(0, 3)), *nodes[3:])
+    plan = Router().plan(with_ingress, RouteRequest("tiny", HERE, alternatives=2))
+    assert [r.stages[0].node for r in plan.alternatives] == ["a", "a"]
+
+
+def test_room_for_the_session_is_demanded() -> None:
+    small = node("b", shard())
+    small = replace(small, replicas=(replace(small.replicas[0], context_max=100),))
+    assert chosen(cluster(small), positions=100) == ["b"]
+    with pytest.raises(NoRoute):
+        chosen(cluster(small), positions=101)
+
+
+def test_a_battery_that_runs_dry_is_a_risk() -> None:
+    def with_battery(wh: float, charging: bool = False) -> Node:
+        battery = Battery(9, charging, wh, 10.0)
+        return node("b", capabilities=replace(CAPABILITIES, battery=battery))
+
+    assert hazard_per_s(with_battery(0.5)) > 0.005
+    assert hazard_per_s(with_battery(50)) == hazard_per_s(with_battery(0.5, True)) == hazard_per_s(node("b"))
+
+
+def test_nonsense_from_the_network_steers_nothing() -> None:
+    wild = LinkEstimate(rtt_p50=1, rtt_p99=1, bandwidth_out_p50=-5, samples=1)
+    assert transfer_us(wild, 1000) == transfer_us(None, 1000) > 0
+    assert hop_us(None, None, Percentile.P50) > 0
+    assert way_us(node("a"), node("a"), 1 << 20, Percentile.P50) == (0.0, 0.0)
+    made = at_speed(node("b", shard()), 1)
+    for value in (float("nan"), float("inf"), -1.0, 0.0, 1e15):
+        record = node_record(made, "c")
+        record.replicas[0].speed.decode = value
+        assert read_node(record).replicas[0].speed is None
+    record = node_record(linked(made, x=link(1)), "c")
+    record.links[0].loss_out = float("nan")
+    assert read_node(record).links == {}
+
+
+def test_records_carry_speeds_links_and_places() -> None:
+    made = linked(at_speed(node("b", shard()), 1), x=link(3, 50, 0.25))
+    made = replace(made, coordinate=Coordinate((0.5, 0.25, 0.0, 0.0), 0.125, 0.0, 0.5))
+    back = read_node(node_record(made, "c"))
+    assert back.replicas[0].speed == made.replicas[0].speed
+    assert back.coordinate == made.coordinate
+    there = back.links[NodeId("x")]
+    assert (there.rtt_p50, there.loss_out, there.bandwidth_out_p50) == (3 * MS, 0.25, 50_000_000)
+    turned = link_between(node("x"), back)
+    assert turned is not None
+    assert (turned.loss_in, turned.bandwidth_in_p50) == (0.25, 50_000_000)
+
+
+def test_pairs_without_measurement_use_coordinates() -> None:
+    a, b = (
+        replace(node(n), coordinate=Coordinate((x, 0.0, 0.0, 0.0), 1e-5))
+        for n, x in (("a", 0.0), ("b", 0.04))
+    )
+    latency, _ = way_us(a, b, 100, Percentile.P50)
+    assert latency == pytest.approx(20_000, rel=0.01)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10_000))
+def test_no_path_is_cheaper(seed: int) -> None:
+    """Against every path of a random mesh, with costs summed one by one from the told terms."""
+    rng = Random(seed)
+    cuts = [(0, 2), (0, 3), (2, 3), (2, 6), (3, 6), (3, 4), (4, 6), (0, 6)]
+    nodes = []
+    for i in range(rng.randrange(1, 7)):
+        shards = [shard(*c) for c in rng.sample(cuts, rng.randrange(1, 3))]
+        made = node(f"n{i}", *shards, sessions=rng.randrange(3))
+        made = at_speed(made, *(rng.uniform(0.5, 9) for _ in shards))
+        nodes.append(
+            linked(made, **{f"n{k}": link(rng.uniform(0.1, 20)) for k in range(7) if rng.random() < 0.5})
+        )
+    snapshot = cluster(*nodes)
+    request = RouteRequest("tiny", NodeId("n0"))
+    router = Router()
+
+    def paths(layer: int) -> list[tuple[tuple[str, int, int], ...]]:
+        if layer == 6:
+            return [()]
+        return [
+            ((n.id, r.shard.layers.start, r.shard.layers.end), *rest)
+            for n in nodes
+            for r in n.replicas
+            if r.shard.layers.start == layer
+            for rest in paths(r.shard.layers.end)
+        ]
+
+    every = paths(0)
+    if not every:
+        with pytest.raises(NoRoute):
+            router.plan(snapshot, request)
+        return
+    plan = router.plan(snapshot, request)
+
+    def price(path: tuple[tuple[str, int, int], ...]) -> float:
+        only = cluster(
+            *(
+                replace(
+                    n,
+                    replicas=tuple(
+                        r for r in n.replicas if (n.id, r.shard.layers.start, r.shard.layers.end) in path
+                    ),
+                )
+                for n in nodes
+            )
+        )
+        return router.plan(only, request).tpot_us
+
+    assert plan.tpot_us == pytest.approx(min(map(price, every)))
+    stages = plan.route.stages
+    assert all(x.layers.end == y.layers.start for x, y in pairwise(stages))
+
+
+def test_a_route_is_explained() -> None:
+    snapshot = cluster(
+        linked(at_speed(node("a", shard(0, 3)), 1), b=link(4)), at_speed(node("b", shard(3, 6)), 2)
+    )
+    plan = Router().plan(snapshot, RouteRequest("tiny", HERE, prompt=130))
+    report = route_report(plan, {NodeId("b"): "bee"})
+    assert [s["name"] for s in report["stages"]] == ["", "bee"]
+    assert report["stages"][1]["hop_ms"] == 2.0
+    assert report["predicted_tpot_ms"] == pytest.approx(1.25 + 2.25 + 2 + 2, abs=0.2)
+    assert report["predicted_ttft_ms"] > report["predicted_tpot_ms"]
+    text = plan_view(report)
+    assert "bee" in text
+    assert "predicted   TPOT" in text
+
+
+def test_speeds_are_learned_and_old_slowness_fades() -> None:
+    prior = StageSpeed(1000, 160, 100, 2000)
+    meter = SpeedMeter(prior)
+    assert meter.speed(0) == prior
+    for i in range(60):
+        meter.decoded(1, 2000 + i % 3, 1.0)
+        meter.decoded(4, 2900, 1.0)
+        meter.prefilled(64, 6400, 1.0)
+    learned = meter.speed(1.0)
+    assert learned.measured
+    assert (learned.decode, learned.prefill) == (2001, 100)
+    assert learned.row == pytest.approx(300, abs=2)
+    assert learned.step(4) == pytest.approx(2900, abs=10)
+    for _ in range(60):
+        meter.decoded(1, 10_000, 2.0)
+    assert meter.speed(2.0).decode == 10_000
+    assert meter.speed(600.0).decode == pytest.approx(2001, abs=1)
+    assert coarse(StageSpeed(1234.5, 0.0, 9.87, 55555)) == StageSpeed(1200, 0, 9.9, 56000)
+
+
+def test_a_guess_comes_from_the_probe() -> None:
+    held = replace(shard(), weight_bytes=100_000_000)
+    slow = guess(held, CAPABILITIES)
+    quick = guess(held, replace(CAPABILITIES, speeds=(Speed("onnx", 50.0, 400.0),)))
+    assert slow.decode == pytest.approx(10 * quick.decode)
+    assert quick.decode == pytest.approx(100e6 / 30e9 * 1e6)
+
+
+def test_links_are_told_when_they_moved() -> None:
+    told = {NodeId("x"): link(10)}
+    assert links_worth_telling(told, {NodeId("x"): link(11)}) == told
+    moved = {NodeId("x"): link(15)}
+    assert links_worth_telling(told, moved) == moved
+    assert links_worth_telling(told, {}) == {}
+    assert links_worth_telling({}, {NodeId("y"): LinkEstimate()}) == {}
+    place = Coordinate((0.0,) * 4, 0.001, 0.0, 0.3)
+    assert place_worth_telling(place, replace(place, height=0.0011)) is place
+    assert place_worth_telling(place, replace(place, vector=(0.1, 0.0, 0.0, 0.0))) is not place
+    assert place_worth_telling(None, place) is place
