@@ -348,7 +348,10 @@ class Agent:
     async def _refresh(self) -> None:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``."""
         speeds = await asyncio.to_thread(
-            probe_speeds, self.data_dir, self._capabilities.cpu, self.config.threads
+            probe_speeds,
+            self.data_dir,
+            self._capabilities.cpu,
+            self.config.threads or self._capabilities.cpu.cores,
         )
         due, alone_at = 0.0, time.monotonic() + _ALONE_S
         links_due = time.monotonic() + _FIRST_LINKS_S

@@ -32,7 +32,7 @@ class OnnxOptions:
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 0
-    """Threads of one run; 0 leaves it to ONNX Runtime (all cores)."""
+    """Threads of one run; 0 leaves it to ONNX Runtime (all cores, each thread pinned to one)."""
 
 
 class _Binding:
