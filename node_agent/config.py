@@ -58,7 +58,8 @@ class AgentConfig:
         "How closely peers are probed: lan (a loss is seen in a second), wan (some seconds), radio (half a minute, few bytes).",
     )
     region: str = setting(
-        "", "Site of the node. Views are full within a region; other regions are summarised when large."
+        "",
+        "Site of the node. Views are full within a region; other regions are summarised when large. Empty: consul_datacenter.",
     )
     labels: tuple[str, ...] = setting((), "Labels for placement and people, as key=value.")
     shards: tuple[str, ...] = setting(

@@ -113,6 +113,7 @@ class Agent:
         self._models_here: tuple[str, ...] = ()
         self._started = time.time_ns()
         self._started_monotonic = time.monotonic_ns()
+        self._region = config.region or config.consul_datacenter
         self._labels = tuple(sorted(_pair(label) for label in config.labels))
         self._capabilities = probe_machine(self.data_dir, self._labels)
         self._memory_told = 0
@@ -224,7 +225,7 @@ class Agent:
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(self.host, token_log, self.metrics, config.sessions, config.keep)
         self.host.owner = self.driver
-        me = Fact(self.node_id, self.address, self._started // 1_000_000, region=config.region)
+        me = Fact(self.node_id, self.address, self._started // 1_000_000, region=self._region)
         self.view = ClusterView(config.cluster, me, PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
@@ -317,7 +318,7 @@ class Agent:
             models=self._models_here,
             version=__version__,
             draining=self.driver.draining,
-            region=self.config.region,
+            region=self._region,
             public_key=self.identity.public_key,
             links=self._links_told,
             coordinate=self._place_told,
@@ -332,7 +333,7 @@ class Agent:
             self.address,
             self._started // 1_000_000,
             self._capabilities.digest(),
-            self.config.region,
+            self._region,
             __version__,
         )
 
