@@ -29,6 +29,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import open_socket
+from mesh.capabilities import Speed
 from mesh.coordinates import Coordinate
 from mesh.discovery import Advert, Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
@@ -81,6 +82,8 @@ _PROBE_S = 2.0
 _PORT_TRIES = 8
 _DISCOVERY_RETRY_S = 10.0
 _ALONE_S = 3.0
+_SPEED_AFTER_S = 4.0
+"""Shards are loaded by then, and the first answer is not held up by our measuring."""
 _TOKENS_EXPECTED = 256
 """Of an answer whose length nobody limited."""
 _ALTERNATIVES = 2
@@ -348,12 +351,8 @@ class Agent:
 
     async def _refresh(self) -> None:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``."""
-        speeds = await asyncio.to_thread(
-            probe_speeds,
-            self.data_dir,
-            self._capabilities.cpu,
-            self.config.threads or self._capabilities.cpu.cores,
-        )
+        speeds: tuple[Speed, ...] = ()
+        speeds_due = time.monotonic() + _SPEED_AFTER_S
         due, alone_at = 0.0, time.monotonic() + _ALONE_S
         links_due = time.monotonic() + _FIRST_LINKS_S
         machine = self.view.membership
@@ -369,6 +368,12 @@ class Agent:
             elif time.monotonic() >= alone_at:
                 alone_at = float("inf")
                 log.info("waiting for peers: %s", self.list_nodes()["waiting_for"])
+            if time.monotonic() >= speeds_due:
+                speeds_due, due = float("inf"), 0.0
+                cpu = self._capabilities.cpu
+                speeds = await asyncio.to_thread(
+                    probe_speeds, self.data_dir, cpu, self.config.threads or cpu.cores
+                )
             if time.monotonic() >= due:
                 due = time.monotonic() + _PROBE_S
                 measured = probe_machine(self.data_dir, self._labels, speeds)

@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.errors import ConfigError
 from mesh.types import NodeId
+from node_agent.adapters import new_key
 from node_agent.adapters.model_store import new_file
 
 _ID_FILE = "node-id"
 _KEY_FILE = "node-key.pem"
 _PUBLIC_FILE = "node-key.pub"
 _PUBLIC_BYTES = 32
+_DRAW_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ def node_identity(data_dir: Path) -> NodeIdentity:
 
 
 def _public_key(data_dir: Path) -> bytes:
-    """Read from a file of its own, so that the cryptography package is loaded at the first start only."""
+    """Kept in a file of its own, so that the key itself is read only where something is signed."""
     key_path, public_path = data_dir / _KEY_FILE, data_dir / _PUBLIC_FILE
     if not key_path.exists():
         return _new_key(key_path, public_path)
@@ -65,18 +69,17 @@ def _public_key(data_dir: Path) -> bytes:
 
 
 def _new_key(key_path: Path, public_path: Path) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    public_key = key.public_key().public_bytes_raw()
+    try:
+        drawn = subprocess.run(
+            [sys.executable, new_key.__file__], capture_output=True, timeout=_DRAW_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        raise ConfigError(f"no key could be drawn for this node: {said.decode()[-300:] or error}") from None
+    public_hex, _, pem = drawn.partition(b"\n")
+    public_key = bytes.fromhex(public_hex.decode())
     with new_file(public_path) as file:
-        file.write(public_key.hex().encode() + b"\n")
-    pem = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
+        file.write(public_hex + b"\n")
     with new_file(key_path) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(pem)
