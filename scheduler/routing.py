@@ -130,20 +130,19 @@ class Router:
         graphs = self._graphs.get(key)
         if graphs is None:
             graphs = self._graphs[key] = _graphs(snapshot, request)
-        best: tuple[float, _Graph, list[int], Floats] | None = None
+        best: tuple[float, _Graph, list[int], _Prices] | None = None
         for graph in graphs:
-            weights = graph.weights(request)
-            found = graph.shortest(request, weights)
+            prices = graph.prices(request)
+            found = graph.shortest(prices)
             if found is not None and (best is None or found[0] < best[0]):
-                best = (found[0], graph, found[1], weights)
+                best = (found[0], graph, found[1], prices)
         if best is None:
             raise NoRoute(_explain(snapshot, request, [g.held for g in graphs]))
-        _, graph, path, weights = best
+        _, graph, path, prices = best
         others = []
         for _ in range(request.alternatives):
-            used = {graph.held[i][0].id for i in path} - {request.ingress}
-            weights = np.where([n.id in used for n, _ in graph.held], np.inf, weights)
-            found = graph.shortest(request, weights)
+            prices = graph.without(prices, path, request.ingress)
+            found = graph.shortest(prices)
             if found is None:
                 break
             path = found[1]
@@ -167,6 +166,17 @@ def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
     return [_Graph(groups[key], ingress, request.percentile) for key in sorted(groups)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What a request pays, all its positions together, microseconds: at each replica, on each edge of
+    each boundary, from the ingress and home."""
+
+    replicas: Floats
+    edges: list[Floats]
+    outward: Floats
+    home: Floats
+
+
 class _Graph:
     """Replicas of one digest, runtime and quantization, with the costs that no request changes."""
 
@@ -177,6 +187,8 @@ class _Graph:
         self._layers = shape.layers
         self._frame_bytes = shape.width * _FLOAT_BYTES + FRAME_HEAD_BYTES
         self._speeds = [speed_of(n, r) for n, r in held]
+        places: dict[NodeId, int] = {}
+        self._places = np.array([places.setdefault(n.id, len(places)) for n, _ in held])
         self._keys = [(n.id, r.shard.digest) for n, r in held]
         self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
         self._decode = np.array([s.decode for s in self._speeds])
@@ -192,13 +204,14 @@ class _Graph:
             self._starts.setdefault(replica.shard.layers.start, []).append(i)
             self._ends.setdefault(replica.shard.layers.end, []).append(i)
         self._boundaries = [
-            (layer, np.array(self._ends[layer]), np.array(self._starts[layer]), *self._ways(layer))
+            (np.array(self._ends[layer]), np.array(self._starts[layer]), *self._ways(layer))
             for layer in sorted(self._starts)
             if layer in self._ends
         ]
-        self._in = self._ingress_ways(ingress, outward=True)
-        self._home = self._ingress_ways(ingress, outward=False)[0]
-        self._tokens_in = self._in[0]
+        self._outward = self._ingress_ways(ingress, outward=True)
+        self._home = self._ingress_ways(ingress, outward=False)
+        self._first = np.array(self._starts[0]) if 0 in self._starts else None
+        self._last = np.array(self._ends[self._layers]) if self._layers in self._ends else None
 
     def _ways(self, layer: int) -> tuple[Floats, Floats]:
         """Latency and transfer from those that end at a layer to those that start there."""
@@ -215,9 +228,9 @@ class _Graph:
                 latency[i, k], transfer[i, k] = known[pair]
         return latency, transfer
 
-    def _ingress_ways(self, ingress: Node | None, outward: bool) -> tuple[Floats, Floats]:
+    def _ingress_ways(self, ingress: Node | None, outward: bool) -> Floats:
         """Tokens to the first stages or home from the last ones: few bytes."""
-        latency, transfer = np.zeros(len(self.held)), np.zeros(len(self.held))
+        ways = np.zeros(len(self.held))
         for i, (node, replica) in enumerate(self.held):
             edge = replica.shard.first if outward else replica.shard.last
             if not edge:
@@ -227,8 +240,8 @@ class _Graph:
             else:
                 ends = (ingress, node) if outward else (node, ingress)
                 way = way_us(*ends, TOKEN_BYTES, self._percentile)
-            latency[i] = way[0] + way[1]
-        return latency, transfer
+            ways[i] = way[0] + way[1]
+        return ways
 
     def _load(self, request: RouteRequest) -> Floats:
         if not request.own:
@@ -236,40 +249,46 @@ class _Graph:
         own = np.array([request.own.get(key, 0) for key in self._keys], dtype=np.float64)
         return np.maximum(self._sessions, own)
 
-    def weights(self, request: RouteRequest) -> Floats:
-        """What each replica costs this request, all its positions together."""
+    def prices(self, request: RouteRequest) -> _Prices:
+        """The request's costs."""
         load = self._load(request)
         step = STAGE_US + self._decode + self._row * load + self._tail
         queue = np.where(load > 0, BUSY_WAIT * (self._decode + self._row * np.maximum(load - 1, 0)), 0.0)
-        each = (step + queue) + step * self._risk
-        total = request.tokens * each + request.prompt * self._prefill
+        total = request.tokens * (step + queue + step * self._risk) + request.prompt * self._prefill
         if request.draw:
             total = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
-        result: Floats = np.where(self._room < request.positions, np.inf, total)
-        return result
+        chunks = -(-request.prompt // request.chunk)
+        frames, positions = request.tokens + chunks, request.tokens + request.prompt
+        return _Prices(
+            np.where(self._room < request.positions, np.inf, total),
+            [frames * latency + positions * transfer for _, _, latency, transfer in self._boundaries],
+            frames * self._outward,
+            request.tokens * self._home,
+        )
 
-    def shortest(self, request: RouteRequest, weights: Floats) -> tuple[float, list[int]] | None:
+    def without(self, prices: _Prices, path: list[int], ingress: NodeId) -> _Prices:
+        """The prices when the machines of a path, but not the ingress, are gone."""
+        used = [self._places[i] for i in path if self.held[i][0].id != ingress]
+        gone = np.isin(self._places, used)
+        return _Prices(np.where(gone, np.inf, prices.replicas), prices.edges, prices.outward, prices.home)
+
+    def shortest(self, prices: _Prices) -> tuple[float, list[int]] | None:
         """Cost and replicas of the cheapest path; ``None`` if there is none."""
-        tokens = request.tokens
-        chunks = -(-request.prompt // request.chunk) if request.prompt else 0
+        if self._first is None or self._last is None:
+            return None
         cost = np.full(len(self.held), np.inf)
         parent = np.full(len(self.held), -1)
-        first = self._starts.get(0)
-        if first is None or self._layers not in self._ends:
-            return None
-        cost[first] = (tokens + chunks) * self._tokens_in[first] + weights[first]
-        for _, before, after, latency, transfer in self._boundaries:
-            edges = (tokens + chunks) * latency + (tokens + request.prompt) * transfer
+        cost[self._first] = prices.outward[self._first] + prices.replicas[self._first]
+        for (before, after, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
             reached = cost[before][:, None] + edges
             which = reached.argmin(axis=0)
-            cost[after] = reached[which, np.arange(len(after))] + weights[after]
+            cost[after] = reached[which, np.arange(len(after))] + prices.replicas[after]
             parent[after] = before[which]
-        last = np.array(self._ends[self._layers])
-        ends = cost[last] + tokens * self._home[last]
+        ends = cost[self._last] + prices.home[self._last]
         best = int(ends.argmin())
         if not np.isfinite(ends[best]):
             return None
-        path = [int(last[best])]
+        path = [int(self._last[best])]
         while parent[path[-1]] >= 0:
             path.append(int(parent[path[-1]]))
         return float(ends[best]), path[::-1]
@@ -291,7 +310,7 @@ class _Graph:
         for place, i in enumerate(path):
             node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])
             if place == 0:
-                latency, transfer = float(self._tokens_in[i]), 0.0
+                latency, transfer = float(self._outward[i]), 0.0
             else:
                 before = self.held[path[place - 1]][0]
                 latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
