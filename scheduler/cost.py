@@ -6,12 +6,22 @@ All times are microseconds for one position unless a name says otherwise. ``Term
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mesh.links import LinkEstimate
+from mesh.types import NodeId
 from scheduler.cluster import Node, Replica
 from scheduler.speed import StageSpeed, guess
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 FRAME_HEAD_BYTES = 100
 """What an activation frame carries beside its floats."""
@@ -124,6 +134,57 @@ def link_between(a: Node, b: Node) -> LinkEstimate | None:
         bandwidth_out_p50=back.bandwidth_in_p50,
         bandwidth_in_p50=back.bandwidth_out_p50,
     )
+
+
+def ways_us(
+    before: Sequence[Node], after: Sequence[Node], size: int, percentile: Percentile
+) -> tuple[Floats, Floats]:
+    """``way_us`` from each of ``before`` to each of ``after``, two matrices: all pairs by coordinates at
+    once, then those that were measured one by one."""
+    shape = (len(before), len(after))
+    latency = np.full(shape, hop_us(None, None, percentile))
+    transfer = np.full(shape, transfer_us(None, size))
+    rows = [i for i, n in enumerate(before) if n.coordinate is not None]
+    columns = [k for k, n in enumerate(after) if n.coordinate is not None]
+    if rows and columns:
+        latency[np.ix_(rows, columns)] = _apart_us([before[i] for i in rows], [after[k] for k in columns]) / 2
+    rows_of, columns_of = _places(before), _places(after)
+    pairs = {(a.id, peer) for a in before for peer in a.links if peer in columns_of}
+    pairs |= {(peer, b.id) for b in after for peer in b.links if peer in rows_of}
+    pairs |= {(a.id, a.id) for a in before if a.id in columns_of}
+    for source, target in pairs:
+        i, k = rows_of[source], columns_of[target]
+        way = way_us(before[i[0]], after[k[0]], size, percentile)
+        for row in i:
+            for column in k:
+                latency[row, column], transfer[row, column] = way
+    return latency, transfer
+
+
+def _places(nodes: Sequence[Node]) -> dict[NodeId, list[int]]:
+    found: dict[NodeId, list[int]] = {}
+    for i, node in enumerate(nodes):
+        found.setdefault(node.id, []).append(i)
+    return found
+
+
+def _apart_us(before: Sequence[Node], after: Sequence[Node]) -> Floats:
+    """``Coordinate.rtt_to`` of every pair, microseconds."""
+    sides = []
+    for nodes in (before, after):
+        places = [n.coordinate for n in nodes if n.coordinate is not None]
+        sides.append(
+            (
+                np.array([p.vector for p in places]),
+                np.array([p.height for p in places]),
+                np.array([p.adjustment for p in places]),
+            )
+        )
+    (va, ha, aa), (vb, hb, ab) = sides
+    raw = np.sqrt(((va[:, None, :] - vb[None, :, :]) ** 2).sum(axis=2)) + ha[:, None] + hb[None, :]
+    adjusted = raw + aa[:, None] + ab[None, :]
+    result: Floats = np.maximum(0.0, np.where(adjusted > 0, adjusted, raw)) * 1e6
+    return result
 
 
 def way_us(a: Node, b: Node, size: int, percentile: Percentile) -> tuple[float, float]:

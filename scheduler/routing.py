@@ -35,6 +35,7 @@ from scheduler.cost import (
     risk_us,
     speed_of,
     way_us,
+    ways_us,
 )
 
 if TYPE_CHECKING:
@@ -215,18 +216,11 @@ class _Graph:
 
     def _ways(self, layer: int) -> tuple[Floats, Floats]:
         """Latency and transfer from those that end at a layer to those that start there."""
-        before, after = self._ends[layer], self._starts[layer]
-        latency = np.zeros((len(before), len(after)))
-        transfer = np.zeros_like(latency)
-        known: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
-        for i, a in enumerate(before):
-            for k, b in enumerate(after):
-                source, target = self.held[a][0], self.held[b][0]
-                pair = (source.id, target.id)
-                if pair not in known:
-                    known[pair] = way_us(source, target, self._frame_bytes, self._percentile)
-                latency[i, k], transfer[i, k] = known[pair]
-        return latency, transfer
+        before = [self.held[i][0] for i in self._ends[layer]]
+        after = [self.held[i][0] for i in self._starts[layer]]
+        latency, transfer = ways_us(before, after, self._frame_bytes, self._percentile)
+        # A row for each that starts: the search runs along what lies together.
+        return np.ascontiguousarray(latency.T), np.ascontiguousarray(transfer.T)
 
     def _ingress_ways(self, ingress: Node | None, outward: bool) -> Floats:
         """Tokens to the first stages or home from the last ones: few bytes."""
@@ -280,9 +274,9 @@ class _Graph:
         parent = np.full(len(self.held), -1)
         cost[self._first] = prices.outward[self._first] + prices.replicas[self._first]
         for (before, after, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
-            reached = cost[before][:, None] + edges
-            which = reached.argmin(axis=0)
-            cost[after] = reached[which, np.arange(len(after))] + prices.replicas[after]
+            reached = edges + cost[before]
+            which = reached.argmin(axis=1)
+            cost[after] = reached[np.arange(len(after)), which] + prices.replicas[after]
             parent[after] = before[which]
         ends = cost[self._last] + prices.home[self._last]
         best = int(ends.argmin())

@@ -20,7 +20,7 @@ from node_agent.commands.route import plan_view
 from node_agent.hysteresis import links_worth_telling, place_worth_telling
 from node_agent.route_report import route_report
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us
+from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us, ways_us
 from scheduler.routing import Router, RouteRequest, find_route
 from scheduler.speed import SpeedMeter, StageSpeed, coarse, guess
 from tests.builders import CAPABILITIES, cluster, node, shard
@@ -228,6 +228,32 @@ def test_no_path_is_cheaper(seed: int) -> None:
     assert plan.tpot_us == pytest.approx(min(map(price, every)))
     stages = plan.route.stages
     assert all(x.layers.end == y.layers.start for x, y in pairwise(stages))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(list(Percentile)))
+def test_all_pairs_at_once_are_the_pairs_one_by_one(seed: int, percentile: Percentile) -> None:
+    rng = Random(seed)
+    nodes = []
+    for i in range(6):
+        made = linked(
+            node(f"n{i}"),
+            **{
+                f"n{k}": link(rng.uniform(1, 9), loss=rng.random() / 9)
+                for k in range(6)
+                if rng.random() < 0.3
+            },
+        )
+        if rng.random() < 0.7:
+            made = replace(
+                made, coordinate=Coordinate((rng.random() / 99, 0.0, 0.0, 0.0), 1e-4, -rng.random() / 99)
+            )
+        nodes.append(made)
+    before, after = rng.choices(nodes, k=4), rng.choices(nodes, k=5)
+    latency, transfer = ways_us(before, after, 2400, percentile)
+    for i, a in enumerate(before):
+        for k, b in enumerate(after):
+            assert (latency[i, k], transfer[i, k]) == pytest.approx(way_us(a, b, 2400, percentile))
 
 
 def test_a_route_is_explained() -> None:
