@@ -15,7 +15,7 @@ all. (Two random choices would spread over all replicas, however unequal the mac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,7 @@ from scheduler.cost import (
     way_us,
     ways_us,
 )
+from scheduler.speed import StageSpeed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,7 +188,7 @@ class _Graph:
         shape = held[0][1].shard.model
         self._layers = shape.layers
         self._frame_bytes = shape.width * _FLOAT_BYTES + FRAME_HEAD_BYTES
-        self._speeds = [speed_of(n, r) for n, r in held]
+        self._speeds = _hopeful(held, [speed_of(n, r) for n, r in held])
         places: dict[NodeId, int] = {}
         self._places = np.array([places.setdefault(n.id, len(places)) for n, _ in held])
         self._keys = [(n.id, r.shard.digest) for n, r in held]
@@ -316,6 +317,29 @@ class _Graph:
         chunks = -(-request.prompt // request.chunk) if request.prompt else 1
         home = float(self._home[path[-1]])
         return RoutePlan(self.route(path), tuple(terms), home, ttft + (chunks - 1) * slowest + home, others)
+
+
+def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
+    """A replica that never ran is given the best rate that was measured of its kind: a guess that is
+    too low would keep it from ever being tried."""
+    known = [
+        (s.decode / r.shard.weight_bytes, s.prefill / r.shard.weight_bytes)
+        for (_, r), s in zip(held, speeds, strict=True)
+        if s.measured and r.shard.weight_bytes
+    ]
+    if not known:
+        return speeds
+    decode, prefill = min(d for d, _ in known), min(p for _, p in known)
+    return [
+        s
+        if s.measured
+        else replace(
+            s,
+            decode=min(s.decode, decode * r.shard.weight_bytes),
+            prefill=min(s.prefill, prefill * r.shard.weight_bytes),
+        )
+        for (_, r), s in zip(held, speeds, strict=True)
+    ]
 
 
 def _elsewhere(node: Node) -> Node:

@@ -80,7 +80,7 @@ def test_direction_loss_and_tail_count() -> None:
 def test_a_prompt_weighs_prefill_and_bandwidth() -> None:
     a = at_speed(node("a", shard(0, 3)), 1)
     b, c = at_speed(node("b", shard(3, 6)), 1), at_speed(node("c", shard(3, 6)), 1.5)
-    b = replace(b, replicas=(replace(b.replicas[0], speed=StageSpeed(1000, 100, 900, 2000)),))
+    b = replace(b, replicas=(replace(b.replicas[0], speed=StageSpeed(1000, 100, 900, 2000, measured=True)),))
     snapshot = cluster(linked(a, b=link(1), c=link(1)), b, c)
     assert chosen(snapshot, tokens=200, prompt=10) == ["a", "b"]
     assert chosen(snapshot, tokens=10, prompt=500) == ["a", "c"]
@@ -99,6 +99,12 @@ def test_requests_spread_over_equals_and_flock_to_the_clearly_better() -> None:
     assert {n: drawn.count(n) > 60 for n in "bcde"} == dict.fromkeys("bcde", True)
     unequal = cluster(at_speed(node("b", shard()), 5), at_speed(node("c", shard()), 8))
     assert {chosen(unequal, draw=i + 1)[0] for i in range(100)} == {"b"}
+
+
+def test_a_newcomer_that_never_ran_is_tried() -> None:
+    snapshot = cluster(at_speed(node("b", shard()), 5), node("c", shard()))
+    drawn = [chosen(snapshot, draw=i + 1)[0] for i in range(100)]
+    assert drawn.count("c") > 20
 
 
 def test_a_node_slowed_to_a_fifth_gets_nothing_while_others_have_room() -> None:
