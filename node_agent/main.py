@@ -7,6 +7,7 @@ the reverse: no new requests, running sessions get ``drain_timeout`` to end, lea
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -199,6 +200,11 @@ class Agent:
             try:
                 sock = open_socket(config.host, config.port)
             except OSError as error:
+                if error.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+                    raise ConfigError(
+                        f"{config.host} is no address of this machine ({error.strerror}); --host must be one "
+                        "that peers can connect to"
+                    ) from None
                 raise ConfigError(
                     f"UDP port {config.port} on {config.host} is taken or not ours ({error.strerror}); "
                     "choose another with --port"

@@ -114,6 +114,22 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
             start_agent(tmp_path / "a", port=port)
 
 
+@pytest.mark.parametrize("host", ["203.0.113.9", "no-such-host.invalid"])
+def test_a_host_that_is_not_ours_is_named(tmp_path: Path, host: str) -> None:
+    with pytest.raises(AssertionError, match=f"{host} is no address of this machine"):
+        start_agent(tmp_path / "a", host=host)
+
+
+def test_agents_at_a_name_find_each_other(tmp_path: Path) -> None:
+    cluster = f"named-{os.getpid()}"
+    with (
+        agent(tmp_path / "a", host="localhost", mdns="on", cluster=cluster) as one,
+        agent(tmp_path / "b", host="localhost", mdns="on", cluster=cluster) as two,
+    ):
+        assert one.address.startswith("localhost:")
+        until(lambda: met(one, two), 15)
+
+
 def test_doctor_says_what_to_do(tmp_path: Path) -> None:
     folders = (f"--data-dir={tmp_path / 'd'}", f"--home={tmp_path / 'h'}")
     with agent(tmp_path / "a") as one:

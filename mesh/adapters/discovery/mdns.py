@@ -121,15 +121,15 @@ class MdnsDiscovery:
     def _info(self, advert: Advert) -> AsyncServiceInfo:
         host, _, port = advert.address.rpartition(":")
         try:
-            addresses = [ipaddress.ip_address(host.strip("[]").partition("%")[0]).packed]
-        except ValueError:  # a name is advertised: whoever reads it looks it up
-            addresses = []
+            places = [ipaddress.ip_address(host.strip("[]").partition("%")[0])]
+        except ValueError:  # a name is advertised: where it is served stands for it
+            places = [ipaddress.ip_address(i.partition("%")[0]) for i in self._interfaces()]
         label = f"{advert.node[: _LABEL_MAX - 14]}-{advert.instance:x}"
         return AsyncServiceInfo(
             TYPE,
             f"{label}.{TYPE}",
             port=int(port),
-            addresses=addresses,
+            addresses=[place.packed for place in places],
             properties={k: v for k, v in advert.items().items() if len(k) + len(v) + 1 <= ITEM_BYTES_MAX},
             server=f"{label}.local.",
         )
