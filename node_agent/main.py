@@ -30,37 +30,26 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import open_socket
-from mesh.capabilities import Speed
-from mesh.coordinates import Coordinate
-from mesh.discovery import Advert, Discovery
+from mesh.discovery import Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
-from mesh.gossip import Fact, MemberState
-from mesh.links import LinkEstimate
+from mesh.gossip import MemberState
 from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
-from mesh.types import Address, LayeredRoute, NodeId, SessionId
-from node_agent import __version__
+from mesh.types import Address, LayeredRoute, SessionId
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.discovery_setup import discovery_of
-from node_agent.adapters.fingerprint.machine import probe_machine
-from node_agent.adapters.fingerprint.speed import probe_speeds
 from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.own_record import OwnRecord
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.replicas import ReplicaManager, ShardKey
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.config import AgentConfig, join_address, parse_shard
-from node_agent.hysteresis import (
-    links_worth_telling,
-    memory_worth_telling,
-    place_worth_telling,
-    worth_telling,
-)
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.schema import Generation
 from node_agent.nodes_report import nodes_report
@@ -115,14 +104,7 @@ class Agent:
         self._stopping = asyncio.Event()
         self._texts: dict[str, TextModel] = {}
         self._models_here: tuple[str, ...] = ()
-        self._started = time.time_ns()
         self._started_monotonic = time.monotonic_ns()
-        self._region = config.region or config.consul_datacenter
-        self._labels = tuple(sorted(_pair(label) for label in config.labels))
-        self._capabilities = probe_machine(self.data_dir, self._labels)
-        self._memory_told = 0
-        self._links_told: dict[NodeId, LinkEstimate] = {}
-        self._place_told: Coordinate | None = None
         self._told: Node | None = None
         self._twin: Address | None = None
         self._router = Router()
@@ -135,6 +117,7 @@ class Agent:
         self.identity = node_identity(self.data_dir)
         self.node_id = self.identity.node
         self.name = config.name or socket.gethostname()
+        self.own = OwnRecord(config, self.identity, self.name, self.data_dir)
         set_up_logs(config.log_level, config.log_format, {"node": self.node_id, "name": self.name})
         self.metrics = AgentMetrics(self.node_id)
         token_log: TokenLog = (
@@ -153,7 +136,7 @@ class Agent:
         config = self.config
         server = grpc.aio.server(options=SERVER_OPTIONS)
         port, sock = self._listen(server)
-        self.address = Address(join_address(config.advertise or config.host, port))
+        self.address = self.own.address = Address(join_address(config.advertise or config.host, port))
         self._wire(token_log, server, sock)
         await server.start()
         api = HttpApi(
@@ -234,12 +217,11 @@ class Agent:
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(self.host, token_log, self.metrics, config.sessions, config.keep)
         self.host.owner = self.driver
-        me = Fact(self.node_id, self.address, self._started // 1_000_000, region=self._region)
-        self.view = ClusterView(config.cluster, me, PROFILES[config.profile], sock)
+        self.view = ClusterView(config.cluster, self.own.fact(), PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
         self.replicas = ReplicaManager(
-            config, self.store, self.host, self.metrics, self._announce, lambda: self._capabilities
+            config, self.store, self.host, self.metrics, self._announce, lambda: self.own.capabilities
         )
         self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
         self.health = HealthServicer()
@@ -283,7 +265,7 @@ class Agent:
         """A directory that fails in a way nobody thought of must not end the agent."""
         while True:
             try:
-                await discovery.run(self.advert(), self.view.found, self.view.gone)
+                await discovery.run(self.own.advert(), self.view.found, self.view.gone)
             except Exception:
                 log.exception("discovery by %s failed; again in %g s", discovery.name, _DISCOVERY_RETRY_S)
             await asyncio.sleep(_DISCOVERY_RETRY_S)
@@ -312,39 +294,8 @@ class Agent:
 
     def record(self) -> Node:
         """This node as peers see it."""
-        memory = self.replicas.memory()
-        free = self.replicas.memory_free()
-        self._memory_told = memory_worth_telling(self._memory_told, free, memory.total)
-        return Node(
-            id=self.node_id,
-            name=self.name,
-            address=self.address,
-            api_address=self._api_address,
-            capabilities=self._capabilities,
-            memory_total_bytes=memory.total,
-            memory_free_bytes=self._memory_told,
-            replicas=self.replicas.status(),
-            models=self._models_here,
-            version=__version__,
-            draining=self.driver.draining,
-            region=self._region,
-            public_key=self.identity.public_key,
-            links=self._links_told,
-            coordinate=self._place_told,
-        )
-
-    def advert(self) -> Advert:
-        """What discovery tells of us."""
-        return Advert(
-            self.config.cluster,
-            self.node_id,
-            self.name,
-            self.address,
-            self._started // 1_000_000,
-            self._capabilities.digest(),
-            self._region,
-            __version__,
-        )
+        self.own.api_address = self._api_address
+        return self.own.record(self.replicas, self._models_here, self.driver.draining)
 
     def _announce(self) -> None:
         """Tell peers what changed, if anything did."""
@@ -356,38 +307,30 @@ class Agent:
             self.service.changed()
 
     async def _refresh(self) -> None:
-        """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``."""
-        speeds: tuple[Speed, ...] = ()
-        speeds_due = time.monotonic() + _SPEED_AFTER_S
-        due, alone_at = 0.0, time.monotonic() + _ALONE_S
-        links_due = time.monotonic() + _FIRST_LINKS_S
+        """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``, and of links
+        as rarely as views are exchanged: a radio has room for few bytes."""
         machine = self.view.membership
+        now = time.monotonic()
+        due = {"machine": now, "links": now + _FIRST_LINKS_S, "speeds": now + _SPEED_AFTER_S}
+        alone_at = now + _ALONE_S
         while True:
-            if time.monotonic() >= links_due:
-                # As rarely as views are exchanged: a radio has room for few bytes.
-                links_due = time.monotonic() + machine.profile.sync_interval / 6e9
-                measured_links = {n: m.meter.estimate() for n, m in machine.members.items() if m.reachable}
-                self._links_told = links_worth_telling(self._links_told, measured_links)
-                self._place_told = place_worth_telling(self._place_told, machine.vivaldi.here)
-            if self.view.membership.members:
+            now = time.monotonic()
+            if now >= due["links"]:
+                due["links"] = now + machine.profile.sync_interval / 6e9
+                self.own.look_at_links(machine)
+            if now >= due["speeds"]:
+                due["speeds"], due["machine"] = float("inf"), now
+                await asyncio.to_thread(self.own.measure_speeds)
+            if now >= due["machine"]:
+                due["machine"] = now + _PROBE_S
+                if self.own.look_at_machine():
+                    for discovery in self._discovery:
+                        discovery.update(self.own.advert())
+            if machine.members:
                 alone_at = float("inf")
-            elif time.monotonic() >= alone_at:
+            elif now >= alone_at:
                 alone_at = float("inf")
                 log.info("waiting for peers: %s", self.list_nodes()["waiting_for"])
-            if time.monotonic() >= speeds_due:
-                speeds_due, due = float("inf"), 0.0
-                cpu = self._capabilities.cpu
-                speeds = await asyncio.to_thread(
-                    probe_speeds, self.data_dir, cpu, self.config.threads or cpu.cores
-                )
-            if time.monotonic() >= due:
-                due = time.monotonic() + _PROBE_S
-                measured = probe_machine(self.data_dir, self._labels, speeds)
-                told = worth_telling(self._capabilities, measured)
-                if told != self._capabilities:
-                    self._capabilities = told
-                    for discovery in self._discovery:
-                        discovery.update(self.advert())
             self._announce()
             await asyncio.sleep(_LOAD_S)
 
@@ -398,7 +341,7 @@ class Agent:
 
     def list_models(self) -> list[dict[str, Any]]:
         """``/v1/models``: models of which a replica is known anywhere."""
-        created = self._started // 10**9
+        created = self.own.started_ns // 10**9
         return [
             {"id": name, "object": "model", "created": created, "owned_by": "inference-mesh"}
             for name in sorted(models_served(self.view.snapshot))
@@ -590,11 +533,6 @@ class Agent:
 
     def _load_text(self, name: str) -> TextModel:
         return TextModel(self.store.card(name), self.store.tokenizer_json(name))
-
-
-def _pair(label: str) -> tuple[str, str]:
-    key, _, value = label.partition("=")
-    return key, value
 
 
 def _check_length(about: str, count: int, context: int, where: str) -> None:
