@@ -257,6 +257,12 @@ class LocalMesh:
                         break
                     await asyncio.sleep(0.02)
 
+    def kill(self) -> None:
+        """Stop the agents at once, answers or not."""
+        for agent in self.agents:
+            if agent.alive:
+                agent.process.kill()
+
     async def close(self) -> None:
         """End leases, then agents: politely, and by force where that takes too long."""
         for lease in self._leases:

@@ -1,6 +1,7 @@
 """Keep a local mesh running: N agents on this machine, a model placed evenly over them.
 
-Prints the endpoint and a live table of nodes and shards. Ctrl-C drains and stops everything.
+Prints the endpoint and a live table of nodes and shards. Ctrl-C drains and stops everything; a second
+one does not wait for answers that still run.
 """
 
 from __future__ import annotations
@@ -67,13 +68,16 @@ async def _run(args: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
 
     def interrupt() -> None:
-        # While starting there is nothing to drain: the start itself is cancelled.
-        if running or task is None:
-            stop.set()
+        if running is None:
+            # While starting there is nothing to drain: the start itself is cancelled.
+            if task is not None:
+                task.cancel()
+        elif stop.is_set():
+            running.kill()  # asked twice: what still runs is not waited for
         else:
-            task.cancel()
+            stop.set()
 
-    running = False
+    running: LocalMesh | None = None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
     settings = {}
@@ -90,7 +94,7 @@ async def _run(args: argparse.Namespace) -> int:
         async with LocalMesh(options) as mesh:
             with progress_bars() as progress:
                 placement = await mesh.serve(args.model, args.quantization, progress)
-            running = True
+            running = mesh
             for node, reason in placement.idle:
                 print(f"{node} holds nothing: {reason}")
             print(f"endpoint  {mesh.endpoint}/v1   model {args.model}   Ctrl-C stops\n", flush=True)

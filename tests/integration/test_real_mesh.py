@@ -398,6 +398,19 @@ def test_ctrl_c_leaves_no_process_and_no_lock(starter: Starter) -> None:
     starter("--nodes", "2").stop()
 
 
+def test_a_second_ctrl_c_does_not_wait(starter: Starter) -> None:
+    running = starter("--nodes", "2")
+    with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        stream = ask(client, stream=True, max_tokens=1500, logit_bias={"2": -100})
+        next(iter(stream))
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(30) == 0
+        assert time.monotonic() - begin < 3
+
+
 def test_agents_end_with_whoever_started_them(starter: Starter) -> None:
     running = starter("--nodes", "2")
     children = [
