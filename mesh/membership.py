@@ -23,7 +23,7 @@ one that does not is none, however long Consul lists it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, log10
 from typing import TYPE_CHECKING
 
@@ -86,12 +86,6 @@ _SPREAD_NS = 20_000_000
 _GATEWAYS = 3
 
 
-@dataclass(slots=True)
-class _Contest:
-    challenger: Fact
-    over: bool = False
-
-
 class Membership:
     """The machine. ``me`` is our own fact; times are ns, randomness comes in as ``rng``."""
 
@@ -112,7 +106,8 @@ class Membership:
         self._spread_due = 0
         self._sightings = Sightings(profile.probe_interval // 4)
         self._syncing: set[Address] = set()
-        self._contests: dict[NodeId, _Contest] = {}
+        self._contested: set[NodeId] = set()
+        """Nodes that spoke as another process: which of the two lives is being found out."""
         self._leaving = False
         self._train = 0
         self._known_present: list[Member] | None = None
@@ -510,23 +505,16 @@ class Membership:
         if known.fact.address == sender.address or known.fact.state is not MemberState.ALIVE:
             self._replace(known, sender)
             return
-        contest = self._contests.get(sender.node)
-        if contest is not None:
+        if sender.node in self._contested:
             return
-        contest = self._contests[sender.node] = _Contest(sender)
+        self._contested.add(sender.node)
         self._prober.ping(known)
-        self._timers.after(self.timeout, self._ping_again, known, contest)
-        self._timers.after(2 * self.timeout, self._settle, known, contest, known.meter.acks_seen)
+        self._timers.after(self.timeout, self._prober.ping, known)
+        self._timers.after(2 * self.timeout, self._settle, known, sender, known.meter.acks_seen)
 
-    def _ping_again(self, known: Member, contest: _Contest) -> None:
-        if not contest.over:
-            self._prober.ping(known)
-
-    def _settle(self, known: Member, contest: _Contest, acks_before: int) -> None:
+    def _settle(self, known: Member, challenger: Fact, acks_before: int) -> None:
         """Whether the process that we knew has answered since the other one turned up."""
-        contest.over = True
-        challenger = contest.challenger
-        self._contests.pop(challenger.node, None)
+        self._contested.discard(challenger.node)
         if self.members.get(challenger.node) is not known or known.fact.instance == challenger.instance:
             return
         if known.meter.acks_seen == acks_before:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-Action = Callable[..., None]
+Action = Callable[..., object]
 
 
 class Timers:

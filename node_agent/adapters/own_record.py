@@ -35,7 +35,6 @@ class OwnRecord:
     """Measures and remembers what was told; small changes are not worth telling (``hysteresis``)."""
 
     def __init__(self, config: AgentConfig, identity: NodeIdentity, name: str, data_dir: Path) -> None:
-        self.capabilities: Capabilities
         self.started_ns = time.time_ns()
         self.address = self.api_address = Address("")
         self._config, self._identity, self._name, self._data_dir = config, identity, name, data_dir
@@ -45,7 +44,7 @@ class OwnRecord:
         self._memory_told = 0
         self._links_told: dict[NodeId, LinkEstimate] = {}
         self._place_told: Coordinate | None = None
-        self.capabilities = probe_machine(data_dir, self._labels)
+        self.capabilities: Capabilities = probe_machine(data_dir, self._labels)
 
     def fact(self) -> Fact:
         """Our entry in membership: this process of this node."""

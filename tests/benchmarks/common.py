@@ -148,6 +148,12 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def quantile(values: list[float], percent: int) -> float:
+    """The value that ``percent`` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, -(-len(ordered) * percent // 100) - 1)]
+
+
 def finish(rows: list[tuple[str, str, str]], keys: dict[str, Any], as_json: bool) -> None:
     """A table for people (what, value, wanted) and, if asked, the JSON line."""
     widths = [max(len(r[i]) for r in rows) for i in range(3)]

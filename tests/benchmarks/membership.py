@@ -21,7 +21,7 @@ from typing import Any
 
 from mesh.profiles import RADIO
 from node_agent.adapters.local_mesh import LocalAgent, LocalMesh, temporary_mesh
-from tests.benchmarks.common import MODEL, arguments, finish, median, prompt_ids, stream, the_store
+from tests.benchmarks.common import MODEL, arguments, finish, median, prompt_ids, quantile, stream, the_store
 
 NODES = 5
 LIMIT_S = 60.0
@@ -135,11 +135,6 @@ async def idle(mesh: LocalMesh, seconds: float) -> tuple[float, float]:
     pairs = NODES * (NODES - 1)
     used = [cpu_s(a) - c for a, c in zip(agents, cpu, strict=True)]
     return (loopback_bytes() - sent) * 60 / seconds / pairs, median(used) * 60 / seconds
-
-
-def quantile(values: list[float], percent: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-len(ordered) * percent // 100) - 1)]
 
 
 async def measure(rounds: int, load_s: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mesh.gossip import MemberState
 from mesh.types import Address
-from tests.benchmarks.common import arguments, finish
+from tests.benchmarks.common import arguments, finish, quantile
 from tests.virtual_network import S, VirtualNetwork
 
 NODES = 200
@@ -57,11 +57,6 @@ def run(seed: int, seconds: float = _RUN_S, kills: int = _KILLS, loss: float = L
         net.until(lambda victim=victim: net.states(victim) == {MemberState.DEAD}, 60)  # type: ignore[misc]
         declared.append((net.now - begin) / S)
     return Outcome(NODES * seconds / 3600, len(deaths), len(suspicions), tuple(suspected), tuple(declared))
-
-
-def quantile(values: list[float], percent: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-len(ordered) * percent // 100) - 1)]
 
 
 def report(outcomes: list[Outcome]) -> dict[str, Any]:
