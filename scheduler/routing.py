@@ -31,9 +31,11 @@ from scheduler.cost import (
     Percentile,
     Terms,
     compute_us,
+    hop_us,
     queue_us,
     risk_us,
     speed_of,
+    transfer_us,
     way_us,
     ways_us,
 )
@@ -230,8 +232,8 @@ class _Graph:
             edge = replica.shard.first if outward else replica.shard.last
             if not edge:
                 continue
-            if ingress is None:
-                way = way_us(node, _elsewhere(node), TOKEN_BYTES, self._percentile)
+            if ingress is None:  # in no snapshot: nothing is known of its links
+                way = hop_us(None, None, self._percentile), transfer_us(None, TOKEN_BYTES)
             else:
                 ends = (ingress, node) if outward else (node, ingress)
                 way = way_us(*ends, TOKEN_BYTES, self._percentile)
@@ -340,11 +342,6 @@ def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
         )
         for (_, r), s in zip(held, speeds, strict=True)
     ]
-
-
-def _elsewhere(node: Node) -> Node:
-    """An ingress of which nothing is known."""
-    return Node(NodeId(""), "", node.address, node.api_address, node.capabilities, 0, 0)
 
 
 def _explain(snapshot: ClusterSnapshot, request: RouteRequest, groups: list[list[_Held]]) -> str:
