@@ -16,7 +16,7 @@ from mesh.coordinates import Coordinate
 from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
 from mesh.types import Address, NodeId, ShardInfo
-from scheduler.speed import StageSpeed
+from scheduler.speed import LayerSpeed, StageSpeed
 
 
 class ReplicaState(enum.Enum):
@@ -44,6 +44,8 @@ class Replica:
     provider: str = ""
     leases: int = 0
     speed: StageSpeed | None = None
+    term: int = 0
+    """Of the scheduler that placed it here; 0 if none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,18 @@ class Node:
     coordinate: Coordinate | None = None
     public_key: bytes = b""
     """Ed25519, raw."""
+    layer_speeds: tuple[LayerSpeed, ...] = ()
+    """Measured here at any time, by model."""
+    scheduler: bool = False
+    """It may lead placement."""
+    started_ms: int = 0
+    """Unix time of its start, by its own clock."""
+    term: int = 0
+    """Highest of the schedulers' terms that it has heard of."""
+    policy_version: int = 0
+    losses: int = 0
+    """How often we saw it die."""
+    known_since_s: float = 0.0
     state: MemberState = MemberState.ALIVE
     reachable: bool = True
     """It answers *us*; a node that answers others only is alive, but in no route from here."""
@@ -74,9 +88,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
-    """A node's own record arrived."""
+    """A node's own record arrived. ``at_s``: on any clock that all events of a snapshot share."""
 
     node: Node
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,7 @@ class NodeJudged:
     node: NodeId
     state: MemberState
     reachable: bool = True
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +119,38 @@ class ClusterSnapshot:
     """All nodes by id."""
 
     nodes: Mapping[NodeId, Node] = field(default_factory=lambda: MappingProxyType({}))
+    at_s: float = 0.0
+    """Time of the last event."""
 
     def apply(self, event: ClusterEvent) -> ClusterSnapshot:
         """The snapshot after ``event``."""
         nodes = dict(self.nodes)
         match event:
-            case NodeSeen(node):
+            case NodeSeen(node, at_s):
                 known = nodes.get(node.id)
                 if known:
-                    node = replace(node, state=known.state, reachable=known.reachable)
+                    node = replace(
+                        node,
+                        state=known.state,
+                        reachable=known.reachable,
+                        losses=known.losses,
+                        known_since_s=known.known_since_s,
+                    )
+                else:
+                    node = replace(node, known_since_s=at_s)
                 nodes[node.id] = node
-            case NodeJudged(node_id, state, reachable):
+            case NodeJudged(node_id, state, reachable, at_s):
                 known = nodes.get(node_id)
                 if known is None or (known.state, known.reachable) == (state, reachable):
                     return self
-                nodes[node_id] = replace(known, state=state, reachable=reachable)
+                died = state is MemberState.DEAD and known.state is not MemberState.DEAD
+                losses = known.losses + died
+                nodes[node_id] = replace(known, state=state, reachable=reachable, losses=losses)
             case NodeForgotten(node_id):
                 if nodes.pop(node_id, None) is None:
                     return self
-        return ClusterSnapshot(MappingProxyType(nodes))
+                at_s = self.at_s
+        return ClusterSnapshot(MappingProxyType(nodes), max(self.at_s, at_s))
 
     def alive(self) -> list[Node]:
         """Nodes that new routes may use, by id."""

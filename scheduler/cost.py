@@ -31,8 +31,8 @@ UNKNOWN_BITS_S = 50e6
 """Of a link that nobody measured and that has no coordinates: an ordinary wireless one."""
 RETRANSMIT_US = 200_000.0
 """What a lost segment costs a stream: TCP's least retransmission timeout on Linux."""
-HAZARD_S = 1 / 86_400
-"""Losses of a node per second that nothing is known of: one a day."""
+HAZARD_PRIOR_S = 86_400.0
+"""Losses of a node are expected once in this time, until it was watched for longer."""
 RECOVERY_US = 2e6
 """Until a session goes on after the loss of a stage; measured figures will replace it."""
 RUNNING_DRY_S = 600.0
@@ -96,18 +96,33 @@ def transfer_us(link: LinkEstimate | None, size: int) -> float:
     return size * 8 / bits_s * 1e6
 
 
-def hazard_per_s(node: Node) -> float:
-    """Expected losses of a node per second."""
+def battery_left_s(node: Node) -> float:
+    """How long the battery lasts at what is drawn now; ``inf`` if nothing limits it."""
     battery = node.capabilities.battery
-    if battery is None or battery.charging or battery.power_w <= 0:
-        return HAZARD_S
-    left_s = battery.energy_wh * 3600 / battery.power_w
-    return HAZARD_S + (1 / max(left_s, 1.0) if left_s < RUNNING_DRY_S else 0.0)
+    if battery is None or battery.charging or not battery.power_w > 0:
+        return float("inf")
+    return max(0.0, battery.energy_wh * 3600 / battery.power_w)
 
 
-def risk_us(node: Node, step_us: float) -> float:
+def hazard_per_s(node: Node, now_s: float = 0.0) -> float:
+    """Expected losses of a node per second: those seen over the time that it was watched, with one loss in
+    ``HAZARD_PRIOR_S`` to begin with; and a battery that runs dry."""
+    watched = max(0.0, now_s - node.known_since_s) if node.known_since_s else 0.0
+    hazard = (1 + node.losses) / (HAZARD_PRIOR_S + watched)
+    left_s = battery_left_s(node)
+    return hazard + (1 / max(left_s, 1.0) if left_s < RUNNING_DRY_S else 0.0)
+
+
+def risk_us(node: Node, step_us: float, now_s: float = 0.0, recovery_us: float = RECOVERY_US) -> float:
     """The chance that the node is lost during a step, times what that would cost."""
-    return hazard_per_s(node) * step_us / 1e6 * RECOVERY_US
+    return hazard_per_s(node, now_s) * step_us / 1e6 * recovery_us
+
+
+def battery_us(node: Node, step_us: float, mission_us: float) -> float:
+    """Joules left against joules needed for the mission: a node that has but half of them counts half a
+    step more."""
+    left_s = battery_left_s(node)
+    return step_us * max(0.0, 1 - left_s * 1e6 / mission_us) if mission_us > 0 else 0.0
 
 
 def apart_s(a: Node, b: Node) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import exp
 
 from mesh.capabilities import Capabilities
-from mesh.types import ShardInfo
+from mesh.types import Digest, LayerRange, ShardInfo
 
 _WINDOW = 48
 _ROW_SHARE = 0.16
@@ -21,6 +21,8 @@ _EFFICIENCY = 0.6
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
 _FADES_S = 30.0
+HEAD_SHARE = 0.65
+"""Time of the head by its bytes, against a layer's: one large product where a layer is many small ones."""
 _US = 1e6
 
 
@@ -37,6 +39,51 @@ class StageSpeed:
     def step(self, sessions: int) -> float:
         """A decode step of so many sessions together."""
         return self.decode + max(0, sessions - 1) * self.row
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpeed:
+    """What a node takes for a layer of a model and for its head, microseconds: a decode step alone, each
+    further row, a position of prefill. ``tail`` is the 99th percentile over the median."""
+
+    model: Digest
+    runtime: str
+    quantization: str
+    layer: float
+    head: float
+    row_share: float
+    prefill: float
+    tail: float
+
+    def stage(self, shard_layers: LayerRange, layers: int) -> float:
+        """A decode step over a range of layers."""
+        return len(shard_layers) * self.layer + (self.head if shard_layers.end == layers else 0.0)
+
+
+def layer_speed(
+    shard: ShardInfo, speed: StageSpeed, head_layers: float, known: LayerSpeed | None
+) -> LayerSpeed:
+    """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: they are
+    parted by what is ``known`` of this node, else as if the head were ``head_layers`` layers."""
+    layers = len(shard.layers)
+    if not shard.last:
+        layer = speed.decode / layers
+        head = known.head * layer / known.layer if known and known.layer > 0 else layer * head_layers
+    elif known and speed.decode - layers * known.layer > 0.2 * known.head:
+        layer, head = known.layer, speed.decode - layers * known.layer
+    else:
+        layer = speed.decode / (layers + head_layers)
+        head = layer * head_layers
+    return LayerSpeed(
+        shard.model.ref.digest,
+        shard.runtime,
+        shard.quantization,
+        layer,
+        head,
+        speed.row / speed.decode,
+        speed.prefill / layers,
+        max(1.0, speed.decode_p99 / speed.decode),
+    )
 
 
 def coarse(speed: StageSpeed) -> StageSpeed:

@@ -25,12 +25,11 @@ from mesh.errors import InputError, NoRoute, Unavailable
 from mesh.types import LayerRange, NodeId
 from node_agent.adapters.model_pull import CATALOGUE, pull_model
 from node_agent.adapters.model_store import ModelStore, Progress
-from node_agent.adapters.shard_maker import make_shard
+from node_agent.adapters.shard_maker import demand_of, make_shard
 from node_agent.config import AgentConfig, variable
-from node_agent.shards.packing import EMBEDDING, HEAD, layer_unit
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
-from scheduler.placement import Infeasible, ModelDemand, NodeRoom, Placement, place_evenly
+from scheduler.even_split import DoesNotFit, EvenSplit, NodeRoom, split_evenly
 
 START_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 120.0
@@ -161,7 +160,7 @@ class LocalMesh:
         model: str,
         quantization: str = "int8",
         progress: Progress = lambda what, done, total: None,
-    ) -> Placement:
+    ) -> EvenSplit:
         """Pull and shard a model if need be, place it evenly, load it, and wait until it serves."""
         store = ModelStore(self.options.home)
         await asyncio.to_thread(prepare, store, model, quantization, self.options.nodes, progress)
@@ -201,16 +200,20 @@ class LocalMesh:
 
     def _place(
         self, store: ModelStore, model: str, quantization: str, records: dict[NodeId, pb.NodeRecord]
-    ) -> Placement:
-        demand = demand_of(store, model, quantization, self.options.settings)
+    ) -> EvenSplit:
+        demand = demand_of(store, model, quantization)
+        context = min(
+            int(self.options.settings.get("context", AgentConfig().context)), demand.shape.context_max
+        )
         share = len(self.agents)  # they all look at the same memory
         limited = "memory" in self.options.settings
         rooms = [
             NodeRoom(a.node, records[a.node].memory_free_bytes // (1 if limited else share))
             for a in self.agents
         ]
-        answer = place_evenly(demand, rooms)
-        if isinstance(answer, Infeasible):
+        # KV memory may take half of what is free: one full context must fit in that half.
+        answer = split_evenly(demand, 2 * context, rooms)
+        if isinstance(answer, DoesNotFit):
             raise NoRoute(f"{model} does not fit: {answer.reason}")
         return answer
 
@@ -242,7 +245,7 @@ class LocalMesh:
             if not loaded.done():
                 loaded.set_exception(Unavailable(f"layers {layers}: {error.details()}"))
 
-    async def _until_routed(self, placement: Placement) -> None:
+    async def _until_routed(self, placement: EvenSplit) -> None:
         """Wait until every agent sees every replica serving."""
         import aiohttp
 
@@ -297,19 +300,6 @@ def prepare(store: ModelStore, model: str, quantization: str, parts: int, progre
     parts = min(parts, layers)
     for i in range(parts):
         make_shard(store, model, layers * i // parts, layers * (i + 1) // parts, quantization, progress)
-
-
-def demand_of(store: ModelStore, model: str, quantization: str, settings: dict[str, str]) -> ModelDemand:
-    """What a model asks of memory, with KV for one full context on every stage at least."""
-    from node_agent.adapters.shard_maker import convert_weights
-
-    spec = store.card(model).architecture
-    _, index = convert_weights(store, model, quantization)
-    context = min(int(settings.get("context", AgentConfig().context)), spec.context_max)
-    sizes = {unit: index.files[f"{unit}.bin"].size for unit in (EMBEDDING, HEAD, layer_unit(0))}
-    head = sizes[HEAD] + (sizes[EMBEDDING] if spec.head_tied else 0)
-    kv = context * spec.kv_bytes_per_token_layer
-    return ModelDemand(spec.layers, sizes[layer_unit(0)] + 2 * kv, sizes[EMBEDDING], head)
 
 
 async def _stop(agent: LocalAgent) -> None:

@@ -61,6 +61,7 @@ from node_agent.shards.packing import (
 from node_agent.shards.quantize import QUANTIZATIONS, QuantizedMatrix, repack_q8_0
 from node_agent.shards.reference import rms_norm, run_layer
 from node_agent.shards.tokenizer import build_tokenizer_json
+from scheduler.demand import ModelDemand
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,6 +94,26 @@ def open_gguf(path: Path) -> tuple[memoryview, GgufFile]:
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     return data, parse_gguf(data)
+
+
+def demand_of(store: ModelStore, model: str, quantization: str) -> ModelDemand:
+    """What a model asks of memory; converts its weights if that was not done yet."""
+    card = store.card(model)
+    spec = card.architecture
+    _, index = convert_weights(store, model, quantization)
+    sizes = {unit: index.files[f"{unit}.bin"].size for unit in (EMBEDDING, HEAD, ROPE, layer_unit(0))}
+    tied = sizes[EMBEDDING] if spec.head_tied else 0
+    return ModelDemand(
+        shape=card.shape,
+        runtime=RUNTIME,
+        quantization=quantization,
+        layer_bytes=sizes[layer_unit(0)],
+        embedding_bytes=sizes[EMBEDDING],
+        head_bytes=sizes[HEAD] + tied,
+        kv_layer_bytes=spec.kv_bytes_per_token_layer,
+        shard_bytes=sizes[ROPE],
+        tied_bytes=tied,
+    )
 
 
 def model_card(path: Path, name: str, digest: str, origin: str) -> tuple[ModelCard, str]:

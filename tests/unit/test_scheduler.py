@@ -13,9 +13,10 @@ from mesh.errors import NoRoute
 from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId
 from scheduler.cluster import ClusterSnapshot, NodeForgotten, NodeJudged, NodeSeen, ReplicaState
-from scheduler.placement import Infeasible, ModelDemand, NodeRoom, Placement, place_evenly
+from scheduler.demand import ModelDemand
+from scheduler.even_split import DoesNotFit, EvenSplit, NodeRoom, split_evenly
 from scheduler.routing import RouteRequest, find_route, missing_layers
-from tests.builders import cluster, node, shard
+from tests.builders import SHAPE, cluster, node, shard
 
 ASK = RouteRequest("tiny", NodeId("a"))
 
@@ -118,11 +119,12 @@ def test_missing_layers_are_ranges() -> None:
 
 def place(layers: int, memories: list[int], layer: int = 10, first: int = 0, last: int = 0) -> object:
     rooms = [NodeRoom(NodeId(f"n{i}"), m) for i, m in enumerate(memories)]
-    return place_evenly(ModelDemand(layers, layer, first, last), rooms)
+    shape = replace(SHAPE, layers=layers)
+    return split_evenly(ModelDemand(shape, "onnx", "int8", layer - 2, first, last, 1), 2, rooms)
 
 
 def counts(answer: object) -> list[int]:
-    assert isinstance(answer, Placement), answer
+    assert isinstance(answer, EvenSplit), answer
     return [len(r) for _, r in answer.shards]
 
 
@@ -138,18 +140,18 @@ def test_memory_decides_where_it_binds() -> None:
 
 def test_every_node_that_holds_nothing_has_its_reason() -> None:
     answer = place(4, [100, 5, 100])
-    assert isinstance(answer, Placement)
+    assert isinstance(answer, EvenSplit)
     assert [n for n, _ in answer.idle] == ["n1"]
     surplus = place(2, [100] * 3)
-    assert isinstance(surplus, Placement)
+    assert isinstance(surplus, EvenSplit)
     assert surplus.idle == ((NodeId("n2"), "the model has only 2 layers"),)
 
 
 def test_infeasible_names_the_figures() -> None:
     answer = place(30, [50, 50])
-    assert isinstance(answer, Infeasible)
+    assert isinstance(answer, DoesNotFit)
     assert "room for 10 of 30 layers" in answer.reason
-    assert place(3, []) == Infeasible("there are no nodes")
+    assert place(3, []) == DoesNotFit("there are no nodes")
 
 
 @given(
@@ -162,9 +164,9 @@ def test_a_plan_covers_the_model_and_never_exceeds_memory(
     layers: int, memories: list[int], first: int, last: int
 ) -> None:
     answer = place(layers, memories, first=first, last=last)
-    if isinstance(answer, Infeasible):
+    if isinstance(answer, DoesNotFit):
         return
-    assert isinstance(answer, Placement)
+    assert isinstance(answer, EvenSplit)
     edges = [r for _, r in answer.shards]
     assert edges[0].start == 0
     assert edges[-1].end == layers

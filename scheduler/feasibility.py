@@ -1,0 +1,197 @@
+"""Who may host layers of a model, how fast each would be, and why the others may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from statistics import median
+
+from mesh.gossip import MemberState
+from mesh.types import LayerRange, NodeId, ShardInfo
+from scheduler.cluster import ClusterSnapshot, Node, Replica
+from scheduler.cost import STAGE_US, battery_us, hazard_per_s, risk_us
+from scheduler.demand import ModelDemand
+from scheduler.policy import ModelPolicy, forbidden, price_us
+from scheduler.speed import HEAD_SHARE, LayerSpeed, guess
+
+MEMORY_BELIEVED_BYTES = 1 << 46
+"""64 TiB: whoever reports more reports nonsense."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A node that may host. Microseconds a token: ``fixed`` for a stage, ``layer`` and ``head`` with risk and
+    policy in them; ``speed`` is what its clock would show. ``room`` in bytes."""
+
+    node: Node
+    room: int
+    speed: LayerSpeed
+    fixed: float
+    weight: float
+    """Factor on computation: 1, and what risk and battery add."""
+    present: tuple[LayerRange, ...]
+    hazard: float
+
+
+def hosts_of(
+    snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy
+) -> tuple[list[Host], dict[NodeId, str]]:
+    """Hosts by node id, and why every other node is none."""
+    scale = _calibration(snapshot, demand)
+    hosts, reasons = [], {}
+    for node_id, node in sorted(snapshot.nodes.items()):
+        reason = _unfit(node, demand, policy)
+        if reason is None:
+            hosts.append(_host(node, demand, policy, scale, snapshot.at_s))
+        else:
+            reasons[node_id] = reason
+    return hosts, reasons
+
+
+def _unfit(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
+    ref = demand.shape.ref
+    checks: tuple[Callable[[], str | None], ...] = (
+        lambda: None if node.state is MemberState.ALIVE else f"it is {node.state.name.lower()}",
+        lambda: None if node.reachable else "it does not answer us",
+        lambda: "it is draining" if node.draining else None,
+        lambda: forbidden(node, policy),
+        lambda: _no_device(node, policy),
+        lambda: _battery(node, policy),
+        lambda: _figures(node),
+        lambda: (
+            None if ref.name in node.models else f"it does not have {ref.name}: mesh model pull {ref.name}"
+        ),
+        lambda: _no_room(node, demand, policy),
+    )
+    return next((why for check in checks if (why := check())), None)
+
+
+def _no_device(node: Node, policy: ModelPolicy) -> str | None:
+    have = {a.name for a in node.capabilities.accelerators}
+    if not policy.devices or have & set(policy.devices):
+        return None
+    return f"it has none of {', '.join(policy.devices)}"
+
+
+def _battery(node: Node, policy: ModelPolicy) -> str | None:
+    battery = node.capabilities.battery
+    if battery is None or battery.charging or battery.percent >= policy.battery_floor:
+        return None
+    return f"its battery is at {battery.percent} %, the floor is {policy.battery_floor} %"
+
+
+def _figures(node: Node) -> str | None:
+    free, total = node.memory_free_bytes, node.memory_total_bytes
+    if free <= 0 and not node.replicas:
+        return f"it reports {free} bytes free"
+    if max(free, total) > MEMORY_BELIEVED_BYTES:
+        return f"it reports {max(free, total):,} bytes of memory, which nobody has"
+    return None
+
+
+def _no_room(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
+    room = room_of(node, demand, policy)
+    least = least_bytes(demand, policy)
+    if room >= least or any(replica_of(r, demand) for r in node.replicas):
+        return None
+    return f"{mib(least - room)} short of one layer: {mib(room)} free, {mib(least)} needed"
+
+
+def positions_of(demand: ModelDemand, policy: ModelPolicy) -> int:
+    """Positions of KV memory that every replica reserves."""
+    return policy.sessions * min(policy.context, demand.shape.context_max)
+
+
+def least_bytes(demand: ModelDemand, policy: ModelPolicy) -> int:
+    """Of a shard of one layer in the middle, with its KV memory."""
+    positions = positions_of(demand, policy)
+    return demand.shard_bytes + demand.layer_bytes + positions * demand.kv_layer_bytes
+
+
+def replica_of(replica: Replica, demand: ModelDemand) -> bool:
+    """Whether a replica is of this very model, runtime and quantization."""
+    shard = replica.shard
+    return (shard.model.ref.digest, shard.runtime, shard.quantization) == (
+        demand.shape.ref.digest,
+        demand.runtime,
+        demand.quantization,
+    )
+
+
+def room_of(node: Node, demand: ModelDemand, policy: ModelPolicy) -> int:
+    """Bytes free, and those that our own earlier placement takes there."""
+    ours = [r for r in node.replicas if r.term and r.shard.model.ref.name == demand.shape.ref.name]
+    return node.memory_free_bytes + sum(r.shard.weight_bytes + r.kv_budget_bytes for r in ours)
+
+
+def _host(node: Node, demand: ModelDemand, policy: ModelPolicy, scale: float, now_s: float) -> Host:
+    speed = known_speed(node, demand) or guessed_speed(node, demand, scale)
+    unit = speed.layer
+    extra = risk_us(node, unit, now_s) + battery_us(node, unit, policy.mission)
+    return Host(
+        node,
+        room_of(node, demand, policy),
+        speed,
+        STAGE_US + price_us(node, policy),
+        1 + extra / unit,
+        tuple(sorted(r.shard.layers for r in node.replicas if replica_of(r, demand))),
+        hazard_per_s(node, now_s),
+    )
+
+
+def known_speed(node: Node, demand: ModelDemand) -> LayerSpeed | None:
+    """What the node itself measured of this model."""
+    wanted = (demand.shape.ref.digest, demand.runtime, demand.quantization)
+    for speed in node.layer_speeds:
+        if (speed.model, speed.runtime, speed.quantization) == wanted and _sane(speed):
+            return speed
+    return None
+
+
+def _sane(speed: LayerSpeed) -> bool:
+    return all(isfinite(v) and v > 0 for v in (speed.layer, speed.prefill)) and isfinite(speed.head)
+
+
+def guessed_speed(node: Node, demand: ModelDemand, scale: float) -> LayerSpeed:
+    """From the probe, times what probes were found to be off by."""
+    one = LayerRange(1, 2) if demand.layers > 1 else LayerRange(0, 1)
+    shape, digest = demand.shape, demand.shape.ref.digest
+    shard = ShardInfo(
+        shape, one, demand.runtime, demand.quantization, digest, demand.layer_bytes, demand.kv_layer_bytes
+    )
+    rate = guess(shard, node.capabilities)
+    layer = rate.decode * scale
+    return LayerSpeed(
+        digest,
+        demand.runtime,
+        demand.quantization,
+        layer,
+        layer * head_layers(demand),
+        rate.row / rate.decode,
+        rate.prefill * scale,
+        rate.decode_p99 / rate.decode,
+    )
+
+
+def head_layers(demand: ModelDemand) -> float:
+    """How many layers' time the head takes, by its bytes."""
+    return HEAD_SHARE * demand.head_bytes / demand.layer_bytes
+
+
+def _calibration(snapshot: ClusterSnapshot, demand: ModelDemand) -> float:
+    """What nodes measured of this model over what their probes let expect."""
+    ratios = []
+    for node in snapshot.nodes.values():
+        known = known_speed(node, demand)
+        if known is not None:
+            ratios.append(known.layer / guessed_speed(node, demand, 1.0).layer)
+    return median(ratios) if ratios else 1.0
+
+
+def mib(count: float) -> str:
+    """Bytes for people."""
+    if count < 0:
+        return f"-{mib(-count)}"
+    return f"{count / _GIB:.1f} GiB" if count >= 10 * _GIB else f"{count / 2**20:.0f} MiB"
