@@ -11,7 +11,8 @@
     ├── Unavailable           right input, wrong moment; says when to come back
     │   ├── NoRoute             no set of replicas covers the model's layers
     │   ├── Full                a stage has no memory or slot for the session
-    │   └── StageLost           a stage went away in the middle of a generation
+    │   ├── StageLost           a stage went away in the middle of a generation
+    │   └── StaleTerm           a later leader of the scheduler is known
     ├── PeerError             a peer broke the wire contract; its fault, not ours
     └── InvalidTransition     a state machine got an event it cannot get; our bug
 
@@ -80,6 +81,10 @@ class Full(Unavailable):
 
 class StageLost(Unavailable):
     """A stage of the route went away in the middle of a generation."""
+
+
+class StaleTerm(Unavailable):
+    """A plan of a leader whose term is over."""
 
 
 class PeerError(MeshError):

@@ -44,6 +44,25 @@ class Epoch:
     owner: NodeId
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Term:
+    """A scheduler's leadership. What an older one wants is refused."""
+
+    counter: int
+    leader: NodeId
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PolicyVersion:
+    """Of the policy that a cluster follows; ``writer`` is the node at which it was applied."""
+
+    counter: int
+    writer: NodeId
+
+
+NO_POLICY = PolicyVersion(0, NodeId(""))
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRef:
     """A model by name and by the digest of the file it was made from."""

@@ -57,6 +57,13 @@ class AgentConfig:
         "lan",
         "How closely peers are probed: lan (a loss is seen in a second), wan (some seconds), radio (half a minute, few bytes).",
     )
+    scheduler: str = setting(
+        "on",
+        "on: this agent may place models for the cluster (the longest-lived one leads, or whoever holds Consul's lock). off: never.",
+    )
+    moves: int = setting(
+        12, "Shards that the scheduler loads in a minute at most, while this agent leads it.", low=1
+    )
     region: str = setting(
         "",
         "Site of the node. Views are full within a region; other regions are summarised when large. Empty: consul_datacenter.",
@@ -121,6 +128,7 @@ class AgentConfig:
 _CHOICES = {
     "token_log": ("on", "off"),
     "mdns": ("on", "off"),
+    "scheduler": ("on", "off"),
     "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),

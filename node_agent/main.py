@@ -37,7 +37,8 @@ from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
 from mesh.types import Address, LayeredRoute, SessionId
 from node_agent.adapters.agent_rpc import AgentService
-from node_agent.adapters.discovery_setup import discovery_of
+from node_agent.adapters.control_loop import ControlLoop
+from node_agent.adapters.discovery_setup import consul_of, discovery_of
 from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.memory_store import MemoryTokenLog
@@ -45,6 +46,7 @@ from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.own_record import OwnRecord
 from node_agent.adapters.peers import ClusterView
+from node_agent.adapters.policy_book import PolicyBook
 from node_agent.adapters.replicas import ReplicaManager, ShardKey
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
@@ -144,6 +146,7 @@ class Agent:
             self.list_models,
             self.list_nodes,
             self.explain,
+            self.control,
             self.driver,
             self.metrics,
             self._gauges,
@@ -223,7 +226,17 @@ class Agent:
         self.replicas = ReplicaManager(
             config, self.store, self.host, self.metrics, self._announce, lambda: self.own.capabilities
         )
-        self.service = AgentService(config.cluster, self.record, self.view.know, self.replicas)
+        self.policies = PolicyBook(self.data_dir, self.node_id)
+        self.control = ControlLoop(
+            config, self.node_id, self.view, self.store, self.policies, consul_of(config)
+        )
+        self.service = AgentService(
+            config.cluster,
+            self.record,
+            self.view.know,
+            self.replicas,
+            lambda: (self.policies.version, self.policies.text),
+        )
         self.health = HealthServicer()
         self._discovery = discovery_of(config)
         self.links = LinkServer(identity, self.host.received, self.host.upstream_lost)
@@ -244,6 +257,7 @@ class Agent:
         tasks = [
             asyncio.create_task(self.host.run(), name="stages"),
             asyncio.create_task(self.driver.run(), name="sessions"),
+            asyncio.create_task(self.control.run(), name="scheduler"),
             asyncio.create_task(self._stopping.wait(), name="stop"),
             asyncio.create_task(self._refresh(), name="capabilities"),
             *self._discovering,
@@ -295,7 +309,14 @@ class Agent:
     def record(self) -> Node:
         """This node as peers see it."""
         self.own.api_address = self._api_address
-        return self.own.record(self.replicas, self._models_here, self.driver.draining)
+        terms = [t for t in (self.replicas.term, self.control.term) if t is not None]
+        return self.own.record(
+            self.replicas,
+            self._models_here,
+            self.driver.draining,
+            max(terms, default=None),
+            self.policies.version,
+        )
 
     def _announce(self) -> None:
         """Tell peers what changed, if anything did."""
@@ -303,7 +324,7 @@ class Agent:
         record = self.record()
         if record != self._told:
             self._told = record
-            self.view.apply(NodeSeen(record))
+            self.view.apply(NodeSeen(record, time.monotonic()))
             self.service.changed()
 
     async def _refresh(self) -> None:

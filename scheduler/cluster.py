@@ -15,7 +15,7 @@ from mesh.capabilities import Capabilities
 from mesh.coordinates import Coordinate
 from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
-from mesh.types import Address, NodeId, ShardInfo
+from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, ShardInfo, Term
 from scheduler.speed import LayerSpeed, StageSpeed
 
 
@@ -44,8 +44,8 @@ class Replica:
     provider: str = ""
     leases: int = 0
     speed: StageSpeed | None = None
-    term: int = 0
-    """Of the scheduler that placed it here; 0 if none did."""
+    term: Term | None = None
+    """Of the scheduler that placed it here, if one did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ class Node:
     """It may lead placement."""
     started_ms: int = 0
     """Unix time of its start, by its own clock."""
-    term: int = 0
-    """Highest of the schedulers' terms that it has heard of."""
-    policy_version: int = 0
+    term: Term | None = None
+    """The latest of the schedulers' that it has heard of."""
+    policy: PolicyVersion = NO_POLICY
     losses: int = 0
     """How often we saw it die."""
     known_since_s: float = 0.0

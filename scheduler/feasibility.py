@@ -17,6 +17,9 @@ from scheduler.speed import HEAD_SHARE, LayerSpeed, guess
 
 MEMORY_BELIEVED_BYTES = 1 << 46
 """64 TiB: whoever reports more reports nonsense."""
+GUESS_MARGIN = 0.25
+"""Of a guessed speed, added to its cost: a node that was never measured must win by more than the guess
+may be off, or every newcomer would make the plan move."""
 _GIB = 1 << 30
 
 
@@ -30,7 +33,7 @@ class Host:
     speed: LayerSpeed
     fixed: float
     weight: float
-    """Factor on computation: 1, and what risk and battery add."""
+    """Factor on computation: 1, and what risk, battery and doubt add."""
     present: tuple[LayerRange, ...]
     hazard: float
 
@@ -127,9 +130,11 @@ def room_of(node: Node, demand: ModelDemand, policy: ModelPolicy) -> int:
 
 
 def _host(node: Node, demand: ModelDemand, policy: ModelPolicy, scale: float, now_s: float) -> Host:
-    speed = known_speed(node, demand) or guessed_speed(node, demand, scale)
+    known = known_speed(node, demand)
+    speed = known or guessed_speed(node, demand, scale)
     unit = speed.layer
     extra = risk_us(node, unit, now_s) + battery_us(node, unit, policy.mission)
+    extra += 0.0 if known else GUESS_MARGIN * unit
     return Host(
         node,
         room_of(node, demand, policy),

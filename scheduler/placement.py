@@ -64,6 +64,7 @@ class Plan:
     ``bound``; ``tpot_us`` what a clock should show with all of it at rest."""
 
     model: str
+    runtime: str
     quantization: str
     sessions: int
     context: int
@@ -452,6 +453,7 @@ class CopySearch:
         idle.update(self._not_needed(stages))
         return Plan(
             self.demand.shape.ref.name,
+            self.demand.runtime,
             self.demand.quantization,
             self.policy.sessions,
             min(self.policy.context, self.demand.shape.context_max),

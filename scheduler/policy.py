@@ -155,7 +155,7 @@ class ModelPolicy(ClassPolicy):
     mission: float = knob(
         3600e6, "Time that batteries should last; a node that falls short counts as slower.", duration_us
     )
-    move: float = knob(50.0, "Time per token that a new plan must win for each layer it moves.", duration_us)
+    move: float = knob(100.0, "Time per token that a new plan must win for each layer it moves.", duration_us)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ little for each further row. Prefill takes ``prefill`` a position. All in micros
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 
 from mesh.capabilities import Capabilities
@@ -21,6 +21,8 @@ _EFFICIENCY = 0.6
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
 _FADES_S = 30.0
+_WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
+"""Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
 HEAD_SHARE = 0.65
 """Time of the head by its bytes, against a layer's: one large product where a layer is many small ones."""
 _US = 1e6
@@ -60,12 +62,18 @@ class LayerSpeed:
         return len(shard_layers) * self.layer + (self.head if shard_layers.end == layers else 0.0)
 
 
-def layer_speed(
-    shard: ShardInfo, speed: StageSpeed, head_layers: float, known: LayerSpeed | None
-) -> LayerSpeed:
+def head_layers_of(shard: ShardInfo) -> float:
+    """How many layers' time the head of a shard's model takes, by its bytes."""
+    head = shard.model.vocabulary * shard.model.width * _WEIGHT_BYTES.get(shard.quantization, 1.0)
+    edges = head if shard.first or shard.last else 0.0
+    layer = max(head / 1000, (shard.weight_bytes - edges) / len(shard.layers))
+    return HEAD_SHARE * head / layer
+
+
+def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
     """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: they are
-    parted by what is ``known`` of this node, else as if the head were ``head_layers`` layers."""
-    layers = len(shard.layers)
+    parted by what is ``known`` of this node, else by bytes."""
+    layers, head_layers = len(shard.layers), head_layers_of(shard)
     if not shard.last:
         layer = speed.decode / layers
         head = known.head * layer / known.layer if known and known.layer > 0 else layer * head_layers
@@ -84,6 +92,14 @@ def layer_speed(
         speed.prefill / layers,
         max(1.0, speed.decode_p99 / speed.decode),
     )
+
+
+def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
+    """Two digits of each figure, as ``coarse``."""
+    layer, head, row, prefill, tail = (
+        float(f"{v:.2g}") for v in (speed.layer, speed.head, speed.row_share, speed.prefill, speed.tail)
+    )
+    return replace(speed, layer=layer, head=head, row_share=row, prefill=prefill, tail=tail)
 
 
 def coarse(speed: StageSpeed) -> StageSpeed:

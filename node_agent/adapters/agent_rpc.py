@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 from mesh.adapters.membership_codec import valid_address
-from mesh.errors import InputError, MeshError
-from mesh.types import Address
-from node_agent.adapters.records import node_record, replica_record
-from node_agent.adapters.replicas import ReplicaManager, ShardKey
+from mesh.errors import InputError, MeshError, StaleTerm
+from mesh.types import Address, PolicyVersion
+from node_agent.adapters.records import node_record, read_term, replica_record
+from node_agent.adapters.replicas import Promise, ReplicaManager, ShardKey
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.cluster import Node
@@ -27,8 +27,10 @@ class AgentService(rpc.AgentServicer):
         record: Callable[[], Node],
         know: Callable[[list[Address], str], None],
         replicas: ReplicaManager,
+        policy: Callable[[], tuple[PolicyVersion, str]],
     ) -> None:
         self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
+        self._policy = policy
         self._waiters: set[asyncio.Event] = set()
         self._closing = False
 
@@ -71,20 +73,53 @@ class AgentService(rpc.AgentServicer):
         self, request: pb.HoldShardRequest, context: Any
     ) -> AsyncIterator[pb.ReplicaRecord]:
         await self._admit(request.cluster, context)
-        key = ShardKey(
-            request.model,
-            request.layer_start,
-            request.layer_end,
-            request.runtime or "onnx",
-            request.quantization or "int8",
+        key = _key(request)
+        promise = Promise(request.sessions, request.context) if request.sessions and request.context else None
+        term = read_term(request.term)
+        if request.HasField("term") and term is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the term makes no sense")
+        statuses = (
+            self._replicas.hold_planned(key, term, promise)
+            if term
+            else self._replicas.hold(key, request.holder, promise)
         )
-        statuses = self._replicas.hold(key, request.holder)
         try:
             async for status in statuses:
                 yield replica_record(status)
+        except StaleTerm as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except InputError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except MeshError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         finally:
             await statuses.aclose()  # type: ignore[attr-defined]
+
+    async def ReleaseShard(  # noqa: N802
+        self, request: pb.ReleaseShardRequest, context: Any
+    ) -> pb.ReleaseShardReply:
+        await self._admit(request.shard.cluster, context)
+        term = read_term(request.shard.term)
+        if term is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a release needs the scheduler's term")
+            raise AssertionError  # abort does not return
+        try:
+            self._replicas.release_planned(_key(request.shard), term)
+        except StaleTerm as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.ReleaseShardReply()
+
+    async def GetPolicy(self, request: pb.PolicyRequest, context: Any) -> pb.PolicyDocument:  # noqa: N802
+        await self._admit(request.cluster, context)
+        version, text = self._policy()
+        return pb.PolicyDocument(version=version.counter, writer=version.writer, text=text)
+
+
+def _key(request: pb.HoldShardRequest) -> ShardKey:
+    return ShardKey(
+        request.model,
+        request.layer_start,
+        request.layer_end,
+        request.runtime or "onnx",
+        request.quantization or "int8",
+    )

@@ -42,6 +42,14 @@ class ApiClient:
         finally:
             connection.close()
 
+    def send(self, method: str, path: str, body: Any) -> Any:
+        """A JSON document for another."""
+        connection, response = self._request(method, path, body)
+        try:
+            return json.loads(response.read())
+        finally:
+            connection.close()
+
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Chunks of a streamed chat completion; raises the error that the agent sends."""
         connection, response = self._request("POST", "/v1/chat/completions", {**body, "stream": True})

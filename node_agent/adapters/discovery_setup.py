@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mesh.adapters.discovery.static import StaticDiscovery
 from mesh.discovery import Discovery
 from node_agent.config import AgentConfig
+
+if TYPE_CHECKING:
+    from mesh.adapters.consul_client import ConsulAccess
 
 
 def discovery_of(config: AgentConfig) -> list[Discovery]:
@@ -27,6 +31,15 @@ def discovery_of(config: AgentConfig) -> list[Discovery]:
             ConsulDiscovery(consul_access(config, os.environ), config.consul_service, config.cluster)
         )
     return found
+
+
+def consul_of(config: AgentConfig) -> ConsulAccess | None:
+    """How to enter Consul, where there is one."""
+    if not consul_wanted(config, os.environ):
+        return None
+    from node_agent.adapters.consul_setup import consul_access
+
+    return consul_access(config, os.environ)
 
 
 def consul_wanted(config: AgentConfig, environment: Mapping[str, str]) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from mesh.errors import InputError, MeshError, RequestError
+from mesh.errors import ConfigError, InputError, MeshError, RequestError
 from mesh.session import Finish
 from mesh.types import SessionId
+from node_agent.adapters.control_loop import ControlLoop, check_version
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.ingress.answer import Choice, Envelope, error_body, error_of, usage_of
@@ -118,11 +119,13 @@ class HttpApi:
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
         explain: Callable[[str, str], dict[str, Any]],
+        control: ControlLoop,
         driver: SessionDriver,
         metrics: AgentMetrics,
         before_metrics: Callable[[], None],
     ) -> None:
         self._start, self._models, self._nodes, self._explain = start, models, nodes, explain
+        self._control = control
         self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
         self._runner: web.AppRunner | None = None
 
@@ -135,6 +138,9 @@ class HttpApi:
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/mesh/v1/nodes", self._list_nodes)
         app.router.add_get("/mesh/v1/route", self._route)
+        app.router.add_get("/mesh/v1/plan", self._plan)
+        app.router.add_post("/mesh/v1/plan", self._plan)
+        app.router.add_put("/mesh/v1/policy", self._apply)
         app.router.add_get("/mesh/v1/sessions/{id}", self._session)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/health", self._health)
@@ -174,6 +180,8 @@ class HttpApi:
             return web.json_response(body, status=500)
 
     def _error(self, error: MeshError) -> web.Response:
+        if isinstance(error, ConfigError):
+            error = RequestError(str(error), param="policy")
         status, body, retry_after_s = error_of(error)
         headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
         if isinstance(error, InputError) and not isinstance(error, RequestError):
@@ -250,6 +258,16 @@ class HttpApi:
     async def _route(self, request: web.Request) -> web.Response:
         return _json(self._explain(request.query.get("model", ""), request.query.get("percentile", "p50")))
 
+    async def _plan(self, request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return _json(await self._control.report())
+        body = await _policy_body(request)
+        return _json(await self._control.report(body.policy, body.name))
+
+    async def _apply(self, request: web.Request) -> web.Response:
+        body = await _policy_body(request)
+        return _json(self._control.apply(body.policy, body.name, check_version(body.version)))
+
     async def _session(self, request: web.Request) -> web.Response:
         wanted = request.match_info["id"]
         name = wanted.removeprefix("chatcmpl-").removeprefix("cmpl-")
@@ -266,6 +284,21 @@ class HttpApi:
 
     async def _health(self, request: web.Request) -> web.Response:
         return _json({"status": "draining" if self._driver.draining else "ok", "sessions": len(self._driver)})
+
+
+class _PolicyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``policy`` is the TOML, ``name`` what errors call it, ``version`` what it replaces."""
+
+    policy: str
+    name: str = "policy"
+    version: Any = None
+
+
+async def _policy_body(request: web.Request) -> _PolicyBody:
+    try:
+        return msgspec.json.decode(await request.read(), type=_PolicyBody)
+    except msgspec.MsgspecError as error:
+        raise RequestError(f"the body is not as it should be: {error}") from None
 
 
 def new_envelope(job_id: SessionId, model: str, chat: bool) -> Envelope:

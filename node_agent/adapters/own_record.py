@@ -13,7 +13,7 @@ from mesh.errors import MeshError
 from mesh.gossip import Fact
 from mesh.links import LinkEstimate
 from mesh.membership import Membership
-from mesh.types import Address, NodeId
+from mesh.types import Address, NodeId, PolicyVersion, Term
 from node_agent import __version__
 from node_agent.adapters.fingerprint.machine import probe_machine
 from node_agent.adapters.fingerprint.speed import probe_speeds
@@ -29,6 +29,8 @@ from node_agent.hysteresis import (
 from scheduler.cluster import Node
 
 log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
 
 
 class OwnRecord:
@@ -63,17 +65,24 @@ class OwnRecord:
             __version__,
         )
 
-    def record(self, replicas: ReplicaManager, models: tuple[str, ...], draining: bool) -> Node:
+    def record(
+        self,
+        replicas: ReplicaManager,
+        models: tuple[str, ...],
+        draining: bool,
+        term: Term | None,
+        policy: PolicyVersion,
+    ) -> Node:
         """This node as peers see it."""
-        memory = replicas.memory()
-        self._memory_told = memory_worth_telling(self._memory_told, replicas.memory_free(), memory.total)
+        total = self._config.memory * _MIB or replicas.memory().total
+        self._memory_told = memory_worth_telling(self._memory_told, replicas.memory_free(), total)
         return Node(
             id=self._identity.node,
             name=self._name,
             address=self.address,
             api_address=self.api_address,
             capabilities=self.capabilities,
-            memory_total_bytes=memory.total,
+            memory_total_bytes=replicas.memory().total,
             memory_free_bytes=self._memory_told,
             replicas=replicas.status(),
             models=models,
@@ -83,6 +92,11 @@ class OwnRecord:
             public_key=self._identity.public_key,
             links=self._links_told,
             coordinate=self._place_told,
+            layer_speeds=replicas.layer_speeds(),
+            scheduler=self._config.scheduler == "on",
+            started_ms=self.started_ns // 1_000_000,
+            term=term,
+            policy=policy,
         )
 
     def look_at_machine(self) -> bool:

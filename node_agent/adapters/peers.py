@@ -107,7 +107,7 @@ class ClusterView:
             self.twins.pop(node, None)
             return
         state = member.fact.state
-        self.apply(NodeJudged(node, state, member.reachable))
+        self.apply(NodeJudged(node, state, member.reachable, time.monotonic()))
         if state is MemberState.SUSPECT:
             self.on_suspicion()
         log.log(
@@ -182,10 +182,10 @@ class ClusterView:
             raise PeerError(f"it belongs to cluster {record.cluster!r}, not {self._cluster!r}")
         if node.id != node_id:
             raise PeerError(f"it says that it is {node.id}, not {node_id}")
-        self.apply(NodeSeen(node))
+        self.apply(NodeSeen(node, time.monotonic()))
         member = self.membership.members.get(node_id)
         if member is not None:
-            self.apply(NodeJudged(node_id, member.fact.state, member.reachable))
+            self.apply(NodeJudged(node_id, member.fact.state, member.reachable, time.monotonic()))
 
     # -- the end -------------------------------------------------------------------------------
 

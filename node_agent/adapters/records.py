@@ -10,13 +10,26 @@ from mesh.coordinates import Coordinate
 from mesh.errors import PeerError
 from mesh.links import LinkEstimate
 from mesh.messages import FEATURES, WIRE_VERSION
-from mesh.types import Address, Digest, LayerRange, ModelRef, ModelShape, NodeId, ShardInfo
+from mesh.types import (
+    NO_POLICY,
+    Address,
+    Digest,
+    LayerRange,
+    ModelRef,
+    ModelShape,
+    NodeId,
+    PolicyVersion,
+    ShardInfo,
+    Term,
+)
 from protos.gen import agent_pb2 as pb
 from scheduler.cluster import Node, Replica, ReplicaState
-from scheduler.speed import StageSpeed
+from scheduler.speed import LayerSpeed, StageSpeed
 
 _SPEED_MAX_US = 1e9
 _LINKS_MAX = 512
+_SPEEDS_MAX = 64
+_COUNTER_MAX = 1 << 53
 
 _STATES: dict[ReplicaState, Any] = {
     ReplicaState.LOADING: pb.REPLICA_STATE_LOADING,
@@ -57,7 +70,20 @@ def replica_record(replica: Replica) -> pb.ReplicaRecord:
         provider=replica.provider,
         leases=replica.leases,
         speed=_speed_record(replica.speed) if replica.speed else None,
+        term=term_record(replica.term),
     )
+
+
+def term_record(term: Term | None) -> pb.Term | None:
+    """For a message's field; nothing where there is no term."""
+    return pb.Term(counter=term.counter, leader=term.leader) if term else None
+
+
+def read_term(record: pb.Term) -> Term | None:
+    """``None`` for an absent one, and for a counter that would fence everybody out for ever."""
+    if not record.leader or not 0 < record.counter < _COUNTER_MAX:
+        return None
+    return Term(record.counter, NodeId(record.leader))
 
 
 def _speed_record(speed: StageSpeed) -> pb.StageSpeed:
@@ -98,7 +124,36 @@ def node_record(node: Node, cluster: str) -> pb.NodeRecord:
         public_key=node.public_key,
         links=[_link_record(peer, link) for peer, link in sorted(node.links.items())],
         coordinate=_coordinate_record(node.coordinate) if node.coordinate else None,
+        layer_speeds=[_layer_speed_record(s) for s in node.layer_speeds],
+        scheduler=node.scheduler,
+        started_unix_ms=node.started_ms,
+        term=term_record(node.term),
+        policy_version=node.policy.counter,
+        policy_writer=node.policy.writer,
     )
+
+
+def _layer_speed_record(speed: LayerSpeed) -> pb.LayerSpeed:
+    return pb.LayerSpeed(
+        model_digest=bytes.fromhex(speed.model),
+        runtime=speed.runtime,
+        quantization=speed.quantization,
+        layer=speed.layer,
+        head=speed.head,
+        row_share=speed.row_share,
+        prefill=speed.prefill,
+        tail=speed.tail,
+    )
+
+
+def _read_layer_speeds(record: pb.NodeRecord) -> tuple[LayerSpeed, ...]:
+    """Those whose figures can be."""
+    speeds = []
+    for s in record.layer_speeds[:_SPEEDS_MAX]:
+        values = (s.layer, s.head, s.row_share, s.prefill, s.tail)
+        if all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and s.layer > 0 and s.prefill > 0:
+            speeds.append(LayerSpeed(Digest(s.model_digest.hex()), s.runtime, s.quantization, *values))
+    return tuple(speeds)
 
 
 def _link_record(peer: NodeId, link: LinkEstimate) -> pb.LinkRecord:
@@ -237,6 +292,7 @@ def read_replica(record: pb.ReplicaRecord) -> Replica:
         record.provider,
         record.leases,
         _read_speed(record.speed) if record.HasField("speed") else None,
+        read_term(record.term),
     )
 
 
@@ -260,4 +316,16 @@ def read_node(record: pb.NodeRecord) -> Node:
         public_key=record.public_key,
         links=_read_links(record),
         coordinate=_read_coordinate(record),
+        layer_speeds=_read_layer_speeds(record),
+        scheduler=record.scheduler,
+        started_ms=record.started_unix_ms,
+        term=read_term(record.term),
+        policy=read_version(record.policy_version, record.policy_writer),
     )
+
+
+def read_version(counter: int, writer: str) -> PolicyVersion:
+    """No version where it makes no sense."""
+    if not writer or not 0 < counter < _COUNTER_MAX:
+        return NO_POLICY
+    return PolicyVersion(counter, NodeId(writer))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.capabilities import Capabilities
-from mesh.errors import Full, InputError, MeshError, ShardError
-from mesh.types import ShardInfo
+from mesh.errors import Full, InputError, MeshError, ShardError, StaleTerm
+from mesh.types import ShardInfo, Term
 from node_agent.adapters.fingerprint.memory import Memory, probe_memory
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.model_store import ModelStore
@@ -25,7 +25,7 @@ from node_agent.ports import Runtime
 from node_agent.shards.manifest import ShardManifest
 from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
-from scheduler.speed import guess
+from scheduler.speed import LayerSpeed, StageSpeed, coarse_layer, guess, layer_speed
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _MEMORY_MARGIN = 0.9
 _KV_SHARE = 0.5
 _PROBE_S = 2.0
 RUNTIME = "onnx"
+_PLANNED = "planned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,27 @@ class ShardKey:
     quantization: str
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """KV memory that a lease asks for: so many sessions of so many positions."""
+
+    sessions: int
+    context: int
+
+
 @dataclass(slots=True)
 class _Held:
     key: ShardKey
+    promise: Promise | None = None
     info: ShardInfo | None = None
     state: ReplicaState = ReplicaState.LOADING
     reason: str = ""
     replica: Replica | None = None
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at the next change, and replaced by a fresh one: several may wait for it."""
+    full: bool = False
+    """It failed for want of memory."""
 
 
 class ReplicaManager:
@@ -79,6 +92,10 @@ class ReplicaManager:
         self._memory, self._probe_due = probe_memory(), 0.0
         self._loading = asyncio.Lock()
         self._unloading: set[asyncio.Task[None]] = set()
+        self.term: Term | None = None
+        """The latest of the schedulers' that wanted something here."""
+        self._planned: dict[ShardKey, Term] = {}
+        self._layer_speeds: dict[tuple[str, str, str], LayerSpeed] = {}
 
     def memory_free(self) -> int:
         """Bytes that further shards and their KV memory may take."""
@@ -102,6 +119,9 @@ class ReplicaManager:
     def _status(self, held: _Held) -> ReplicaStatus:
         assert held.info is not None
         book = held.replica.book if held.replica else None
+        speed = held.replica.speed() if held.replica else None
+        if speed is not None and speed.measured:
+            self._learn(held.info, speed)
         return ReplicaStatus(
             held.info,
             held.state,
@@ -113,30 +133,98 @@ class ReplicaManager:
             book.kv_budget_bytes if book else 0,
             held.replica.runtime.provider if held.replica else "",
             self._leases.count(held.key),
-            held.replica.speed() if held.replica else None,
+            speed,
+            self._planned.get(held.key),
         )
 
-    async def hold(self, key: ShardKey, holder: str) -> AsyncIterator[ReplicaStatus]:
+    def _learn(self, info: ShardInfo, speed: StageSpeed) -> None:
+        key = (info.model.ref.digest, info.runtime, info.quantization)
+        self._layer_speeds[key] = layer_speed(info, speed, self._layer_speeds.get(key))
+
+    def layer_speeds(self) -> tuple[LayerSpeed, ...]:
+        """What was measured here of each model, loaded or not."""
+        return tuple(coarse_layer(s) for _, s in sorted(self._layer_speeds.items()))
+
+    async def hold(
+        self, key: ShardKey, holder: str, promise: Promise | None = None
+    ) -> AsyncIterator[ReplicaStatus]:
         """Hold a replica for as long as this is iterated; yields its status on every change.
 
         Raises ``InputError`` or ``Full`` when it cannot be loaded.
         """
         lease = uuid.uuid4().hex
+        held = self._acquire(key, lease, holder, promise)
+        try:
+            async for status in self._statuses(held):
+                yield status
+        finally:
+            self._release(key, lease)
+
+    async def hold_planned(
+        self, key: ShardKey, term: Term, promise: Promise | None = None
+    ) -> AsyncIterator[ReplicaStatus]:
+        """A scheduler's lease: it stays when this is iterated no more, until ``release_planned``. Ends when
+        a later term takes the lease over. Raises ``StaleTerm``, ``InputError`` or ``Full``."""
+        self._heed(term)
+        known = key in self._planned
+        self._planned[key] = term
+        held = self._held[key] if known else self._acquire(key, _PLANNED, f"scheduler {term.leader}", promise)
+        self._tell(held)
+        try:
+            async for status in self._statuses(held):
+                if self._planned.get(key) != term:
+                    return
+                yield status
+        except MeshError:
+            # What cannot be loaded is not kept: the scheduler hears why and decides anew.
+            if self._planned.get(key) == term:
+                self._let_go(key)
+            raise
+
+    def release_planned(self, key: ShardKey, term: Term) -> None:
+        """End a scheduler's lease; raises ``StaleTerm``. Nothing happens where there is none."""
+        self._heed(term)
+        if key in self._planned:
+            self._let_go(key)
+
+    def _heed(self, term: Term) -> None:
+        """Follow the latest term, refuse older ones: plans of two leaders never mix."""
+        if self.term is not None and term < self.term:
+            raise StaleTerm(
+                f"term {term.counter} of {term.leader} is over: {self.term.leader} leads in term {self.term.counter}"
+            )
+        if term != self.term:
+            self.term = term
+            self._changed()
+
+    def _let_go(self, key: ShardKey) -> None:
+        del self._planned[key]
+        self._release(key, _PLANNED)
+
+    def _acquire(self, key: ShardKey, lease: str, holder: str, promise: Promise | None) -> _Held:
         held = self._held.get(key)
         if self._leases.acquire(key, lease, holder) or held is None:
-            held = self._held[key] = _Held(key)
+            held = self._held[key] = _Held(key, promise)
             held.task = asyncio.create_task(self._load(held), name=f"load {key}")
-        try:
-            while True:
-                held.changed.clear()
-                if held.state is ReplicaState.FAILED and held.info is None:
-                    raise InputError(held.reason)
-                if held.info is not None:
-                    yield self._status(held)
-                await held.changed.wait()
-        finally:
-            if self._leases.release(key, lease) and self._held.get(key) is held:
-                self._begin_unload(held)
+        return held
+
+    def _release(self, key: ShardKey, lease: str) -> None:
+        held = self._held.get(key)
+        if self._leases.release(key, lease) and held is not None:
+            self._begin_unload(held)
+
+    async def _statuses(self, held: _Held) -> AsyncIterator[ReplicaStatus]:
+        while True:
+            changed = held.changed
+            if held.state is ReplicaState.FAILED and held.info is None:
+                raise InputError(held.reason)
+            if held.state is ReplicaState.FAILED and held.full:
+                raise Full(held.reason)
+            if held.info is not None:
+                yield self._status(held)
+            if held.state is ReplicaState.DRAINING:
+                return
+            await changed.wait()
 
     async def _load(self, held: _Held) -> None:
         key = held.key
@@ -145,7 +233,7 @@ class ReplicaManager:
                 folder, manifest = await asyncio.to_thread(self._find, key)
                 held.info = manifest.info
                 self._tell(held)
-                kv_budget, slots, capacity = self._memory_for(manifest.info)
+                kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
                 replica_runtime = await asyncio.to_thread(
                     self._load_runtime, folder, manifest, slots, capacity
                 )
@@ -166,7 +254,7 @@ class ReplicaManager:
                     extra={"shard": str(manifest.info), "model_version": str(manifest.info.model.ref)},
                 )
         except (MeshError, OSError) as error:
-            held.state, held.reason = ReplicaState.FAILED, str(error)
+            held.state, held.reason, held.full = ReplicaState.FAILED, str(error), isinstance(error, Full)
             log.error("shard %s:%s-%s was not loaded: %s", key.model, key.start, key.end, error)
         finally:
             self._tell(held)
@@ -191,21 +279,22 @@ class ReplicaManager:
             )
         return folder, manifest
 
-    def _memory_for(self, info: ShardInfo) -> tuple[int, int, int]:
+    def _memory_for(self, info: ShardInfo, promise: Promise | None) -> tuple[int, int, int]:
         """KV budget in bytes, slots and positions a slot; raises ``Full`` when memory does not do."""
         config = self._config
         self._probe_due = 0.0  # what counts now is what is free now
         free = self.memory_free() - info.weight_bytes
-        context = min(config.context, info.model.context_max)
-        all_slots = config.slots * context * info.kv_bytes_per_token
-        budget = config.kv_memory * _MIB or min(all_slots, int(free * _KV_SHARE))
+        context = min(promise.context if promise else config.context, info.model.context_max)
+        slots = promise.sessions if promise else config.slots
+        all_slots = slots * context * info.kv_bytes_per_token
+        budget = all_slots if promise else config.kv_memory * _MIB or min(all_slots, int(free * _KV_SHARE))
         if free < 0 or budget > free or budget < context * info.kv_bytes_per_token:
             raise Full(
                 f"{info} needs {info.weight_bytes / _MIB:.0f} MiB for weights and "
                 f"{context * info.kv_bytes_per_token / _MIB:.0f} MiB of KV memory for one session of {context} "
                 f"positions; {self.memory_free() / _MIB:.0f} MiB are free. Lower context, or cut smaller shards"
             )
-        return budget, config.slots, context
+        return budget, slots, context
 
     def _load_runtime(self, folder: Path, manifest: ShardManifest, slots: int, context: int) -> Runtime:
         from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
@@ -240,6 +329,7 @@ class ReplicaManager:
 
     def _tell(self, held: _Held) -> None:
         held.changed.set()
+        held.changed = asyncio.Event()
         self._changed()
 
     async def close(self) -> None:

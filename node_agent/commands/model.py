@@ -1,9 +1,11 @@
-"""Models: fetch them, cut them, look at them.
+"""Models: fetch them, cut them, deploy them on the mesh, look at them.
 
 mesh model pull smollm2-135m            from the catalogue, digest checked
 mesh model pull mine --from FILE.gguf   from a file, a URL, or hf:owner/repo/file.gguf
 mesh model shard smollm2-135m --cuts 10,20
 mesh model shard smollm2-135m --layers 0-12
+mesh model deploy smollm2-135m --replicas 2 --max-tpot 30ms --availability 0.999
+mesh model undeploy smollm2-135m
 mesh model list
 mesh model verify smollm2-135m          every file against its SHA-256, every shard against its test vector
 """
@@ -13,9 +15,9 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-SUMMARY = "pull, shard, list and verify models"
+SUMMARY = "pull, shard, deploy, list and verify models"
 SECTION = "Models"
 
 if TYPE_CHECKING:
@@ -40,17 +42,82 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="models and shards on this machine").add_argument(
         "--json", action="store_true"
     )
+    _configure_deploy(actions)
     verify = actions.add_parser("verify", help="check every file and every shard's test vector")
     verify.add_argument("name")
 
 
+_DEPLOY_FLAGS = {
+    "replicas": int,
+    "max-tpot": str,
+    "availability": float,
+    "quantization": str,
+    "sessions": int,
+    "context": int,
+    "spread": str,
+    "battery-floor": int,
+    "percentile": str,
+}
+_DEPLOY_LISTS = ("allow", "deny", "ingress", "devices")
+
+
+def _configure_deploy(actions: Any) -> None:
+    """Flags of ``deploy``: the keys of a policy file, with the same defaults and meanings."""
+    from dataclasses import fields
+
+    from node_agent.commands.apply import common_flags
+    from scheduler.policy import ModelPolicy
+
+    about = {f.name: f.metadata["about"].replace("%", "%%") for f in fields(ModelPolicy)}
+    deploy = actions.add_parser("deploy", help="place a model on the mesh, and wait until it serves")
+    deploy.add_argument("name")
+    for flag, kind in _DEPLOY_FLAGS.items():
+        deploy.add_argument(f"--{flag}", type=kind, help=about[flag.replace("-", "_")])
+    for flag in _DEPLOY_LISTS:
+        deploy.add_argument(f"--{flag}", action="append", metavar="LABEL", help=about[flag])
+    common_flags(deploy)
+    undeploy = actions.add_parser("undeploy", help="take a model off the mesh")
+    undeploy.add_argument("name")
+    common_flags(undeploy)
+
+
 def run(args: argparse.Namespace) -> int:
     """Dispatch to the action."""
+    if args.action in ("deploy", "undeploy"):
+        return _deploy(args)
     from node_agent.adapters.model_store import ModelStore
     from node_agent.paths import default_home
 
     store = ModelStore(Path(args.home) if args.home else default_home())
     return {"pull": _pull, "shard": _shard, "list": _list, "verify": _verify}[args.action](store, args)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    """Change one model in the cluster's policy and leave the rest as it is."""
+    from dataclasses import asdict, replace
+
+    from mesh.errors import InputError
+    from node_agent.adapters.api_client import ApiClient, api_base
+    from node_agent.commands.apply import change_policy
+    from scheduler.policy import ModelPolicy, Policy, model_policy, parse_policy, policy_text
+
+    client = ApiClient(api_base(args.api), timeout_s=120)
+    text = client.get("/mesh/v1/plan")["policy"]
+    policy = parse_policy(text, "the cluster's policy") if text.strip() else Policy()
+    models = dict(policy.models)
+    if args.action == "undeploy":
+        if models.pop(args.name, None) is None:
+            known = ", ".join(sorted(models)) or "none"
+            raise InputError(f"{args.name} is not deployed (deployed: {known})")
+    else:
+        names = [f.replace("-", "_") for f in _DEPLOY_FLAGS] + list(_DEPLOY_LISTS)
+        given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+        wanted = model_policy(given, "mesh model deploy")
+        changed = {n: asdict(wanted)[n] for n in given}
+        models[args.name] = replace(models.get(args.name, ModelPolicy()), **changed)
+    return change_policy(
+        client, policy_text(replace(policy, models=models)), "the new policy", args.detach, args.timeout
+    )
 
 
 def _pull(store: ModelStore, args: argparse.Namespace) -> int:

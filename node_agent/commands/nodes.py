@@ -127,6 +127,8 @@ def nodes_table(snapshot: dict[str, Any], only_shards: bool = False) -> str:
         for i, replica in enumerate(node["replicas"]):
             kv = f"{replica['kv_reserved_bytes'] / 2**20:.0f}/{replica['kv_budget_bytes'] / 2**20:.0f} MiB"
             what = replica["state"] + (f": {replica['reason']}" if replica["reason"] else "")
+            if node["state"] not in ("alive", ""):
+                what = f"its node is {node['state']}"
             sessions = f"{replica['sessions']}/{replica['slots']}"
             rows.append([*(head if i == 0 else [""] * len(head)), replica["shard"], what, sessions, kv])
     heads = ["node"] if only_shards else ["node", "id", "address", "state", "free"]

@@ -96,6 +96,9 @@ class HoldShardRequest(google.protobuf.message.Message):
     RUNTIME_FIELD_NUMBER: builtins.int
     QUANTIZATION_FIELD_NUMBER: builtins.int
     HOLDER_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    CONTEXT_FIELD_NUMBER: builtins.int
     cluster: builtins.str
     model: builtins.str
     model_digest: builtins.bytes
@@ -106,6 +109,13 @@ class HoldShardRequest(google.protobuf.message.Message):
     quantization: builtins.str
     holder: builtins.str
     """who holds, for people"""
+    sessions: builtins.int
+    """KV memory to reserve: so many sessions of so many positions; 0: as the agent is set."""
+    context: builtins.int
+    @property
+    def term(self) -> Global___Term:
+        """absent: no scheduler's"""
+
     def __init__(
         self,
         *,
@@ -117,10 +127,100 @@ class HoldShardRequest(google.protobuf.message.Message):
         runtime: builtins.str = ...,
         quantization: builtins.str = ...,
         holder: builtins.str = ...,
+        term: Global___Term | None = ...,
+        sessions: builtins.int = ...,
+        context: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "holder", b"holder", "layer_end", b"layer_end", "layer_start", b"layer_start", "model", b"model", "model_digest", b"model_digest", "quantization", b"quantization", "runtime", b"runtime"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["term", b"term"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "context", b"context", "holder", b"holder", "layer_end", b"layer_end", "layer_start", b"layer_start", "model", b"model", "model_digest", b"model_digest", "quantization", b"quantization", "runtime", b"runtime", "sessions", b"sessions", "term", b"term"]) -> None: ...
 
 Global___HoldShardRequest: typing_extensions.TypeAlias = HoldShardRequest
+
+@typing.final
+class Term(google.protobuf.message.Message):
+    """A scheduler's leadership; later ones fence earlier ones. Ordered by counter, then leader."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNTER_FIELD_NUMBER: builtins.int
+    LEADER_FIELD_NUMBER: builtins.int
+    counter: builtins.int
+    leader: builtins.str
+    def __init__(
+        self,
+        *,
+        counter: builtins.int = ...,
+        leader: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counter", b"counter", "leader", b"leader"]) -> None: ...
+
+Global___Term: typing_extensions.TypeAlias = Term
+
+@typing.final
+class ReleaseShardRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: builtins.int
+    @property
+    def shard(self) -> Global___HoldShardRequest: ...
+    def __init__(
+        self,
+        *,
+        shard: Global___HoldShardRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["shard", b"shard"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["shard", b"shard"]) -> None: ...
+
+Global___ReleaseShardRequest: typing_extensions.TypeAlias = ReleaseShardRequest
+
+@typing.final
+class ReleaseShardReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReleaseShardReply: typing_extensions.TypeAlias = ReleaseShardReply
+
+@typing.final
+class PolicyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: builtins.int
+    cluster: builtins.str
+    def __init__(
+        self,
+        *,
+        cluster: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster"]) -> None: ...
+
+Global___PolicyRequest: typing_extensions.TypeAlias = PolicyRequest
+
+@typing.final
+class PolicyDocument(google.protobuf.message.Message):
+    """What operators asked for, as TOML; the later version wins."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    WRITER_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    writer: builtins.str
+    """the node at which it was applied; decides between equal versions"""
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        writer: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["text", b"text", "version", b"version", "writer", b"writer"]) -> None: ...
+
+Global___PolicyDocument: typing_extensions.TypeAlias = PolicyDocument
 
 @typing.final
 class ModelShape(google.protobuf.message.Message):
@@ -205,6 +305,7 @@ class ReplicaRecord(google.protobuf.message.Message):
     LEASES_FIELD_NUMBER: builtins.int
     CONTEXT_MAX_FIELD_NUMBER: builtins.int
     SPEED_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     state: Global___ReplicaState.ValueType
     reason: builtins.str
     """when failed"""
@@ -220,6 +321,10 @@ class ReplicaRecord(google.protobuf.message.Message):
     def shard(self) -> Global___ShardInfo: ...
     @property
     def speed(self) -> Global___StageSpeed: ...
+    @property
+    def term(self) -> Global___Term:
+        """of the scheduler that placed it; absent if none did"""
+
     def __init__(
         self,
         *,
@@ -234,9 +339,10 @@ class ReplicaRecord(google.protobuf.message.Message):
         leases: builtins.int = ...,
         context_max: builtins.int = ...,
         speed: Global___StageSpeed | None = ...,
+        term: Global___Term | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["shard", b"shard", "speed", b"speed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["context_max", b"context_max", "kv_budget_bytes", b"kv_budget_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "leases", b"leases", "provider", b"provider", "reason", b"reason", "sessions", b"sessions", "shard", b"shard", "slots", b"slots", "speed", b"speed", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["shard", b"shard", "speed", b"speed", "term", b"term"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["context_max", b"context_max", "kv_budget_bytes", b"kv_budget_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "leases", b"leases", "provider", b"provider", "reason", b"reason", "sessions", b"sessions", "shard", b"shard", "slots", b"slots", "speed", b"speed", "state", b"state", "term", b"term"]) -> None: ...
 
 Global___ReplicaRecord: typing_extensions.TypeAlias = ReplicaRecord
 
@@ -270,6 +376,48 @@ class StageSpeed(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_p99", b"decode_p99", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
 
 Global___StageSpeed: typing_extensions.TypeAlias = StageSpeed
+
+@typing.final
+class LayerSpeed(google.protobuf.message.Message):
+    """What a node measured of a model, at any time: microseconds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_DIGEST_FIELD_NUMBER: builtins.int
+    RUNTIME_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
+    LAYER_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    ROW_SHARE_FIELD_NUMBER: builtins.int
+    PREFILL_FIELD_NUMBER: builtins.int
+    TAIL_FIELD_NUMBER: builtins.int
+    model_digest: builtins.bytes
+    runtime: builtins.str
+    quantization: builtins.str
+    layer: builtins.float
+    """a decode step of one session over one layer"""
+    head: builtins.float
+    row_share: builtins.float
+    """of a step, for each further session"""
+    prefill: builtins.float
+    """one position over one layer"""
+    tail: builtins.float
+    """99th percentile over the median"""
+    def __init__(
+        self,
+        *,
+        model_digest: builtins.bytes = ...,
+        runtime: builtins.str = ...,
+        quantization: builtins.str = ...,
+        layer: builtins.float = ...,
+        head: builtins.float = ...,
+        row_share: builtins.float = ...,
+        prefill: builtins.float = ...,
+        tail: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["head", b"head", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
+
+Global___LayerSpeed: typing_extensions.TypeAlias = LayerSpeed
 
 @typing.final
 class LinkRecord(google.protobuf.message.Message):
@@ -356,6 +504,12 @@ class NodeRecord(google.protobuf.message.Message):
     PUBLIC_KEY_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
     COORDINATE_FIELD_NUMBER: builtins.int
+    LAYER_SPEEDS_FIELD_NUMBER: builtins.int
+    SCHEDULER_FIELD_NUMBER: builtins.int
+    STARTED_UNIX_MS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    POLICY_VERSION_FIELD_NUMBER: builtins.int
+    POLICY_WRITER_FIELD_NUMBER: builtins.int
     node: builtins.str
     name: builtins.str
     cluster: builtins.str
@@ -371,6 +525,11 @@ class NodeRecord(google.protobuf.message.Message):
     region: builtins.str
     public_key: builtins.bytes
     """Ed25519, raw"""
+    scheduler: builtins.bool
+    """it may lead placement"""
+    started_unix_ms: builtins.int
+    policy_version: builtins.int
+    policy_writer: builtins.str
     @property
     def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ReplicaRecord]: ...
     @property
@@ -383,6 +542,12 @@ class NodeRecord(google.protobuf.message.Message):
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LinkRecord]: ...
     @property
     def coordinate(self) -> Global___NetworkCoordinate: ...
+    @property
+    def layer_speeds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LayerSpeed]: ...
+    @property
+    def term(self) -> Global___Term:
+        """the latest that it heard of"""
+
     def __init__(
         self,
         *,
@@ -404,9 +569,15 @@ class NodeRecord(google.protobuf.message.Message):
         public_key: builtins.bytes = ...,
         links: collections.abc.Iterable[Global___LinkRecord] | None = ...,
         coordinate: Global___NetworkCoordinate | None = ...,
+        layer_speeds: collections.abc.Iterable[Global___LayerSpeed] | None = ...,
+        scheduler: builtins.bool = ...,
+        started_unix_ms: builtins.int = ...,
+        term: Global___Term | None = ...,
+        policy_version: builtins.int = ...,
+        policy_writer: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "coordinate", b"coordinate"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "coordinate", b"coordinate", "draining", b"draining", "features", b"features", "links", b"links", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "coordinate", b"coordinate", "term", b"term"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "coordinate", b"coordinate", "draining", b"draining", "features", b"features", "layer_speeds", b"layer_speeds", "links", b"links", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "policy_version", b"policy_version", "policy_writer", b"policy_writer", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "scheduler", b"scheduler", "started_unix_ms", b"started_unix_ms", "term", b"term", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
 
 Global___NodeRecord: typing_extensions.TypeAlias = NodeRecord
 

@@ -49,6 +49,16 @@ class AgentStub(object):
                 request_serializer=protos_dot_gen_dot_agent__pb2.HoldShardRequest.SerializeToString,
                 response_deserializer=protos_dot_gen_dot_agent__pb2.ReplicaRecord.FromString,
                 _registered_method=True)
+        self.ReleaseShard = channel.unary_unary(
+                '/inference_mesh.v1.Agent/ReleaseShard',
+                request_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
+                _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/inference_mesh.v1.Agent/GetPolicy',
+                request_serializer=protos_dot_gen_dot_agent__pb2.PolicyRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_agent__pb2.PolicyDocument.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -71,6 +81,23 @@ class AgentServicer(object):
     def HoldShard(self, request, context):
         """A lease: keeps a shard loaded for as long as the stream is open. Several may hold one
         replica; it unloads when the last ends.
+
+        With a term it is a scheduler's lease: it outlives the stream, so that losing the leader
+        unloads nothing, until that leader or a later one releases it. Older terms are refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseShard(self, request, context):
+        """Ends a scheduler's lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPolicy(self, request, context):
+        """The policy that the agent knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +120,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.HoldShard,
                     request_deserializer=protos_dot_gen_dot_agent__pb2.HoldShardRequest.FromString,
                     response_serializer=protos_dot_gen_dot_agent__pb2.ReplicaRecord.SerializeToString,
+            ),
+            'ReleaseShard': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseShard,
+                    request_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=protos_dot_gen_dot_agent__pb2.PolicyRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_agent__pb2.PolicyDocument.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +213,60 @@ class Agent(object):
             '/inference_mesh.v1.Agent/HoldShard',
             protos_dot_gen_dot_agent__pb2.HoldShardRequest.SerializeToString,
             protos_dot_gen_dot_agent__pb2.ReplicaRecord.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_mesh.v1.Agent/ReleaseShard',
+            protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
+            protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_mesh.v1.Agent/GetPolicy',
+            protos_dot_gen_dot_agent__pb2.PolicyRequest.SerializeToString,
+            protos_dot_gen_dot_agent__pb2.PolicyDocument.FromString,
             options,
             channel_credentials,
             insecure,

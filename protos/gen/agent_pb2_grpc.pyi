@@ -73,7 +73,39 @@ _AgentHoldShardType = typing_extensions.TypeVar(
     ],
 )
 
-class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType]):
+_AgentReleaseShardType = typing_extensions.TypeVar(
+    '_AgentReleaseShardType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.ReleaseShardRequest,
+        protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.ReleaseShardRequest,
+        protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.ReleaseShardRequest,
+        protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+)
+
+_AgentGetPolicyType = typing_extensions.TypeVar(
+    '_AgentGetPolicyType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.PolicyRequest,
+        protos.gen.agent_pb2.PolicyDocument,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.PolicyRequest,
+        protos.gen.agent_pb2.PolicyDocument,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.PolicyRequest,
+        protos.gen.agent_pb2.PolicyDocument,
+    ],
+)
+
+class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType, _AgentReleaseShardType, _AgentGetPolicyType]):
     @typing.overload
     def __init__(self: AgentStub[
         grpc.UnaryStreamMultiCallable[
@@ -87,6 +119,14 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
         grpc.UnaryStreamMultiCallable[
             protos.gen.agent_pb2.HoldShardRequest,
             protos.gen.agent_pb2.ReplicaRecord,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.ReleaseShardRequest,
+            protos.gen.agent_pb2.ReleaseShardReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.PolicyRequest,
+            protos.gen.agent_pb2.PolicyDocument,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -104,6 +144,14 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
             protos.gen.agent_pb2.HoldShardRequest,
             protos.gen.agent_pb2.ReplicaRecord,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.ReleaseShardRequest,
+            protos.gen.agent_pb2.ReleaseShardReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.PolicyRequest,
+            protos.gen.agent_pb2.PolicyDocument,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Watch: _AgentWatchType
@@ -115,7 +163,16 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
     HoldShard: _AgentHoldShardType
     """A lease: keeps a shard loaded for as long as the stream is open. Several may hold one
     replica; it unloads when the last ends.
+
+    With a term it is a scheduler's lease: it outlives the stream, so that losing the leader
+    unloads nothing, until that leader or a later one releases it. Older terms are refused.
     """
+
+    ReleaseShard: _AgentReleaseShardType
+    """Ends a scheduler's lease."""
+
+    GetPolicy: _AgentGetPolicyType
+    """The policy that the agent knows."""
 
 AgentAsyncStub: typing_extensions.TypeAlias = AgentStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -129,6 +186,14 @@ AgentAsyncStub: typing_extensions.TypeAlias = AgentStub[
     grpc.aio.UnaryStreamMultiCallable[
         protos.gen.agent_pb2.HoldShardRequest,
         protos.gen.agent_pb2.ReplicaRecord,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.ReleaseShardRequest,
+        protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.PolicyRequest,
+        protos.gen.agent_pb2.PolicyDocument,
     ],
 ]
 
@@ -157,6 +222,25 @@ class AgentServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[protos.gen.agent_pb2.ReplicaRecord], collections.abc.AsyncIterator[protos.gen.agent_pb2.ReplicaRecord]]:
         """A lease: keeps a shard loaded for as long as the stream is open. Several may hold one
         replica; it unloads when the last ends.
+
+        With a term it is a scheduler's lease: it outlives the stream, so that losing the leader
+        unloads nothing, until that leader or a later one releases it. Older terms are refused.
         """
+
+    @abc.abstractmethod
+    def ReleaseShard(
+        self,
+        request: protos.gen.agent_pb2.ReleaseShardRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.gen.agent_pb2.ReleaseShardReply, collections.abc.Awaitable[protos.gen.agent_pb2.ReleaseShardReply]]:
+        """Ends a scheduler's lease."""
+
+    @abc.abstractmethod
+    def GetPolicy(
+        self,
+        request: protos.gen.agent_pb2.PolicyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.gen.agent_pb2.PolicyDocument, collections.abc.Awaitable[protos.gen.agent_pb2.PolicyDocument]]:
+        """The policy that the agent knows."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,309 @@
+"""The scheduler at work: who leads, what should be loaded, and the leases that make it so.
+
+Everything is decided by pure files (``scheduler.leadership``, ``placement``, ``reconcile``); here are the clock,
+the ``HoldShard`` streams and Consul's lock. A leader that is lost stops nothing but re-planning: leases
+outlive their streams until a later leader takes them over or ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
+from mesh.errors import InputError, RequestError
+from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, Term
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.peers import ClusterView
+from node_agent.adapters.policy_book import PolicyBook
+from node_agent.adapters.records import read_version, term_record
+from node_agent.config import AgentConfig
+from node_agent.plan_report import infeasible_report, plan_report
+from protos.gen import agent_pb2 as pb
+from protos.gen import agent_pb2_grpc as rpc
+from scheduler.cluster import ClusterSnapshot
+from scheduler.demand import ModelDemand
+from scheduler.leadership import Leadership, elder
+from scheduler.placement import Infeasible, Plan, place
+from scheduler.policy import ModelPolicy, Policy, parse_policy
+from scheduler.reconcile import FlapBook, Hold, Reconciler, Release, Settling, Wanted, planned_now
+
+if TYPE_CHECKING:
+    from mesh.adapters.consul_client import ConsulAccess
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+PLAN_S = 2.0
+"""Between plans when nothing was lost."""
+_RPC_S = 10.0
+_REFUSED_S = 3.0
+"""A refusal is believed so long; then the node is asked again."""
+_QUANTIZATIONS = ("int8", "fp32")
+
+
+class ControlLoop:
+    """Run by every agent that may lead; plans for whoever asks on any agent."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        me: NodeId,
+        view: ClusterView,
+        store: ModelStore,
+        book: PolicyBook,
+        consul: ConsulAccess | None,
+    ) -> None:
+        self._config, self._me, self._view, self._store = config, me, view, store
+        self.book, self._consul = book, consul
+        self._leadership = Leadership(me)
+        self._lock: bool | None = None if consul is None else False
+        self._demands: dict[tuple[str, str], ModelDemand] = {}
+        self._flaps, self._settling = FlapBook(), Settling()
+        self._reconciler = Reconciler(config.moves)
+        self._streams: dict[Wanted, asyncio.Task[None]] = {}
+        self._refused: dict[Wanted, tuple[str, float]] = {}
+        self._answers: dict[str, Plan | Infeasible] = {}
+        self._planned_at, self._planned_for = 0.0, (NO_POLICY, frozenset[NodeId]())
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def term(self) -> Term | None:
+        """While we lead."""
+        return self._leadership.term
+
+    # -- for people ----------------------------------------------------------------------------
+
+    def apply(self, text: str, name: str, version: PolicyVersion | None) -> dict[str, Any]:
+        """Make ``text`` the cluster's policy; raises ``ConfigError`` or ``RequestError``."""
+        applied = self.book.apply(text, name, version)
+        log.info("policy %d was applied here (%s)", applied.counter, name)
+        return {"version": [applied.counter, applied.writer]}
+
+    async def report(self, text: str | None = None, name: str = "policy") -> dict[str, Any]:
+        """What the policy of the cluster, or another one, comes to on our snapshot, and what would change."""
+        policy = self.book.policy if text is None else parse_policy(text, name) if text.strip() else Policy()
+        snapshot = self._view.snapshot
+        planned = planned_now(snapshot)
+        names = {n.id: n.name for n in snapshot.nodes.values()}
+        models = {}
+        for model, wishes in sorted(policy.models.items()):
+            try:
+                answer = await self._place(snapshot, model, wishes)
+            except (InputError, OSError) as error:
+                answer = Infeasible("model", str(error))
+            here = {p: s for p, s in planned.items() if p[1] == model}
+            models[model] = (
+                plan_report(answer, here, snapshot)
+                if isinstance(answer, Plan)
+                else infeasible_report(answer, names)
+            )
+        leader = max((n.term for n in snapshot.nodes.values() if n.term), default=None)
+        leading = leader is not None and any(n.id == leader.leader for n in snapshot.alive())
+        unwanted = sorted({p[1] for p in planned} - policy.models.keys())
+        return {
+            "policy": self.book.text,
+            "version": [self.book.version.counter, self.book.version.writer],
+            "models": models,
+            "unloads": unwanted,
+            "leader": leader.leader if leader and leading else None,
+            "leader_name": names.get(leader.leader) if leader and leading else None,
+            "term": leader.counter if leader else 0,
+            "schedulers": sum(n.scheduler for n in snapshot.alive()),
+            "elder": elder(snapshot),
+        }
+
+    async def _place(self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy) -> Plan | Infeasible:
+        demand = await self._demand(model, wishes.quantization)
+        others = [
+            d for q in _QUANTIZATIONS if q != wishes.quantization and (d := self._demands.get((model, q)))
+        ]
+        held_off = self._flaps.held_off(time.monotonic())
+        return await asyncio.to_thread(place, snapshot, demand, wishes, others, held_off)
+
+    async def _demand(self, model: str, quantization: str) -> ModelDemand:
+        """Raises ``InputError`` where this node lacks the model."""
+        known = self._demands.get((model, quantization))
+        if known is None:
+            from node_agent.adapters.shard_maker import demand_of
+
+            known = await asyncio.to_thread(demand_of, self._store, model, quantization)
+            self._demands[model, quantization] = known
+        return known
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled; leases stay."""
+        lock = asyncio.create_task(self._compete(), name="leader lock") if self._may_lead_by_lock() else None
+        try:
+            while True:
+                await asyncio.sleep(TICK_S)
+                try:
+                    await self._step()
+                except Exception:
+                    log.exception("the scheduler's step failed; serving goes on, the next step comes")
+        finally:
+            if lock is not None:
+                lock.cancel()
+                await asyncio.gather(lock, return_exceptions=True)
+            self._drop_streams()
+
+    def _may_lead_by_lock(self) -> bool:
+        return self._consul is not None and self._config.scheduler == "on"
+
+    async def _compete(self) -> None:
+        from mesh.adapters.consul_client import ConsulClient, ConsulStore, LeaderLock
+
+        assert self._consul is not None
+        async with ConsulClient(self._consul) as client:
+            store = ConsulStore(client, f"{self._config.consul_prefix}/{self._config.cluster}")
+
+            def told(leads: bool) -> None:
+                self._lock = leads
+
+            await LeaderLock(
+                client, store, "leader", self._me, lambda term: told(True), lambda reason: told(False)
+            ).run()
+
+    async def _step(self) -> None:
+        now, snapshot = time.monotonic(), self._view.snapshot
+        await self._learn_policy(snapshot)
+        self._flaps.look(snapshot, now)
+        before = self._leadership.term
+        able = self._config.scheduler == "on"
+        term = self._leadership.look(snapshot, self._lock if able else False, now)
+        if term != before:
+            self._drop_streams()
+            log.info("we lead in term %d", term.counter) if term else log.info("we lead no more")
+        if term is None:
+            return
+        wanted = await self._wanted(snapshot, now)
+        if wanted is not None:
+            self._act(term, wanted, now)
+
+    async def _learn_policy(self, snapshot: ClusterSnapshot) -> None:
+        """Fetch the latest policy from whoever says that it has it."""
+        latest = max(snapshot.alive(), key=lambda n: n.policy, default=None)
+        if latest is None or latest.policy <= self.book.version:
+            return
+        try:
+            async with grpc.aio.insecure_channel(latest.address, QUIET_CHANNEL_OPTIONS) as channel:
+                request = pb.PolicyRequest(cluster=self._config.cluster)
+                found = await rpc.AgentStub(channel).GetPolicy(request, timeout=_RPC_S)
+        except grpc.aio.AioRpcError as error:
+            log.debug("policy of %s: %s", latest.id, error.details())
+            return
+        self.book.learn(read_version(found.version, found.writer), found.text)
+
+    async def _wanted(self, snapshot: ClusterSnapshot, now: float) -> frozenset[Wanted] | None:
+        """What should be loaded, once it has settled; ``None`` while there was never anything to want."""
+        lost = frozenset(n.id for n in snapshot.alive())
+        if self._planned_for != (self.book.version, lost) or now >= self._planned_at + PLAN_S:
+            await self._plan(snapshot)
+            self._planned_at, self._planned_for = now, (self.book.version, lost)
+        wanted: set[Wanted] = set()
+        for model, answer in self._answers.items():
+            if isinstance(answer, Plan):
+                wanted |= wanted_of(answer)
+            elif self._settling.current:
+                # What cannot be planned anew stays as far as it is there.
+                wanted |= {w for w in self._settling.current if w.model == model}
+        alive = {n.id for n in snapshot.alive()}
+        current = self._settling.current or frozenset()
+        broken = any(w.node not in alive for w in current)
+        applied = {w.model for w in wanted} != {w.model for w in current}
+        return self._settling.look(frozenset(wanted), broken or applied, now)
+
+    async def _plan(self, snapshot: ClusterSnapshot) -> None:
+        answers: dict[str, Plan | Infeasible] = {}
+        for model, wishes in sorted(self.book.policy.models.items()):
+            try:
+                answers[model] = await self._place(snapshot, model, wishes)
+            except (InputError, OSError) as error:
+                answers[model] = Infeasible("model", str(error))
+            answer = answers[model]
+            if isinstance(answer, Infeasible) and self._answers.get(model) != answer:
+                log.warning("%s cannot be placed: %s", model, answer)
+        self._answers = answers
+
+    def _act(self, term: Term, wanted: frozenset[Wanted], now: float) -> None:
+        self._refused = {w: r for w, r in self._refused.items() if now < r[1] and w in wanted}
+        for each in [w for w, task in self._streams.items() if task.done() or w not in wanted]:
+            self._streams.pop(each).cancel()
+        reasons: Mapping[Wanted, str] = {w: why for w, (why, _) in self._refused.items()}
+        snapshot = self._view.snapshot
+        for action in self._reconciler.step(wanted, frozenset(self._streams), snapshot, reasons, now):
+            each = action.wanted
+            address = snapshot.nodes[each.node].address
+            match action:
+                case Hold():
+                    log.info("placing %s:%s on %s", each.model, each.layers, each.node)
+                    task = asyncio.create_task(self._keep(term, each, address), name=f"lease {each.layers}")
+                    self._streams[each] = task
+                case Release(why=why):
+                    log.info("releasing %s:%s on %s: %s", each.model, each.layers, each.node, why)
+                    release = asyncio.create_task(self._release(term, each, address))
+                    self._releases.add(release)
+                    release.add_done_callback(self._releases.discard)
+
+    async def _keep(self, term: Term, wanted: Wanted, address: Address) -> None:
+        try:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                async for status in rpc.AgentStub(channel).HoldShard(self._request(term, wanted)):
+                    if status.state == pb.REPLICA_STATE_FAILED:
+                        self._note_refusal(wanted, status.reason)
+        except grpc.aio.AioRpcError as error:
+            self._note_refusal(wanted, error.details() or error.code().name)
+
+    def _note_refusal(self, wanted: Wanted, reason: str) -> None:
+        log.warning("%s did not take %s:%s: %s", wanted.node, wanted.model, wanted.layers, reason)
+        self._refused[wanted] = (reason, time.monotonic() + _REFUSED_S)
+
+    async def _release(self, term: Term, wanted: Wanted, address: Address) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # it shows in the snapshot, and is tried again
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                request = pb.ReleaseShardRequest(shard=self._request(term, wanted))
+                await rpc.AgentStub(channel).ReleaseShard(request, timeout=_RPC_S)
+
+    def _request(self, term: Term, wanted: Wanted) -> pb.HoldShardRequest:
+        return pb.HoldShardRequest(
+            cluster=self._config.cluster,
+            model=wanted.model,
+            layer_start=wanted.layers.start,
+            layer_end=wanted.layers.end,
+            runtime=wanted.runtime,
+            quantization=wanted.quantization,
+            holder=f"scheduler {self._me}",
+            term=term_record(term),
+            sessions=wanted.sessions,
+            context=wanted.context,
+        )
+
+    def _drop_streams(self) -> None:
+        for task in self._streams.values():
+            task.cancel()
+        self._streams.clear()
+
+
+def wanted_of(plan: Plan) -> frozenset[Wanted]:
+    """A plan's replicas as leases."""
+    return frozenset(
+        Wanted(s.node, plan.model, s.layers, plan.runtime, plan.quantization, plan.sessions, plan.context)
+        for s in plan.stages
+    )
+
+
+def check_version(value: Any) -> PolicyVersion | None:
+    """``[counter, writer]`` of a request, or ``None``."""
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], int)):
+        raise RequestError(f"version is {value!r}; it must be what 'GET /mesh/v1/plan' says", param="version")
+    return PolicyVersion(value[0], NodeId(str(value[1])))
