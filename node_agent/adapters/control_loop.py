@@ -182,8 +182,9 @@ class ControlLoop:
         if term != before:
             self._drop_streams()
             log.info("we lead in term %d", term.counter) if term else log.info("we lead no more")
-        if term is None:
-            return
+        known = self.book.version
+        if term is None or known == NO_POLICY or any(n.policy > known for n in snapshot.alive()):
+            return  # whoever does not know what is wanted must not unload it
         wanted = await self._wanted(snapshot, now)
         if wanted is not None:
             self._act(term, wanted, now)
