@@ -4,9 +4,12 @@
 
                  frames acknowledged           first token
       start  ->  PREFILL ───────────────────▶  DECODE ──▶ DONE
-                    │                             │
-                    └──── refused, hop lost, ─────┴──▶ FAILED
-                          deadline
+                    │                            ▲ │
+                    ├──── hop lost, refused ─────┼─┤
+                    ▼                            │ ▼
+                 REROUTING ──▶ REPLAYING ────────┘     ──▶ FAILED: deadline, or no route in time
+                    ▲              │
+                    └─ lost again ─┘
 
 The prompt goes out in chunks, at most ``window`` of them unacknowledged (rule R8); each token
 that comes back is kept in the token log, shown to the client and fed to the first stage. Opening
@@ -16,8 +19,10 @@ because a stage that refuses drops what follows.
 The feed comes first among the effects of a token: the next step computes while this one is
 written down. ``KeepToken`` always stands before its ``EmitToken`` (rule R6).
 
-Recovery adds the states *rerouting* and *replaying* here; the epoch and every position that
-it needs are kept from the start.
+When a stage is lost, the owner asks for another route, opens it at position 0 in a new epoch
+(rule R2) and sends all tokens again, prompt and answer, as one prefill; what the client has seen is
+input from then on (rule R5). The same happens, without a loss, when a stage should be left because it
+drains.
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sam
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Token
 
 _STORY_KEPT = 24
+_ASK_AGAIN_NS = 100_000_000
+_FORGIVE_NS = 2_000_000_000
+"""A node that was lost is avoided for so long while another route is sought."""
 
 
 class State(enum.Enum):
@@ -40,10 +48,14 @@ class State(enum.Enum):
     """The prompt is going through the stages; no token yet."""
     DECODE = "decode"
     """Tokens are coming, one step at a time."""
+    REROUTING = "rerouting"
+    """A stage is lost; waiting for a route without it."""
+    REPLAYING = "replaying"
+    """A new epoch is open; all tokens so far go through its stages."""
     DONE = "done"
     """Ended as asked: stop token, length, or the client had enough."""
     FAILED = "failed"
-    """Ended with an error; the recovery ladder will stand before this state."""
+    """Ended with an error."""
 
 
 class Finish(enum.Enum):
@@ -76,7 +88,14 @@ class Tick:
     """A deadline may have passed."""
 
 
-Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick
+@dataclass(frozen=True, slots=True)
+class Rerouted:
+    """Another route is there; also asked for while all is well, to leave a node that drains."""
+
+    route: LayeredRoute
+
+
+Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick | Rerouted
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +130,17 @@ class EmitToken:
 
 @dataclass(frozen=True, slots=True)
 class SendClose:
-    """Close the route."""
+    """Close a stage at ``address``, which passes it on down its route."""
 
     close: Close
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRoute:
+    """Find a route without these nodes; answer with ``Rerouted``, or not at all: it is asked again."""
+
+    avoid: frozenset[NodeId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +151,7 @@ class Ended:
     error: MeshError | None = None
 
 
-Effect = SendOpen | SendFrame | KeepToken | EmitToken | SendClose | Ended
+Effect = SendOpen | SendFrame | KeepToken | EmitToken | SendClose | NeedRoute | Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +169,8 @@ class SessionOrder:
     chunk: int = 64
     window: int = 4
     step_timeout_ns: int = 30_000_000_000
+    recovery_timeout_ns: int = 0
+    """How long a session without a route waits for another one; 0: it fails at once."""
 
 
 class Session:
@@ -162,6 +191,11 @@ class Session:
         self._held: Token | None = None
         self._progress_ns = now
         self._story: deque[str] = deque(maxlen=_STORY_KEPT)
+        self._lost: MeshError | None = None
+        self._lost_ns = self._asked_ns = 0
+        self._avoid: set[NodeId] = set()
+        self._history = order.prompt
+        """What goes through the stages before the first token of this epoch is sampled."""
 
     @property
     def positions(self) -> int:
@@ -175,6 +209,9 @@ class Session:
 
     def start(self, now: int) -> list[Effect]:
         """Open the route and send the first chunks."""
+        return self._open(now)
+
+    def _open(self, now: int) -> list[Effect]:
         order = self.order
         opening = Open(
             session=order.session,
@@ -187,15 +224,25 @@ class Session:
             window=order.window,
             deadline_ms=max(1, (order.deadline_ns - now) // 1_000_000),
             prompt=order.prompt,
-            generated=(),
+            generated=tuple(self.generated),
             sampling=order.sampling,
         )
+        self._history = (*order.prompt, *self.generated)
+        self._sent, self._held = 0, None
+        self._in_flight.clear()
+        self._progress_ns = now
         return [SendOpen(opening), *self._prefill()]
 
     def next_deadline(self) -> int | None:
         """When a ``Tick`` is due; ``None`` once ended."""
         if self.ended:
             return None
+        if self.state is State.REROUTING:
+            return min(
+                self.order.deadline_ns,
+                self._asked_ns + _ASK_AGAIN_NS,
+                self._lost_ns + self.order.recovery_timeout_ns,
+            )
         if self._paused:
             return self.order.deadline_ns
         return min(self.order.deadline_ns, self._progress_ns + self.order.step_timeout_ns)
@@ -207,6 +254,8 @@ class Session:
             return []
         if isinstance(event, Opened | Refused | Ack | Sampled | HopLost) and event.epoch != self.epoch:
             return []
+        if self.state is State.REROUTING and isinstance(event, Opened | Ack | Sampled):
+            return []  # of a route that was closed: sampled again, with the same draw
         match event:
             case Sampled(token=token):
                 return self._sampled(token, now)
@@ -222,16 +271,47 @@ class Session:
                 return self._resume(now)
             case Tick():
                 return self._tick(now)
-            case Refused():
-                return self._fail(_refusal(event, self.route))
-            case HopLost():
-                return self._fail(_loss(event, self.route))
+            case Refused(stage=stage):
+                return self._lose(stage, _refusal(event, self.route), now)
+            case HopLost(stage=stage):
+                return self._lose(stage, _loss(event, self.route), now)
+            case Rerouted(route=route):
+                return self._reroute(route, now)
             case Cancelled(finish=finish):
                 return self._finish(finish)
         raise InvalidTransition("session", self.state.value, repr(event), list(self._story))
 
+    def _lose(self, stage: int, error: MeshError, now: int) -> list[Effect]:
+        """A stage is lost, or refuses: close what is left of the route and ask for another."""
+        fresh = isinstance(error, Full | NoRoute) and not self.generated and self._lost is None
+        if not self.order.recovery_timeout_ns or self.state is State.REROUTING:
+            return self._fail(error) if self.state is not State.REROUTING else []
+        if self._lost is None:
+            self._lost, self._lost_ns = error, now
+        # A refusal before the first token is an answer: it is given at once if nobody else can do it.
+        if fresh:
+            self._lost_ns = now - self.order.recovery_timeout_ns
+        if 0 <= stage < len(self.route.stages):
+            self._avoid.add(self.route.stages[stage].node)
+        self.state, self._asked_ns = State.REROUTING, now
+        return [*self._close_all(str(error)), NeedRoute(frozenset(self._avoid))]
+
+    def _reroute(self, route: LayeredRoute, now: int) -> list[Effect]:
+        closing = [] if self.state is State.REROUTING else self._close_all("the session moves")
+        self.route = route
+        self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
+        self.state = State.REPLAYING
+        return [*closing, *self._open(now)]
+
+    def _close_all(self, reason: str) -> list[Effect]:
+        """Every stage for itself: where one is lost, nobody passes a close on."""
+        return [
+            SendClose(Close(self.order.session, self.epoch, reason, i), stage.address)
+            for i, stage in enumerate(self.route.stages)
+        ]
+
     def _prefill(self) -> list[Effect]:
-        prompt, chunk = self.order.prompt, self.order.chunk
+        prompt, chunk = self._history, self.order.chunk
         effects: list[Effect] = []
         while self._sent < len(prompt) and len(self._in_flight) < self.order.window:
             tokens = prompt[self._sent : self._sent + chunk]
@@ -245,7 +325,7 @@ class Session:
         self._progress_ns = now
         while self._in_flight and self._in_flight[0] <= position:
             self._in_flight.popleft()
-        return self._prefill() if self.state is State.PREFILL else []
+        return self._prefill() if self.state in (State.PREFILL, State.REPLAYING) else []
 
     def _sampled(self, token: Token, now: int) -> list[Effect]:
         expected = len(self.order.prompt) + len(self.generated)
@@ -256,6 +336,8 @@ class Session:
                 PeerError(f"the last stage sent position {token.position}, expected was {expected}")
             )
         self.state = State.DECODE
+        self._lost = None
+        self._avoid.clear()
         self._progress_ns = now
         self.generated.append(token.token)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
@@ -281,9 +363,19 @@ class Session:
     def _tick(self, now: int) -> list[Effect]:
         if now >= self.order.deadline_ns:
             return self._fail(StageLost(f"the request's deadline passed after {len(self.generated)} tokens"))
+        if self.state is State.REROUTING:
+            assert self._lost is not None
+            if now >= self._lost_ns + self.order.recovery_timeout_ns:
+                return self._fail(self._lost)
+            if now >= self._asked_ns + _ASK_AGAIN_NS:
+                self._asked_ns = now
+                # By now it may be back: whoever answers the mesh again may be asked again.
+                forgive = now >= self._lost_ns + _FORGIVE_NS
+                return [NeedRoute(frozenset() if forgive else frozenset(self._avoid))]
+            return []
         if not self._paused and now >= self._progress_ns + self.order.step_timeout_ns:
             seconds = self.order.step_timeout_ns / 1e9
-            return self._fail(StageLost(f"no stage of {self.route} made progress for {seconds:g} s"))
+            return self._lose(-1, StageLost(f"no stage of {self.route} made progress for {seconds:g} s"), now)
         return []
 
     def _finish(self, finish: Finish) -> list[Effect]:
@@ -292,10 +384,10 @@ class Session:
 
     def _fail(self, error: MeshError) -> list[Effect]:
         self.state = State.FAILED
-        return [self._close(str(error)), Ended(error=error)]
+        return [*self._close_all(str(error)), Ended(error=error)]
 
     def _close(self, reason: str) -> Effect:
-        return SendClose(Close(self.order.session, self.epoch, reason))
+        return SendClose(Close(self.order.session, self.epoch, reason), self.route.stages[0].address)
 
 
 def _stage_name(route: LayeredRoute, index: int) -> str:

@@ -114,6 +114,12 @@ class AgentConfig:
     step_timeout: float = setting(
         30.0, "A session fails when no stage makes progress for so long.", unit="s", low=0.1
     )
+    recovery_timeout: float = setting(
+        20.0,
+        "How long a session that lost a stage waits for another route before it fails. 0: it fails at once.",
+        unit="s",
+        low=0.0,
+    )
     token_log: str = setting(
         "on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only."
     )

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestErro
 from mesh.gossip import MemberState
 from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
-from mesh.types import Address, LayeredRoute, SessionId
+from mesh.types import Address, LayeredRoute, NodeId, SessionId
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.discovery_setup import consul_of, discovery_of
@@ -61,7 +62,8 @@ from node_agent.route_report import route_report
 from protos.gen import agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
 from scheduler.cost import Percentile
-from scheduler.routing import RoutePlan, Router, RouteRequest, models_served
+from scheduler.policy import ClassPolicy
+from scheduler.routing import Group, RoutePlan, Router, RouteRequest, models_served
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +220,9 @@ class Agent:
             lambda reason: self.metrics.refused.labels(self.node_id, reason).inc(),
         )
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
-        self.driver = SessionDriver(self.host, token_log, self.metrics, config.sessions, config.keep)
+        self.driver = SessionDriver(
+            self.host, token_log, self.metrics, config.sessions, config.keep, lambda: self.view.snapshot
+        )
         self.host.owner = self.driver
         self.view = ClusterView(config.cluster, self.own.fact(), PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
@@ -396,8 +400,9 @@ class Agent:
 
     # -- requests ------------------------------------------------------------------------------
 
-    async def start_generation(self, generation: Generation) -> Job:
-        """Route, tokenize and open a request's sessions; raises ``MeshError`` with what to say."""
+    async def start_generation(self, generation: Generation, class_name: str = "") -> Job:
+        """Route, tokenize and open a request's sessions; raises ``MeshError`` with what to say.
+        ``class_name``: the class of requests whose rules hold, if any."""
         name = generation.model
         shape = models_served(self.view.snapshot).get(name)
         if shape is None:
@@ -414,7 +419,8 @@ class Agent:
                 code="model_not_found",
                 status=404,
             )
-        route = self.plan(name).route
+        rules = self._rules(name, class_name)
+        route = self.plan(name, rules=rules).route
         text = await self._text_model(name, shape.ref.digest)
         context = self._context(route, shape.context_max)
         prompts = await self._prompts(text, generation, context)
@@ -428,22 +434,62 @@ class Agent:
                     choices[i].text.append(
                         b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace")
                     )
-                plan = self.plan(name, order, draw=secrets.randbits(62) + 1)
-                handles.append(self.driver.start(order, plan, str(shape.ref)))
+                plan = self.plan(name, order, rules, draw=secrets.randbits(62) + 1)
+                replan = partial(self._replan, name, rules)
+                handles.append(self.driver.start(order, plan, str(shape.ref), replan))
         except MeshError:
             for handle in handles:
                 handle.stop()
             raise
         return Job(generation, envelope, choices, handles, sum(map(len, prompts)))
 
+    def _rules(self, model: str, class_name: str) -> tuple[ClassPolicy, ...]:
+        """What the policy says of a model and of a class of requests; raises ``RequestError``."""
+        policy = self.policies.policy
+        rules: list[ClassPolicy] = []
+        if model in policy.models:
+            rules.append(policy.models[model])
+        if class_name:
+            if class_name not in policy.classes:
+                known = ", ".join(sorted(policy.classes)) or "none"
+                raise RequestError(
+                    f"X-Mesh-Class is {class_name!r}; the policy has these classes: {known}",
+                    param="X-Mesh-Class",
+                )
+            rules.append(policy.classes[class_name])
+        return tuple(rules)
+
+    def _replan(
+        self,
+        model: str,
+        rules: tuple[ClassPolicy, ...],
+        order: SessionOrder,
+        before: RoutePlan,
+        avoid: frozenset[NodeId],
+    ) -> RoutePlan:
+        """Another route for a session that runs: of the same model, runtime and quantization (rule R7)."""
+        return self.plan(model, order, rules, draw=secrets.randbits(62) + 1, avoid=avoid, pin=before.group)
+
     def plan(
-        self, model: str, order: SessionOrder | None = None, draw: int = 0, percentile: str = "p50"
+        self,
+        model: str,
+        order: SessionOrder | None = None,
+        rules: tuple[ClassPolicy, ...] = (),
+        draw: int = 0,
+        percentile: str = "p50",
+        avoid: frozenset[NodeId] = frozenset(),
+        pin: Group | None = None,
     ) -> RoutePlan:
         """The route of a request on our latest snapshot; raises ``NoRoute``."""
+        percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
         request = RouteRequest(
             model,
             self.node_id,
             percentile=Percentile[percentile.upper()],
+            rules=rules,
+            avoid=avoid,
+            pin=pin,
+            learned=self.driver.learner.learned,
             tokens=min(order.tokens_max, _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) if order else 0,
             chunk=self.config.chunk,
@@ -454,7 +500,7 @@ class Agent:
         )
         return self._router.plan(self.view.snapshot, request)
 
-    def explain(self, model: str, percentile: str) -> dict[str, Any]:
+    def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]:
         """``/mesh/v1/route``: the route that a request would take now, with every term of its cost."""
         if model not in models_served(self.view.snapshot):
             known = ", ".join(sorted(models_served(self.view.snapshot))) or "none"
@@ -467,7 +513,8 @@ class Agent:
         if percentile not in ("p50", "p99"):
             raise RequestError(f"percentile is {percentile!r}; use p50 or p99", param="percentile")
         names = {n.id: n.name for n in self.view.snapshot.nodes.values()}
-        return route_report(self.plan(model, percentile=percentile), names)
+        rules = self._rules(model, class_name)
+        return route_report(self.plan(model, rules=rules, percentile=percentile), names)
 
     def _context(self, route: LayeredRoute, model_context: int) -> int:
         """Positions that every stage of the route has room for."""
@@ -534,6 +581,7 @@ class Agent:
                         chunk=config.chunk,
                         window=config.window,
                         step_timeout_ns=int(config.step_timeout * 1e9),
+                        recovery_timeout_ns=int(config.recovery_timeout * 1e9),
                     )
                 )
         return orders

@@ -22,6 +22,7 @@ def route_report(plan: RoutePlan, names: Mapping[NodeId, str]) -> dict[str, Any]
             "hop_ms": round(terms.hop / 1000, 4),
             "transfer_ms": round(terms.transfer / 1000, 4),
             "risk_ms": round(terms.risk / 1000, 6),
+            "policy_ms": round(terms.policy / 1000, 4),
         }
         for i, (stage, terms) in enumerate(zip(plan.route.stages, plan.terms, strict=True))
     ]

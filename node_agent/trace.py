@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.types import LayeredRoute, SessionId, Token
+from scheduler.learning import NOTHING_LEARNED, Learned
+
+_ENOUGH_TOKENS = 4
 
 
 @dataclass(slots=True)
@@ -15,6 +18,18 @@ class StageSums:
     queue_us: int = 0
     compute_us: int = 0
     hop_us: int = 0
+
+
+@dataclass(slots=True)
+class Recovery:
+    """A stage lost or left: why, on which route, after how many tokens, and how long no token came
+    (microseconds; 0 while it lasts)."""
+
+    cause: str
+    route: str
+    tokens: int
+    at_ns: int
+    stalled_us: int = 0
 
 
 @dataclass(slots=True)
@@ -38,10 +53,38 @@ class SessionTrace:
     """For each decode step what was not computation: step time less the runtime's, microseconds."""
     stages: list[StageSums] = field(default_factory=list)
     first_stages: list[StageSums] = field(default_factory=list)
+    learned: Learned = NOTHING_LEARNED
+    """What the predictions were made with."""
+    recoveries: list[Recovery] = field(default_factory=list)
 
-    def token(self, token: Token, now: int) -> None:
-        """Note a token and the times that it brought along."""
+    def lost(self, cause: str, now: int) -> None:
+        """A stage is lost, or about to be left."""
+        if not self.recoveries or self.recoveries[-1].stalled_us:
+            self.recoveries.append(Recovery(cause, str(self.route), self.tokens, now))
+
+    def rerouted(self, route: LayeredRoute) -> None:
+        """Another route was taken; stages' times are of it from here on."""
+        self.route = route
+        self.stages, self.first_stages = [], []
+
+    def stayed(self) -> None:
+        """There was nowhere else to go: nothing happened."""
+        self.recoveries.pop()
+
+    @property
+    def comparable(self) -> bool:
+        """Whether what came can be held against the predictions."""
+        return not self.recoveries and self.predicted_tpot_ms > 0 and self.tokens >= _ENOUGH_TOKENS
+
+    def token(self, token: Token, now: int) -> int:
+        """Note a token and the times that it brought along; microseconds that the session stood still for a
+        recovery that it ends, else 0."""
         self.tokens += 1
+        stalled_us = 0
+        if self.recoveries and not self.recoveries[-1].stalled_us:
+            stalled_us = self.recoveries[-1].stalled_us = max(1, (now - self.recoveries[-1].at_ns) // 1000)
+            self.last_ns = now
+            return stalled_us
         first = self.tokens == 1
         if first:
             self.first_ns = now
@@ -57,6 +100,7 @@ class SessionTrace:
             each.queue_us += times[3 * i]
             each.compute_us += times[3 * i + 1]
             each.hop_us += times[3 * i + 2]
+        return 0
 
     @property
     def ttft_ms(self) -> float:
@@ -74,6 +118,8 @@ class SessionTrace:
             "ttft": (self.predicted_ttft_ms, self.ttft_ms),
             "tpot": (self.predicted_tpot_ms, self.tpot_ms),
         }
+        if self.recoveries:
+            return {}
         return {k: abs(said - was) / was for k, (said, was) in pairs.items() if said > 0 and was > 0}
 
     def _overhead_ms(self, quantile: float) -> float:
@@ -120,4 +166,13 @@ class SessionTrace:
             "ingress_hop_ms": round(self.ingress_hop_us / 1000, 3),
             "return_ms": round(max(0.0, self.tpot_ms - accounted), 3),
             "stages": stages,
+            "recoveries": [
+                {
+                    "cause": r.cause,
+                    "left": r.route,
+                    "after_tokens": r.tokens,
+                    "stalled_ms": round(r.stalled_us / 1000, 3),
+                }
+                for r in self.recoveries
+            ],
         }

@@ -38,7 +38,8 @@ RECOVERY_US = 2e6
 RUNNING_DRY_S = 600.0
 """A battery that lasts less than this is about to be a loss."""
 STAGE_US = 250.0
-"""What a stage costs beside its computation: a frame's way through an agent."""
+"""What a stage costs beside its computation: a frame's way through an agent, until ingresses have measured
+it (``scheduler.learning``)."""
 BUSY_WAIT = 0.5
 """Of a step: what a frame waits on average at a replica that others use."""
 
@@ -52,17 +53,24 @@ class Percentile(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Cost of one stage and of the hop that leads to it, microseconds a position."""
+    """Cost of one stage and of the hop that leads to it, microseconds a position. ``risk`` and ``policy`` are
+    no time that passes: they weigh a stage against others."""
 
     compute: float
     queue: float
     hop: float
     transfer: float
     risk: float
+    policy: float = 0.0
+
+    @property
+    def time(self) -> float:
+        """What a clock should show."""
+        return self.compute + self.queue + self.hop + self.transfer
 
     @property
     def total(self) -> float:
-        return self.compute + self.queue + self.hop + self.transfer + self.risk
+        return self.time + self.risk + self.policy
 
 
 def speed_of(node: Node, replica: Replica) -> StageSpeed:
@@ -70,9 +78,10 @@ def speed_of(node: Node, replica: Replica) -> StageSpeed:
     return replica.speed or guess(replica.shard, node.capabilities)
 
 
-def compute_us(speed: StageSpeed, sessions: int, percentile: Percentile) -> float:
-    """A decode step with ours among ``sessions`` others, which are computed together."""
-    step = STAGE_US + speed.step(sessions + 1)
+def compute_us(speed: StageSpeed, sessions: int, percentile: Percentile, stage_us: float = STAGE_US) -> float:
+    """A decode step with ours among ``sessions`` others, which are computed together, and the frame's way
+    through the agent."""
+    step = stage_us + speed.step(sessions + 1)
     return step if percentile is Percentile.P50 else step + max(0.0, speed.decode_p99 - speed.decode)
 
 

@@ -21,24 +21,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mesh.errors import NoRoute
-from mesh.types import Digest, LayeredRoute, LayerRange, ModelShape, NodeId, Stage
+from mesh.gossip import MemberState
+from mesh.messages import Cause
+from mesh.types import Digest, LayeredRoute, LayerRange, ModelShape, NodeId, ShardInfo, Stage
 from scheduler.cluster import ClusterSnapshot, Node, Replica, ReplicaState
 from scheduler.cost import (
     BUSY_WAIT,
     FRAME_HEAD_BYTES,
-    STAGE_US,
     TOKEN_BYTES,
     Percentile,
     Terms,
     compute_us,
+    hazard_per_s,
     hop_us,
     queue_us,
-    risk_us,
     speed_of,
     transfer_us,
     way_us,
     ways_us,
 )
+from scheduler.learning import NOTHING_LEARNED, Learned
+from scheduler.policy import ClassPolicy, forbidden, price_us
 from scheduler.speed import StageSpeed
 
 if TYPE_CHECKING:
@@ -49,6 +52,10 @@ if TYPE_CHECKING:
 DITHER = 0.1
 """Half a batch's worth of a step: load differs by more before it outweighs the draw."""
 _FLOAT_BYTES = 4
+
+
+Group = tuple[Digest, str, str]
+"""Digest, runtime and quantization of a model: a route stays within one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,12 @@ class RouteRequest:
     positions: int = 0
     draw: int = 0
     alternatives: int = 0
+    rules: tuple[ClassPolicy, ...] = ()
+    """All of them hold for every node of the route."""
+    avoid: frozenset[NodeId] = frozenset()
+    pin: Group | None = None
+    """Of a session that runs: nothing but this digest, runtime and quantization (rule R7)."""
+    learned: Learned = NOTHING_LEARNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +96,14 @@ class RoutePlan:
     home_us: float
     ttft_us: float
     alternatives: tuple[LayeredRoute, ...] = ()
+    group: Group | None = None
 
     @property
     def tpot_us(self) -> float:
         """Predicted time per output token."""
-        return sum(t.total for t in self.terms) + self.home_us
+        return sum(t.time for t in self.terms) + self.home_us
 
 
-_Group = tuple[Digest, str, str]
 _Held = tuple[Node, Replica]
 
 
@@ -119,7 +132,7 @@ class Router:
 
     def __init__(self) -> None:
         self._snapshot: ClusterSnapshot | None = None
-        self._graphs: dict[tuple[str, str | None, NodeId, Percentile], list[_Graph]] = {}
+        self._graphs: dict[object, list[_Graph]] = {}
 
     def plan(self, snapshot: ClusterSnapshot, request: RouteRequest) -> RoutePlan:
         """The cheapest route; raises ``NoRoute`` naming the layers that nobody serves.
@@ -130,7 +143,15 @@ class Router:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             self._graphs.clear()
-        key = (request.model, request.quantization, request.ingress, request.percentile)
+        key = (
+            request.model,
+            request.quantization,
+            request.ingress,
+            request.percentile,
+            request.rules,
+            request.avoid,
+            request.pin,
+        )
         graphs = self._graphs.get(key)
         if graphs is None:
             graphs = self._graphs[key] = _graphs(snapshot, request)
@@ -160,14 +181,35 @@ def find_route(snapshot: ClusterSnapshot, request: RouteRequest) -> LayeredRoute
 
 
 def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
-    groups: dict[_Group, list[_Held]] = {}
+    groups: dict[Group, list[_Held]] = {}
+    out: dict[NodeId, bool] = {}
     for node, replica in serving(snapshot, request.model):
-        shard = replica.shard
-        if request.quantization in (None, shard.quantization):
-            key = (shard.model.ref.digest, shard.runtime, shard.quantization)
+        if node.id not in out:
+            out[node.id] = node.id in request.avoid or any(forbidden(node, r) for r in request.rules)
+        key = group_of(replica.shard)
+        wanted = request.quantization in (None, replica.shard.quantization)
+        if wanted and not out[node.id] and request.pin in (None, key):
             groups.setdefault(key, []).append((node, replica))
     ingress = snapshot.nodes.get(request.ingress)
-    return [_Graph(groups[key], ingress, request.percentile) for key in sorted(groups)]
+    return [_Graph(groups[key], ingress, request, snapshot.at_s) for key in sorted(groups)]
+
+
+def group_of(shard: ShardInfo) -> Group:
+    """What a route must have in common."""
+    return (shard.model.ref.digest, shard.runtime, shard.quantization)
+
+
+def troubled(snapshot: ClusterSnapshot, route: LayeredRoute) -> tuple[int, Cause, str] | None:
+    """The first stage that a running session should leave: its node is silent, or it or the replica drains."""
+    for i, stage in enumerate(route.stages):
+        node = snapshot.nodes.get(stage.node)
+        if node is None or node.state is not MemberState.ALIVE or not node.reachable:
+            state = node.state.name.lower() if node else "gone"
+            return i, Cause.SILENT, f"its node is {state if state != 'alive' else 'silent to us'}"
+        serves = any(r.shard.digest == stage.shard and r.state is ReplicaState.SERVING for r in node.replicas)
+        if node.draining or not serves:
+            return i, Cause.DRAINING, "its node drains" if node.draining else "its replica goes"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +226,9 @@ class _Prices:
 class _Graph:
     """Replicas of one digest, runtime and quantization, with the costs that no request changes."""
 
-    def __init__(self, held: list[_Held], ingress: Node | None, percentile: Percentile) -> None:
+    def __init__(self, held: list[_Held], ingress: Node | None, request: RouteRequest, now_s: float) -> None:
         self.held = held
-        self._percentile = percentile
+        self._percentile = percentile = request.percentile
         shape = held[0][1].shard.model
         self._layers = shape.layers
         self._frame_bytes = shape.width * _FLOAT_BYTES + FRAME_HEAD_BYTES
@@ -201,7 +243,8 @@ class _Graph:
         tail = percentile is Percentile.P99
         self._tail = np.array([max(0.0, s.decode_p99 - s.decode) if tail else 0.0 for s in self._speeds])
         self._room = np.array([r.context_max or np.inf for _, r in held])
-        self._risk = np.array([risk_us(n, 1.0) for n, _ in held])
+        self._hazard = np.array([hazard_per_s(n, now_s) for n, _ in held])
+        self._price = np.array([sum(price_us(n, rules) for rules in request.rules) for n, _ in held])
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
         for i, (_, replica) in enumerate(held):
@@ -249,9 +292,11 @@ class _Graph:
     def prices(self, request: RouteRequest) -> _Prices:
         """The request's costs."""
         load = self._load(request)
-        step = STAGE_US + self._decode + self._row * load + self._tail
+        learned = request.learned
+        step = learned.stage_us + self._decode + self._row * load + self._tail
         queue = np.where(load > 0, BUSY_WAIT * (self._decode + self._row * np.maximum(load - 1, 0)), 0.0)
-        total = request.tokens * (step + queue + step * self._risk) + request.prompt * self._prefill
+        risk = self._hazard * (learned.recovery_us / 1e6) * step
+        total = request.tokens * (step + queue + risk + self._price) + request.prompt * self._prefill
         if request.draw:
             total = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
         chunks = -(-request.prompt // request.chunk)
@@ -301,8 +346,8 @@ class _Graph:
 
     def told(self, request: RouteRequest, path: list[int], others: tuple[LayeredRoute, ...]) -> RoutePlan:
         """A path with its terms, by ``scheduler.cost``'s formulas one by one."""
-        load = self._load(request)
-        terms, slowest, ttft = [], 0.0, 0.0
+        load, learned = self._load(request), request.learned
+        terms, slowest, ttft = [], 0.0, learned.start_us
         chunk = min(request.chunk, request.prompt)
         for place, i in enumerate(path):
             node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])
@@ -311,14 +356,18 @@ class _Graph:
             else:
                 before = self.held[path[place - 1]][0]
                 latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
-            compute = compute_us(speed, sessions, self._percentile)
-            terms.append(Terms(compute, queue_us(speed, sessions), latency, transfer, risk_us(node, compute)))
-            block = STAGE_US + speed.prefill * chunk
+            compute = compute_us(speed, sessions, self._percentile, learned.stage_us)
+            risk = float(self._hazard[i]) * learned.recovery_us / 1e6 * compute
+            queue, price = queue_us(speed, sessions), float(self._price[i])
+            terms.append(Terms(compute, queue, latency, transfer, risk, price))
+            block = learned.stage_us + speed.prefill * chunk
             slowest = max(slowest, block)
             ttft += block + latency + transfer * chunk
         chunks = -(-request.prompt // request.chunk) if request.prompt else 1
         home = float(self._home[path[-1]])
-        return RoutePlan(self.route(path), tuple(terms), home, ttft + (chunks - 1) * slowest + home, others)
+        ttft += (chunks - 1) * slowest + home
+        group = group_of(self.held[0][1].shard)
+        return RoutePlan(self.route(path), tuple(terms), home, ttft, others, group)
 
 
 def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
@@ -346,6 +395,15 @@ def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
 
 def _explain(snapshot: ClusterSnapshot, request: RouteRequest, groups: list[list[_Held]]) -> str:
     name = request.model
+    free = replace(request, rules=(), avoid=frozenset(), pin=None)
+    if request.rules and _graphs(snapshot, free) and not _whole(groups):
+        reasons = {
+            why
+            for node, _ in serving(snapshot, name)
+            if (why := next((w for r in request.rules if (w := forbidden(node, r))), None))
+        }
+        if reasons:
+            return f"no route of {name} that the rules allow: {'; '.join(sorted(reasons))}"
     if not groups:
         known = models_served(snapshot).get(name)
         if known is None:
@@ -358,6 +416,10 @@ def _explain(snapshot: ClusterSnapshot, request: RouteRequest, groups: list[list
         layers = ", ".join(map(str, missing))
         return f"no node serves the layers {layers} of {name} ({total} layers)"
     return f"the replicas of {name} do not join: no sequence of them covers every layer exactly once"
+
+
+def _whole(groups: list[list[_Held]]) -> bool:
+    return any(not missing_layers([r.shard.layers for _, r in g], g[0][1].shard.model.layers) for g in groups)
 
 
 def missing_layers(held: list[LayerRange], total: int) -> list[LayerRange]:

@@ -107,7 +107,8 @@ class Job:
         yield piece, choice.finish
 
 
-Start = Callable[[Generation], Awaitable[Job]]
+Start = Callable[[Generation, str], Awaitable[Job]]
+CLASS_HEADER = "X-Mesh-Class"
 
 
 class HttpApi:
@@ -118,7 +119,7 @@ class HttpApi:
         start: Start,
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
-        explain: Callable[[str, str], dict[str, Any]],
+        explain: Callable[[str, str, str], dict[str, Any]],
         control: ControlLoop,
         driver: SessionDriver,
         metrics: AgentMetrics,
@@ -197,7 +198,7 @@ class HttpApi:
         return await self._generate(request, parse_completion(await request.read()))
 
     async def _generate(self, request: web.Request, generation: Generation) -> web.StreamResponse:
-        job = await self._start(generation)
+        job = await self._start(generation, request.headers.get(CLASS_HEADER, ""))
         try:
             if generation.stream:
                 return await self._stream(request, job)
@@ -256,7 +257,9 @@ class HttpApi:
         return _json(self._nodes())
 
     async def _route(self, request: web.Request) -> web.Response:
-        return _json(self._explain(request.query.get("model", ""), request.query.get("percentile", "p50")))
+        query = request.query
+        asked = query.get("model", ""), query.get("percentile", "p50"), query.get("class", "")
+        return _json(self._explain(*asked))
 
     async def _plan(self, request: web.Request) -> web.Response:
         if request.method == "GET":

@@ -73,6 +73,13 @@ class AgentMetrics:
             buckets=_FAST,
             registry=self.registry,
         )
+        self.recovery = Histogram(
+            "mesh_recovery_seconds",
+            "From the loss of a stage to the session's next token.",
+            ["node"],
+            buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
+            registry=self.registry,
+        )
         self.prediction = Histogram(
             "mesh_prediction_error_ratio",
             "How far a route's predicted TTFT and TPOT were off, relative to what was measured",

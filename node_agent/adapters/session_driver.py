@@ -6,12 +6,12 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
-from mesh.errors import Full, MeshError, Unavailable
-from mesh.messages import Cause, Frame, HopLost, Message
+from mesh.errors import Full, MeshError, NoRoute, Unavailable
+from mesh.messages import Cause, Frame, HopLost, Message, Refused
 from mesh.session import (
     Cancelled,
     ClientBusy,
@@ -22,11 +22,14 @@ from mesh.session import (
     Event,
     Finish,
     KeepToken,
+    NeedRoute,
+    Rerouted,
     SendClose,
     SendFrame,
     SendOpen,
     Session,
     SessionOrder,
+    State,
     Tick,
 )
 from mesh.types import Address, Digest, NodeId, SessionId, Token
@@ -34,7 +37,9 @@ from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
 from node_agent.trace import SessionTrace
-from scheduler.routing import RoutePlan
+from scheduler.cluster import ClusterSnapshot
+from scheduler.learning import Learner
+from scheduler.routing import RoutePlan, troubled
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +50,18 @@ CLIENT_BEHIND_MAX = 64
 _CLIENT_BEHIND_RESUME = 8
 
 
+Replan = Callable[[SessionOrder, RoutePlan, frozenset[NodeId]], RoutePlan]
+"""Another route for a session that runs, without some nodes; raises ``NoRoute``."""
+
+
 class SessionHandle:
     """One running session as the API sees it: an iterator of tokens, then a finish or an error."""
 
-    def __init__(self, driver: SessionDriver, session: Session, trace: SessionTrace) -> None:
+    def __init__(
+        self, driver: SessionDriver, session: Session, trace: SessionTrace, plan: RoutePlan, replan: Replan
+    ) -> None:
         self.session, self.trace = session, trace
+        self.plan, self.replan = plan, replan
         self._driver = driver
         self._waiting: asyncio.Queue[Token | Ended] = asyncio.Queue()
         self.pending: deque[Effect] = deque()
@@ -94,9 +106,12 @@ class SessionDriver:
         metrics: AgentMetrics,
         sessions_max: int,
         keep_s: float,
+        view: Callable[[], ClusterSnapshot],
     ) -> None:
         self._host, self._log, self._metrics = host, token_log, metrics
         self._sessions_max, self._keep_s = sessions_max, keep_s
+        self._view, self._looked_at = view, ClusterSnapshot()
+        self.learner = Learner()
         self._running: dict[SessionId, SessionHandle] = {}
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
@@ -107,8 +122,9 @@ class SessionDriver:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, order: SessionOrder, plan: RoutePlan, model: str) -> SessionHandle:
-        """Begin a session; raises ``Full`` when this ingress runs as many as it may."""
+    def start(self, order: SessionOrder, plan: RoutePlan, model: str, replan: Replan) -> SessionHandle:
+        """Begin a session; raises ``Full`` when this ingress runs as many as it may. ``replan`` is asked when
+        a stage is lost or should be left."""
         if self.draining:
             raise Unavailable("this agent is draining; ask another", retry_after_s=5)
         if len(self._running) >= self._sessions_max:
@@ -118,9 +134,16 @@ class SessionDriver:
         route = plan.route
         session = Session(order, route, self._host.node, self._host.address, now)
         trace = SessionTrace(
-            order.session, model, route, len(order.prompt), now, plan.ttft_us / 1000, plan.tpot_us / 1000
+            order.session,
+            model,
+            route,
+            len(order.prompt),
+            now,
+            plan.ttft_us / 1000,
+            plan.tpot_us / 1000,
+            learned=self.learner.learned,
         )
-        handle = SessionHandle(self, session, trace)
+        handle = SessionHandle(self, session, trace, plan, replan)
         try:
             self._log.begin(order.session, order.prompt, time.time() + self._keep_s)
         except OSError as error:
@@ -165,10 +188,15 @@ class SessionDriver:
     def _step(self, handle: SessionHandle, event: Event) -> None:
         try:
             now = time.monotonic_ns()
+            if isinstance(event, HopLost | Refused) and handle.session.state is not State.REROUTING:
+                handle.trace.lost(_why(event), now)
             effects = handle.session.handle(event, now)
             for effect in effects:
                 if isinstance(effect, EmitToken):
-                    handle.trace.token(effect.token, now)
+                    stalled_us = handle.trace.token(effect.token, now)
+                    if stalled_us:
+                        self.learner.recovered(stalled_us)
+                        self._metrics.recovery.labels(self._metrics.node_id).observe(stalled_us / 1e6)
             self._carry_out(handle, effects)
         except MeshError as error:
             log.exception("session %s failed", handle.session.order.session)
@@ -222,6 +250,8 @@ class SessionDriver:
         session = handle.session
         first = session.route.stages[0].address
         match effect:
+            case NeedRoute(avoid):
+                self._reroute(handle, avoid)
             case SendFrame(position, tokens, sample):
                 payload = np.array(tokens, dtype=np.int64)
                 frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
@@ -235,11 +265,45 @@ class SessionDriver:
                 handle.push(token)
             case SendOpen(order):
                 self._host.deliver(first, order)
-            case SendClose(close):
+            case SendClose(close, address):
                 self._feed()
-                self._host.deliver(first, close)
+                self._host.deliver(address, close)
             case Ended():
                 self._end(handle, effect)
+
+    def _reroute(self, handle: SessionHandle, avoid: frozenset[NodeId]) -> bool:
+        """Give a session another route, if there is one now; otherwise it asks again."""
+        try:
+            plan = handle.replan(handle.session.order, handle.plan, avoid)
+        except NoRoute as error:
+            log.debug("no other route for %s yet: %s", handle.session.order.session, error)
+            return False
+        handle.plan = plan
+        handle.trace.rerouted(plan.route)
+        self._step(handle, Rerouted(plan.route))
+        return True
+
+    def _look(self) -> None:
+        """Sessions leave stages whose nodes went silent, and those that drain if they can."""
+        snapshot = self._view()
+        if snapshot is self._looked_at:
+            return
+        self._looked_at = snapshot
+        for handle in list(self._running.values()):
+            session = handle.session
+            if session.ended or session.state is State.REROUTING:
+                continue
+            trouble = troubled(snapshot, session.route)
+            if trouble is None:
+                continue
+            stage, cause, detail = trouble
+            if cause is Cause.SILENT:
+                self.handle(session, HopLost(session.order.session, session.epoch, stage, cause, detail))
+            elif session.state is State.DECODE:
+                handle.trace.lost(f"{cause.name.lower()}: {detail}", time.monotonic_ns())
+                if not self._reroute(handle, frozenset()):
+                    handle.trace.stayed()
+                self._feed()
 
     def _lose(self, handle: SessionHandle, reason: str) -> None:
         """Our own disk failed: no token may reach the client that is not in the log (rule R6)."""
@@ -266,6 +330,13 @@ class SessionDriver:
             metrics.tpot.labels(node, trace.model).observe(trace.tpot_ms / 1000)
             for what, error in trace.prediction_errors().items():
                 metrics.prediction.labels(node, trace.model, what).observe(error)
+            if trace.comparable:
+                self.learner.ended(
+                    trace.learned,
+                    len(trace.route.stages),
+                    (trace.tpot_ms - trace.predicted_tpot_ms) * 1000,
+                    (trace.ttft_ms - trace.predicted_ttft_ms) * 1000,
+                )
         extra = {
             "session": order.session,
             "model_version": trace.model,
@@ -283,6 +354,7 @@ class SessionDriver:
         swept = time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
+            self._look()
             now = time.monotonic_ns()
             for handle in list(self._running.values()):
                 due = handle.session.next_deadline()
@@ -300,3 +372,8 @@ class SessionDriver:
         for handle in list(self._running.values()):
             handle.stop()
             self._end(handle, Ended(error=Unavailable(reason)))
+
+
+def _why(event: HopLost | Refused) -> str:
+    detail = event.detail if isinstance(event, HopLost) else event.reason
+    return f"{event.cause.name.lower()}: {detail}"

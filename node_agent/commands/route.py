@@ -1,7 +1,7 @@
 """Show the route that a request would take now, what it is predicted to take, and why.
 
-One line a stage: computing, waiting, the hop that leads there (latency and transfer) and the price of
-risk, in milliseconds a token. Then the routes that stand by, sharing no machine with it but the ingress.
+One line a stage: computing, waiting, the hop that leads there (latency and transfer), the price of
+risk and what the policy adds, in milliseconds a token; the last two weigh stages and take no time. Then the routes that stand by, sharing no machine with it but the ingress.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--api", help="base URL of an agent [MESH_API; default http://127.0.0.1:8080]")
     parser.add_argument("--percentile", choices=("p50", "p99"), default="p50", help="what to choose by")
+    parser.add_argument("--class", dest="class_name", default="", help="a class of requests of the policy")
+    parser.add_argument("--explain", action="store_true", help="every term (as it always shows)")
     parser.add_argument("--json", action="store_true")
 
 
@@ -28,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
 
     from node_agent.adapters.api_client import ApiClient, api_base
 
-    query = urllib.parse.urlencode({"model": args.model, "percentile": args.percentile})
+    query = urllib.parse.urlencode(
+        {"model": args.model, "percentile": args.percentile, "class": args.class_name}
+    )
     plan = ApiClient(api_base(args.api), timeout_s=5).get(f"/mesh/v1/route?{query}")
     print(json.dumps(plan) if args.json else plan_view(plan))
     return 0
@@ -45,11 +49,22 @@ def plan_view(plan: dict[str, Any]) -> str:
             f"{s['layers'][0]}-{s['layers'][1]}",
             *(f"{s[k]:.2f}" for k in ("compute_ms", "queue_ms", "hop_ms", "transfer_ms")),
             f"{s['risk_ms']:.4f}",
+            f"{s['policy_ms']:.2f}",
         ]
         for s in plan["stages"]
     ]
-    rows.append(["-", "home", "", "", "", f"{plan['home_ms']:.2f}", "", ""])
-    heads = ["stage", "node", "layers", "compute ms", "queue ms", "hop ms", "transfer ms", "risk ms"]
+    rows.append(["-", "home", "", "", "", f"{plan['home_ms']:.2f}", "", "", ""])
+    heads = [
+        "stage",
+        "node",
+        "layers",
+        "compute ms",
+        "queue ms",
+        "hop ms",
+        "transfer ms",
+        "risk ms",
+        "policy ms",
+    ]
     lines = [
         table(heads, rows),
         f"predicted   TPOT {plan['predicted_tpot_ms']:.2f} ms   TTFT {plan['predicted_ttft_ms']:.1f} ms",

@@ -319,8 +319,8 @@ def test_tokens_are_in_the_log_of_the_agent_that_owned_them(starter: Starter, tm
     assert len(kept[1]) == answer.usage.completion_tokens
 
 
-def test_a_killed_stage_is_an_error_and_not_a_hang_and_then_no_route(starter: Starter) -> None:
-    running = starter("--nodes", "3")
+def test_a_killed_stage_that_nobody_can_replace_is_an_error_and_not_a_hang(starter: Starter) -> None:
+    running = starter("--nodes", "3", "--set", "recovery_timeout=1")
     api = ApiClient(running.base)
     nodes = api.get("/mesh/v1/nodes")
     victim = next(n for n in nodes["nodes"] if n["replicas"][0]["layers"] == [10, 20])
@@ -332,8 +332,8 @@ def test_a_killed_stage_is_an_error_and_not_a_hang_and_then_no_route(starter: St
         begin = time.monotonic()
         with pytest.raises(openai.APIError, match=r"stage 1 \(layers 10-20 .* was lost"):
             shown.extend(stream)
-        assert time.monotonic() - begin < 2.0
-        time.sleep(2.0)
+        assert 1.0 < time.monotonic() - begin < 3.0
+        time.sleep(1.0)
         with pytest.raises(openai.InternalServerError, match="no node serves the layers 10-20") as caught:
             ask(client)
         assert caught.value.status_code == 503

@@ -14,6 +14,8 @@ from mesh.session import (
     Ended,
     Finish,
     KeepToken,
+    NeedRoute,
+    Rerouted,
     SendClose,
     SendFrame,
     SendOpen,
@@ -25,6 +27,7 @@ from mesh.types import Epoch, NodeId, Token
 from tests.builders import ADDRESS, OWNER, SESSION, order, route
 
 EPOCH = Epoch(1, OWNER)
+FIRST = route(2, 4).stages[0].address
 
 
 def begin(**changes: object) -> tuple[Session, list[object]]:
@@ -117,7 +120,7 @@ def test_a_stop_token_ends_the_session() -> None:
     session = decoding()
     effects = session.handle(sampled(11, token=99), 3)
     assert effects[-1] == Ended(finish=Finish.STOP)
-    assert SendClose(Close(SESSION, EPOCH, "stop")) in effects
+    assert SendClose(Close(SESSION, EPOCH, "stop"), FIRST) in effects
 
 
 def test_r8_a_slow_client_pauses_its_session_and_no_deadline_but_the_last_runs() -> None:
@@ -132,7 +135,7 @@ def test_r8_a_slow_client_pauses_its_session_and_no_deadline_but_the_last_runs()
 def test_cancelling_closes_the_route_and_later_events_change_nothing() -> None:
     session = decoding()
     effects = session.handle(Cancelled(), 3)
-    assert effects == [SendClose(Close(SESSION, EPOCH, "cancelled")), Ended(finish=Finish.CANCELLED)]
+    assert effects == [SendClose(Close(SESSION, EPOCH, "cancelled"), FIRST), Ended(finish=Finish.CANCELLED)]
     assert session.handle(sampled(11), 4) == []
     assert session.next_deadline() is None
 
@@ -169,3 +172,117 @@ def test_a_lost_hop_says_what_was_lost() -> None:
     session = decoding()
     effects = session.handle(HopLost(SESSION, EPOCH, 2, Cause.STREAM_BROKEN, "reset"), 3)
     assert "stage 2 (layers 4-6 on n2) was lost: stream_broken: reset" in str(effects[-1])
+
+
+# -- recovery --------------------------------------------------------------------------------
+
+PATIENT = {"recovery_timeout_ns": 1_000_000_000, "deadline_ns": 10_000_000_000, "tokens_max": 20}
+OTHER = route(3)
+SECOND = Epoch(2, OWNER)
+
+
+def lost(stage: int, epoch: Epoch = EPOCH, cause: Cause = Cause.STREAM_BROKEN) -> HopLost:
+    return HopLost(SESSION, epoch, stage, cause, "gone")
+
+
+def test_a_loss_closes_what_is_left_and_asks_for_a_route_without_the_node() -> None:
+    session = decoding(**PATIENT)
+    effects = session.handle(lost(1), 5)
+    closes = [e for e in effects if isinstance(e, SendClose)]
+    assert [(e.address, e.close.stage) for e in closes] == [
+        (stage.address, i) for i, stage in enumerate(session.route.stages)
+    ]
+    assert effects[-1] == NeedRoute(frozenset({NodeId("n1")}))
+    assert session.state is State.REROUTING
+
+
+def test_r2_r5_a_new_epoch_replays_every_token_and_samples_only_what_was_not_emitted() -> None:
+    session = decoding(**PATIENT)
+    session.handle(sampled(11, token=8), 3)
+    session.handle(lost(1), 5)
+    effects = session.handle(Rerouted(OTHER), 6)
+    opening = effects[0]
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.epoch, opening.order.position, opening.order.generated) == (SECOND, 0, (7, 8))
+    assert opening.order.route == OTHER
+    # The window holds for a replay as well; prompt and answer are one prefill in the order's chunks.
+    assert effects[1:] == [SendFrame(0, (0, 1, 2, 3), False), SendFrame(4, (4, 5, 6, 7), False)]
+    assert session.handle(Ack(SESSION, SECOND, 4), 7) == [SendFrame(8, (8, 9, 7, 8), True)]
+    # Late news of the old epoch change nothing; the next position is sampled once.
+    assert session.handle(sampled(12, token=9), 8) == []
+    assert session.handle(lost(0), 8) == []
+    effects = session.handle(sampled(12, token=9, epoch=SECOND), 9)
+    assert [type(e) for e in effects] == [SendFrame, KeepToken, EmitToken]
+    assert session.generated == [7, 8, 9]
+    assert session.state is State.DECODE
+
+
+def test_no_route_is_asked_for_again_and_given_up_in_time() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 0)
+    asked, now = 0, 0
+    while not session.ended:
+        due = session.next_deadline()
+        assert due is not None
+        assert due > now
+        now = due
+        effects = session.handle(Tick(), now)
+        asked += sum(isinstance(e, NeedRoute) for e in effects)
+    assert now == 1_000_000_000
+    assert asked >= 5
+    assert isinstance(effects[-1], Ended)
+    assert isinstance(effects[-1].error, StageLost)
+    assert "stage 1" in str(effects[-1].error)
+
+
+def test_a_second_loss_while_replaying_avoids_both_nodes() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    session.handle(Rerouted(OTHER), 6)
+    effects = session.handle(lost(0, SECOND), 7)
+    assert effects[-1] == NeedRoute(frozenset({NodeId("n0"), NodeId("n1")}))
+    session.handle(Rerouted(route(2, 4)), 8)
+    assert session.epoch.counter == 3
+    # What was lost long ago may be asked again.
+    session.handle(lost(2, Epoch(3, OWNER)), 9)
+    late = session.handle(Tick(), 900_000_000)
+    assert isinstance(late[-1], NeedRoute)
+
+
+def test_a_refusal_before_the_first_token_goes_elsewhere_or_is_the_answer() -> None:
+    full = Refused(SESSION, EPOCH, 1, Cause.FULL, "all slots are taken")
+    session, _ = begin(**PATIENT)
+    effects = session.handle(full, 1)
+    assert effects[-1] == NeedRoute(frozenset({NodeId("n1")}))
+    assert isinstance(session.handle(Rerouted(OTHER), 1)[0], SendOpen)
+    alone, _ = begin(**PATIENT)
+    alone.handle(full, 1)
+    (*_, ended) = alone.handle(Tick(), 2)
+    assert isinstance(ended, Ended)
+    assert isinstance(ended.error, Full)
+
+
+def test_a_session_moves_while_all_is_well() -> None:
+    session = decoding(**PATIENT)
+    effects = session.handle(Rerouted(OTHER), 5)
+    assert [e.close.epoch for e in effects if isinstance(e, SendClose)] == [EPOCH] * 3
+    assert session.epoch == SECOND
+    assert session.state is State.REPLAYING
+
+
+def test_a_paused_session_that_moves_is_fed_no_further() -> None:
+    session = decoding(**PATIENT)
+    session.handle(ClientBusy(), 3)
+    session.handle(sampled(11, token=8), 4)
+    session.handle(Rerouted(OTHER), 5)
+    session.handle(Ack(SESSION, SECOND, 4), 6)
+    effects = session.handle(sampled(12, token=9, epoch=SECOND), 7)
+    assert [type(e) for e in effects] == [KeepToken, EmitToken]
+    assert session.handle(ClientReady(), 8) == [SendFrame(12, (9,), True)]
+
+
+def test_without_patience_a_loss_is_the_end() -> None:
+    session = decoding()
+    (*_, ended) = session.handle(lost(1), 5)
+    assert isinstance(ended, Ended)
+    assert isinstance(ended.error, StageLost)

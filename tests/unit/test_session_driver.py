@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesh.errors import Full, MeshError, Unavailable
+from mesh.errors import Full, MeshError, NoRoute, Unavailable
 from mesh.session import Finish, SessionOrder
-from mesh.types import LayeredRoute, SessionId, Stage
+from mesh.types import LayeredRoute, NodeId, SessionId, Stage
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import BRIEF_MAX_NS, Replica
 from node_agent.adapters.session_driver import CLIENT_BEHIND_MAX, SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
+from scheduler.cluster import ClusterSnapshot
 from scheduler.routing import RoutePlan
 from scheduler.speed import StageSpeed
 from tests.builders import ADDRESS, OWNER, order, shard
@@ -80,7 +81,9 @@ class Bench:
         )
         self.host.replicas[INFO.digest] = self.replica
         self.host.metrics[INFO.digest] = StageMetrics(metrics, INFO)
-        self.driver = SessionDriver(self.host, self.log, metrics, sessions_max=2, keep_s=60)
+        self.driver = SessionDriver(
+            self.host, self.log, metrics, sessions_max=2, keep_s=60, view=ClusterSnapshot
+        )
         self.host.owner = self.driver
 
     def start(self, tokens: int = 50, **changes: Any) -> SessionHandle:
@@ -92,7 +95,11 @@ class Bench:
             step_timeout_ns=10**11,
             **changes,
         )
-        return self.driver.start(base, RoutePlan(ROUTE, (), 0.0, 0.0), "tiny")
+
+        def nowhere(order: SessionOrder, plan: RoutePlan, avoid: frozenset[NodeId]) -> RoutePlan:
+            raise NoRoute("there is no other route")
+
+        return self.driver.start(base, RoutePlan(ROUTE, (), 0.0, 0.0), "tiny", nowhere)
 
 
 def run(story: Callable[[], Awaitable[None]]) -> None:

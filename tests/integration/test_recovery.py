@@ -1,0 +1,166 @@
+"""The real model on two replicas of every layer: stages die, freeze and drain in mid-answer; no token is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.shard_maker import make_shard
+from tests.agents import AgentProcess, agent, until
+from tests.conftest import MODEL
+
+TOKENS = 120
+
+
+@pytest.fixture
+def mesh_of_five(store: ModelStore, tmp_path: Path) -> Iterator[tuple[AgentProcess, list[AgentProcess]]]:
+    """An ingress that hosts nothing, and two agents for each half of the model."""
+    for start, end in ((0, 15), (15, 30)):
+        make_shard(store, MODEL, start, end, "int8")
+    home = str(store.root.parent)
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        ingress = stack.enter_context(agent(tmp_path / "ingress", home=home))
+        hosts = [
+            stack.enter_context(
+                agent(
+                    tmp_path / f"h{i}",
+                    home=home,
+                    peers=ingress.address,
+                    shards=f"{MODEL}:{'0-15' if i < 2 else '15-30'}",
+                    threads="1",
+                    slots="4",
+                    context="512",
+                )
+            )
+            for i in range(4)
+        ]
+        until(lambda: serving(ingress) == 4, 40, "not everything serves")
+        yield ingress, hosts
+
+
+def serving(observer: AgentProcess) -> int:
+    nodes = observer.report()["nodes"]
+    return sum(r["state"] == "serving" for n in nodes if n["state"] == "alive" for r in n["replicas"])
+
+
+class Answer:
+    """A streamed answer; ``interrupt`` is called once, when some tokens have come."""
+
+    def __init__(
+        self, ingress: AgentProcess, interrupt: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.texts: list[str] = []
+        self.gaps: list[float] = []
+        with openai.OpenAI(
+            base_url=f"http://{ingress.api}/v1", api_key="none", max_retries=0, timeout=60
+        ) as client:
+            stream = client.completions.create(
+                model=MODEL,
+                prompt="The history of the sea begins with",
+                max_tokens=TOKENS,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                logit_bias={"2": -100, "0": -100},
+            )
+            last = time.monotonic()
+            self.usage: Any = None
+            for chunk in stream:
+                self.id = chunk.id
+                self.usage = chunk.usage or self.usage
+                for choice in chunk.choices:
+                    now = time.monotonic()
+                    self.gaps.append(now - last)
+                    last = now
+                    self.texts.append(choice.text)
+                if len(self.texts) == 30 and interrupt is not None:
+                    interrupt(report(ingress, self.id))
+                    interrupt = None
+        self.text = "".join(self.texts)
+        self.report = report(ingress, self.id)
+
+
+def report(ingress: AgentProcess, session: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://{ingress.api}/mesh/v1/sessions/{session}", timeout=5) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def whole(answer: Answer) -> None:
+    """Every token came, once."""
+    assert answer.usage.completion_tokens == TOKENS
+    assert answer.report["outcome"] == "length"
+    assert answer.report["tokens"] == TOKENS
+
+
+def victim(hosts: list[AgentProcess], told: dict[str, Any], stage: int) -> AgentProcess:
+    return next(h for h in hosts if h.node == told["stages"][stage]["node"])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_killed_in_mid_answer_costs_no_token(
+    mesh_of_five: tuple[AgentProcess, list[AgentProcess]], stage: int
+) -> None:
+    ingress, hosts = mesh_of_five
+    calm = Answer(ingress)
+    whole(calm)
+    assert calm.report["recoveries"] == []
+    hit = Answer(ingress, lambda told: victim(hosts, told, stage).process.kill())
+    whole(hit)
+    (recovery,) = hit.report["recoveries"]
+    assert recovery["cause"].startswith("stream_broken")
+    assert 0 < recovery["stalled_ms"] < 3000
+    assert recovery["after_tokens"] >= 25
+    # What was shown before the loss stays as it was; greedy text goes on from there.
+    kept = "".join(hit.texts[: recovery["after_tokens"]])
+    assert calm.text.startswith(kept)
+
+
+def test_a_frozen_stage_is_left_when_membership_notices(
+    mesh_of_five: tuple[AgentProcess, list[AgentProcess]],
+) -> None:
+    ingress, hosts = mesh_of_five
+    frozen: list[AgentProcess] = []
+
+    def freeze(told: dict[str, Any]) -> None:
+        frozen.append(victim(hosts, told, 1))
+        frozen[0].sends(signal.SIGSTOP)
+
+    try:
+        hit = Answer(ingress, freeze)
+    finally:
+        for each in frozen:
+            each.sends(signal.SIGCONT)
+    whole(hit)
+    (recovery,) = hit.report["recoveries"]
+    assert recovery["cause"].startswith("silent")
+    assert recovery["stalled_ms"] < 6000
+
+
+def test_a_draining_node_hands_its_sessions_over(
+    mesh_of_five: tuple[AgentProcess, list[AgentProcess]],
+) -> None:
+    ingress, hosts = mesh_of_five
+    drained: list[AgentProcess] = []
+
+    def drain(told: dict[str, Any]) -> None:
+        drained.append(victim(hosts, told, 0))
+        drained[0].sends(signal.SIGTERM)
+
+    hit = Answer(ingress, drain)
+    whole(hit)
+    (recovery,) = hit.report["recoveries"]
+    assert recovery["cause"] == "draining: its node drains"
+    assert recovery["stalled_ms"] < 2000
+    until(lambda: drained[0].process.poll() is not None, 10, "the drained agent did not end")
