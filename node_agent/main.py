@@ -226,6 +226,7 @@ class Agent:
         self.host.owner = self.driver
         self.view = ClusterView(config.cluster, self.own.fact(), PROFILES[config.profile], sock)
         self.view.on_twin = self._told_of_twin
+        self.view.on_record = self.driver.note_record
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
         self.replicas = ReplicaManager(
             config, self.store, self.host, self.metrics, self._announce, lambda: self.own.capabilities
@@ -320,6 +321,7 @@ class Agent:
             self.driver.draining,
             max(terms, default=None),
             self.policies.version,
+            self.driver.learner.learned,
         )
 
     def _announce(self) -> None:
@@ -329,6 +331,7 @@ class Agent:
         if record != self._told:
             self._told = record
             self.view.apply(NodeSeen(record, time.monotonic()))
+            self.driver.note_record(record)
             self.service.changed()
 
     async def _refresh(self) -> None:
@@ -494,6 +497,7 @@ class Agent:
             prompt=len(order.prompt) if order else 0,
             chunk=self.config.chunk,
             own=self.driver.own_sessions(),
+            ours_told=self.driver.ours_told,
             positions=len(order.prompt) + order.tokens_max if order else 0,
             draw=draw,
             alternatives=_ALTERNATIVES,

@@ -78,6 +78,8 @@ class Node:
     term: Term | None = None
     """The latest of the schedulers' that it has heard of."""
     policy: PolicyVersion = NO_POLICY
+    stage_us: float = 0.0
+    """What stages took beside their computation, as this ingress measured it; 0 unknown."""
     losses: int = 0
     """How often we saw it die."""
     known_since_s: float = 0.0

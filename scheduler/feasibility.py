@@ -25,13 +25,14 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A node that may host. Microseconds a token: ``fixed`` for a stage, ``layer`` and ``head`` with risk and
-    policy in them; ``speed`` is what its clock would show. ``room`` in bytes."""
+    """A node that may host. Microseconds a token: ``overhead`` of a stage beside its computation, ``price``
+    what the policy adds to a stage; ``speed`` is what its clock would show. ``room`` in bytes."""
 
     node: Node
     room: int
     speed: LayerSpeed
-    fixed: float
+    overhead: float
+    price: float
     weight: float
     """Factor on computation: 1, and what risk, battery and doubt add."""
     present: tuple[LayerRange, ...]
@@ -42,12 +43,12 @@ def hosts_of(
     snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy
 ) -> tuple[list[Host], dict[NodeId, str]]:
     """Hosts by node id, and why every other node is none."""
-    scale = _calibration(snapshot, demand)
+    scale, stage_us = _calibration(snapshot, demand), stage_overhead_us(snapshot)
     hosts, reasons = [], {}
     for node_id, node in sorted(snapshot.nodes.items()):
         reason = _unfit(node, demand, policy)
         if reason is None:
-            hosts.append(_host(node, demand, policy, scale, snapshot.at_s))
+            hosts.append(_host(node, demand, policy, scale, stage_us, snapshot.at_s))
         else:
             reasons[node_id] = reason
     return hosts, reasons
@@ -129,7 +130,15 @@ def room_of(node: Node, demand: ModelDemand, policy: ModelPolicy) -> int:
     return node.memory_free_bytes + sum(r.shard.weight_bytes + r.kv_budget_bytes for r in ours)
 
 
-def _host(node: Node, demand: ModelDemand, policy: ModelPolicy, scale: float, now_s: float) -> Host:
+def stage_overhead_us(snapshot: ClusterSnapshot) -> float:
+    """What a stage takes beside its computation: what ingresses measured, half of them less."""
+    measured = [n.stage_us for n in snapshot.nodes.values() if n.stage_us > 0]
+    return median(measured) if measured else STAGE_US
+
+
+def _host(
+    node: Node, demand: ModelDemand, policy: ModelPolicy, scale: float, stage_us: float, now_s: float
+) -> Host:
     known = known_speed(node, demand)
     speed = known or guessed_speed(node, demand, scale)
     unit = speed.layer
@@ -139,7 +148,8 @@ def _host(node: Node, demand: ModelDemand, policy: ModelPolicy, scale: float, no
         node,
         room_of(node, demand, policy),
         speed,
-        STAGE_US + price_us(node, policy),
+        stage_us,
+        price_us(node, policy),
         1 + extra / unit,
         tuple(sorted(r.shard.layers for r in node.replicas if replica_of(r, demand))),
         hazard_per_s(node, now_s),

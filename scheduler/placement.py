@@ -20,7 +20,7 @@ from mesh.types import LayerRange, NodeId
 from scheduler.availability import availability
 from scheduler.chain import Chain, ChainProblem, Solution, solve
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.cost import FRAME_HEAD_BYTES, STAGE_US, TOKEN_BYTES, Percentile, ways_us
+from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, Percentile, ways_us
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import Host, hosts_of, least_bytes, mib, positions_of
 from scheduler.policy import ModelPolicy, matches
@@ -234,7 +234,7 @@ class CopySearch:
         slow = [h.weight * (h.speed.tail if tail else 1.0) for h in hosts]
         self.layer_us = np.array([h.speed.layer * w for h, w in zip(hosts, slow, strict=True)])
         self.head_us = np.array([h.speed.head * w for h, w in zip(hosts, slow, strict=True)])
-        self.fixed_us = np.array([h.fixed for h in hosts])
+        self.fixed_us = np.array([h.overhead + h.price for h in hosts])
         layers = demand.layers
         starts, ends = np.meshgrid(np.arange(layers + 1), np.arange(layers + 1), indexing="ij")
         self.lengths = ends - starts
@@ -483,9 +483,9 @@ class CopySearch:
             layers,
             copy,
             compute,
-            STAGE_US,
+            host.overhead,
             hop,
-            compute * (host.weight - 1) + host.fixed - STAGE_US,
+            compute * (host.weight - 1) + host.price,
             self.demand.memory(layers, positions_of(self.demand, self.policy)),
             moved,
         )
@@ -501,7 +501,7 @@ class CopySearch:
         hops = (way[0] + way[1]).min(axis=0)
         rates = sorted(h.speed.layer / 1000 for h in chosen)
         return {
-            h.node.id: f"not needed: {h.speed.layer / 1000:.2f} ms a layer and {(h.fixed + hop) / 1000:.2f} ms for one "
+            h.node.id: f"not needed: {h.speed.layer / 1000:.2f} ms a layer and {(h.overhead + h.price + hop) / 1000:.2f} ms for one "
             f"stage more; those chosen take {rates[0]:.2f} to {rates[-1]:.2f} ms a layer"
             for h, hop in zip(spare, hops, strict=True)
         }

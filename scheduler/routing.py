@@ -62,7 +62,7 @@ Group = tuple[Digest, str, str]
 class RouteRequest:
     """``ingress`` is preferred as the first stage: its hop is free. ``tokens`` to be generated and
     ``prompt`` positions weigh decode against prefill. ``own``: sessions that the ingress runs on
-    replicas, which records may not tell yet. ``positions``: room that each replica must have for the
+    replicas now; ``ours_told``: how many of those in the records were its own when they were told. ``positions``: room that each replica must have for the
     session. ``draw`` seeds the dither; 0 is none."""
 
     model: str
@@ -73,6 +73,7 @@ class RouteRequest:
     prompt: int = 0
     chunk: int = 64
     own: Mapping[tuple[NodeId, Digest], int] = field(default_factory=dict)
+    ours_told: Mapping[tuple[NodeId, Digest], int] = field(default_factory=dict)
     positions: int = 0
     draw: int = 0
     alternatives: int = 0
@@ -284,10 +285,12 @@ class _Graph:
         return ways
 
     def _load(self, request: RouteRequest) -> Floats:
-        if not request.own:
+        if not request.own and not request.ours_told:
             return self._sessions
         own = np.array([request.own.get(key, 0) for key in self._keys], dtype=np.float64)
-        return np.maximum(self._sessions, own)
+        told = np.array([request.ours_told.get(key, 0) for key in self._keys], dtype=np.float64)
+        load: Floats = np.maximum(0, self._sessions - told) + own
+        return load
 
     def prices(self, request: RouteRequest) -> _Prices:
         """The request's costs."""

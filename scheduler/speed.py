@@ -13,7 +13,13 @@ from math import exp
 from mesh.capabilities import Capabilities
 from mesh.types import Digest, LayerRange, ShardInfo
 
-_WINDOW = 48
+_WINDOW = 192
+_TRIMMED = 0.02
+"""Of the slowest steps, left out of a mean: they are somebody else's doing."""
+_SHUNNED = 1.3
+"""Times its best: a replica that is slower may be shunned, so that nobody would learn that it is well again."""
+_TOLD = 0.04
+"""Share by which a figure must move before peers hear of it."""
 _ROW_SHARE = 0.16
 """Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
 _EFFICIENCY = 0.6
@@ -70,6 +76,13 @@ def head_layers_of(shard: ShardInfo) -> float:
     return HEAD_SHARE * head / layer
 
 
+def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
+    """Of another cut of a model whose layers were measured on this machine."""
+    decode = known.stage(shard.layers, shard.model.layers)
+    prefill = decode / known.layer * known.prefill
+    return StageSpeed(decode, decode * known.row_share, prefill, decode * known.tail, measured=True)
+
+
 def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
     """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: they are
     parted by what is ``known`` of this node, else by bytes."""
@@ -89,25 +102,34 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         layer,
         head,
         speed.row / speed.decode,
-        speed.prefill / layers,
+        speed.prefill * layer / speed.decode,
         max(1.0, speed.decode_p99 / speed.decode),
     )
 
 
 def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
-    """Two digits of each figure, as ``coarse``."""
-    layer, head, row, prefill, tail = (
-        float(f"{v:.2g}") for v in (speed.layer, speed.head, speed.row_share, speed.prefill, speed.tail)
-    )
+    """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
+    layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
+    row, prefill, tail = (float(f"{v:.2g}") for v in (speed.row_share, speed.prefill, speed.tail))
     return replace(speed, layer=layer, head=head, row_share=row, prefill=prefill, tail=tail)
 
 
-def coarse(speed: StageSpeed) -> StageSpeed:
-    """Two digits of each figure: what peers are told, so that they do not hear of every run."""
+def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
+    """What peers are told: the old figures while the new ones are close, so that they do not hear of every
+    run; else the new ones with three digits."""
+    if told is not None and told.measured == now.measured:
+        near = (
+            abs(told.decode - now.decode) <= _TOLD * now.decode,
+            abs(told.prefill - now.prefill) <= 2 * _TOLD * now.prefill,
+            abs(told.row - now.row) <= 4 * _TOLD * now.row,
+            abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
+        )
+        if all(near):
+            return told
     decode, row, prefill, p99 = (
-        float(f"{v:.2g}") for v in (speed.decode, speed.row, speed.prefill, speed.decode_p99)
+        float(f"{v:.3g}") for v in (now.decode, now.row, now.prefill, now.decode_p99)
     )
-    return StageSpeed(decode, row, prefill, p99, speed.measured)
+    return StageSpeed(decode, row, prefill, p99, now.measured)
 
 
 def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
@@ -120,8 +142,9 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
 
 
 class SpeedMeter:
-    """Medians of the last runs. What was measured long ago fades into the best that was ever measured
-    here, so that a node that was slow, and therefore shunned, is tried again."""
+    """Means of the last runs, without the very slowest: what a token takes on average is the sum of such. A
+    figure well above the best that was ever measured here fades towards it while nothing runs, so that a
+    node that was slow, and therefore shunned, is tried again."""
 
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
@@ -137,7 +160,7 @@ class SpeedMeter:
         if rows == 1:
             self._single.append(us)
         else:
-            alone = _quantile(self._single, 50) or self._prior.decode
+            alone = _mean(self._single) or self._prior.decode
             self._rows.append(max(0.0, us - alone) / (rows - 1))
 
     def prefilled(self, positions: int, us: float, now_s: float) -> None:
@@ -151,16 +174,18 @@ class SpeedMeter:
         if not (self._single or self._rows or self._prefill):
             return guessed
         now = StageSpeed(
-            _or(_quantile(self._single, 50), guessed.decode),
-            _or(_quantile(self._rows, 50), guessed.row),
-            _or(_quantile(self._prefill, 50), guessed.prefill),
+            _or(_mean(self._single), guessed.decode),
+            _or(_mean(self._rows), guessed.row),
+            _or(_mean(self._prefill), guessed.prefill),
             _or(_quantile(self._single, 99), guessed.decode_p99),
             measured=True,
         )
         if self._best is None or (len(self._single) == _WINDOW and now.decode < self._best.decode):
             self._best = now
-        trust = exp(-max(0.0, now_s - self._last_s) / _FADES_S)
         best = self._best
+        if now.decode <= _SHUNNED * best.decode:
+            return now
+        trust = exp(-max(0.0, now_s - self._last_s) / _FADES_S)
         return StageSpeed(
             now.decode * trust + best.decode * (1 - trust),
             now.row * trust + best.row * (1 - trust),
@@ -172,6 +197,13 @@ class SpeedMeter:
 
 def _or(measured: float | None, guessed: float) -> float:
     return guessed if measured is None else measured
+
+
+def _mean(values: deque[float]) -> float | None:
+    if not values:
+        return None
+    kept = sorted(values)[: len(values) - int(len(values) * _TRIMMED)]
+    return sum(kept) / len(kept)
 
 
 def _quantile(values: deque[float], percent: int) -> float | None:

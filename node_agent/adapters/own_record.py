@@ -27,6 +27,7 @@ from node_agent.hysteresis import (
     worth_telling,
 )
 from scheduler.cluster import Node
+from scheduler.learning import NOTHING_LEARNED, Learned
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class OwnRecord:
         draining: bool,
         term: Term | None,
         policy: PolicyVersion,
+        learned: Learned,
     ) -> Node:
         """This node as peers see it."""
         total = self._config.memory * _MIB or replicas.memory().total
@@ -97,6 +99,7 @@ class OwnRecord:
             started_ms=self.started_ns // 1_000_000,
             term=term,
             policy=policy,
+            stage_us=float(f"{learned.stage_us:.2g}") if learned is not NOTHING_LEARNED else 0.0,
         )
 
     def look_at_machine(self) -> bool:

@@ -69,6 +69,7 @@ class ClusterView:
         self.driver = MembershipDriver(cluster, machine, sock, self._judged, self._twin)
         self.on_twin: Callable[[Address], None] = lambda address: None
         self.on_suspicion: Callable[[], None] = lambda: None
+        self.on_record: Callable[[Node], None] = lambda node: None
 
     @property
     def membership(self) -> Membership:
@@ -183,6 +184,7 @@ class ClusterView:
         if node.id != node_id:
             raise PeerError(f"it says that it is {node.id}, not {node_id}")
         self.apply(NodeSeen(node, time.monotonic()))
+        self.on_record(node)
         member = self.membership.members.get(node_id)
         if member is not None:
             self.apply(NodeJudged(node_id, member.fact.state, member.reachable, time.monotonic()))

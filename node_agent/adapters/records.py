@@ -130,6 +130,7 @@ def node_record(node: Node, cluster: str) -> pb.NodeRecord:
         term=term_record(node.term),
         policy_version=node.policy.counter,
         policy_writer=node.policy.writer,
+        stage_us=node.stage_us,
     )
 
 
@@ -321,6 +322,9 @@ def read_node(record: pb.NodeRecord) -> Node:
         started_ms=record.started_unix_ms,
         term=read_term(record.term),
         policy=read_version(record.policy_version, record.policy_writer),
+        stage_us=record.stage_us
+        if isfinite(record.stage_us) and 0 < record.stage_us < _SPEED_MAX_US
+        else 0.0,
     )
 
 

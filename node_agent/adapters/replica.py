@@ -24,7 +24,7 @@ from mesh.types import Epoch, SessionId, Token
 from node_agent.ports import Runtime
 from node_agent.sampling import sample
 from node_agent.stage import Refusal, Run, StageBook, StageSession
-from scheduler.speed import SpeedMeter, StageSpeed, coarse
+from scheduler.speed import SpeedMeter, StageSpeed, worth_telling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +65,7 @@ class Replica:
         speed: StageSpeed,
     ) -> None:
         self.runtime = runtime
-        self._speed = SpeedMeter(speed)
+        self._speed, self._told = SpeedMeter(speed), speed
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
         self.runs = 0
@@ -90,7 +90,8 @@ class Replica:
 
     def speed(self) -> StageSpeed:
         """How fast it is, for peers."""
-        return coarse(self._speed.speed(time.monotonic()))
+        self._told = worth_telling(self._told, self._speed.speed(time.monotonic()))
+        return self._told
 
     def open(self, order: Open) -> StageSession | Refusal:
         return self.book.open(order, time.monotonic_ns())

@@ -25,7 +25,7 @@ from node_agent.ports import Runtime
 from node_agent.shards.manifest import ShardManifest
 from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
-from scheduler.speed import LayerSpeed, StageSpeed, coarse_layer, guess, layer_speed
+from scheduler.speed import LayerSpeed, StageSpeed, coarse_layer, guess, layer_speed, stage_speed
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,11 @@ class ReplicaManager:
         key = (info.model.ref.digest, info.runtime, info.quantization)
         self._layer_speeds[key] = layer_speed(info, speed, self._layer_speeds.get(key))
 
+    def _expected(self, info: ShardInfo) -> StageSpeed:
+        """Until it has run: by other cuts of the model that ran here, else by the machine's probe."""
+        known = self._layer_speeds.get((info.model.ref.digest, info.runtime, info.quantization))
+        return stage_speed(info, known) if known else guess(info, self.capabilities())
+
     def layer_speeds(self) -> tuple[LayerSpeed, ...]:
         """What was measured here of each model, loaded or not."""
         return tuple(coarse_layer(s) for _, s in sorted(self._layer_speeds.items()))
@@ -239,7 +244,7 @@ class ReplicaManager:
                 )
                 stage_metrics = StageMetrics(self._metrics, manifest.info)
                 digest = manifest.info.digest
-                speed = guess(manifest.info, self.capabilities())
+                speed = self._expected(manifest.info)
                 held.replica = Replica(
                     replica_runtime, kv_budget, self._host.forward, self._host.failed, speed
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -37,7 +37,7 @@ from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
 from node_agent.trace import SessionTrace
-from scheduler.cluster import ClusterSnapshot
+from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.learning import Learner
 from scheduler.routing import RoutePlan, troubled
 
@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 TRACES_KEPT = 256
+_RECORD_LAG_S = 0.6
+"""A record may be so old when it comes."""
+_LEFT_KEPT = 1024
 CLIENT_BEHIND_MAX = 64
 """Tokens that may wait for a client before its session, and no other, is paused."""
 _CLIENT_BEHIND_RESUME = 8
@@ -112,6 +115,9 @@ class SessionDriver:
         self._sessions_max, self._keep_s = sessions_max, keep_s
         self._view, self._looked_at = view, ClusterSnapshot()
         self.learner = Learner()
+        self.ours_told: dict[tuple[NodeId, Digest], int] = {}
+        """Of the sessions in each replica's record, ours."""
+        self._left: deque[tuple[float, tuple[NodeId, Digest]]] = deque(maxlen=_LEFT_KEPT)
         self._running: dict[SessionId, SessionHandle] = {}
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
@@ -157,14 +163,25 @@ class SessionDriver:
         self._feed()
         return handle
 
-    def own_sessions(self) -> dict[tuple[NodeId, Digest], int]:
+    def own_sessions(self) -> Counter[tuple[NodeId, Digest]]:
         """How many of our sessions each replica has now: records tell it half a second late."""
-        counts: dict[tuple[NodeId, Digest], int] = {}
-        for handle in self._running.values():
-            for stage in handle.session.route.stages:
-                key = (stage.node, stage.shard)
-                counts[key] = counts.get(key, 0) + 1
-        return counts
+        return Counter(
+            (stage.node, stage.shard)
+            for handle in self._running.values()
+            for stage in handle.session.route.stages
+        )
+
+    def note_record(self, node: Node) -> None:
+        """A node told its load: of the sessions that it counts, these are ours, some of which may just have
+        ended. What is left is others', and goes on when ours are long gone."""
+        since = time.monotonic() - _RECORD_LAG_S
+        while self._left and self._left[0][0] < since:
+            self._left.popleft()
+        ours = self.own_sessions()
+        ours.update(key for _, key in self._left)
+        for replica in node.replicas:
+            key = (node.id, replica.shard.digest)
+            self.ours_told[key] = min(replica.sessions, ours[key])
 
     def on_message(self, message: Message) -> None:
         """A token, acknowledgement, refusal or loss for a session of ours.
@@ -317,6 +334,8 @@ class SessionDriver:
         order, trace = handle.session.order, handle.trace
         if self._running.pop(order.session, None) is None:
             return
+        left = time.monotonic()
+        self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
         trace.outcome = ended.finish.value if ended.finish else f"failed: {ended.error}"
         handle.push(ended)

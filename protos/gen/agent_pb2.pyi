@@ -510,6 +510,7 @@ class NodeRecord(google.protobuf.message.Message):
     TERM_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     POLICY_WRITER_FIELD_NUMBER: builtins.int
+    STAGE_US_FIELD_NUMBER: builtins.int
     node: builtins.str
     name: builtins.str
     cluster: builtins.str
@@ -530,6 +531,8 @@ class NodeRecord(google.protobuf.message.Message):
     started_unix_ms: builtins.int
     policy_version: builtins.int
     policy_writer: builtins.str
+    stage_us: builtins.float
+    """what its sessions' stages took beside computation; 0 unknown"""
     @property
     def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ReplicaRecord]: ...
     @property
@@ -575,9 +578,10 @@ class NodeRecord(google.protobuf.message.Message):
         term: Global___Term | None = ...,
         policy_version: builtins.int = ...,
         policy_writer: builtins.str = ...,
+        stage_us: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "coordinate", b"coordinate", "term", b"term"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "coordinate", b"coordinate", "draining", b"draining", "features", b"features", "layer_speeds", b"layer_speeds", "links", b"links", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "policy_version", b"policy_version", "policy_writer", b"policy_writer", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "scheduler", b"scheduler", "started_unix_ms", b"started_unix_ms", "term", b"term", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "api_address", b"api_address", "capabilities", b"capabilities", "cluster", b"cluster", "coordinate", b"coordinate", "draining", b"draining", "features", b"features", "layer_speeds", b"layer_speeds", "links", b"links", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "models", b"models", "name", b"name", "node", b"node", "policy_version", b"policy_version", "policy_writer", b"policy_writer", "public_key", b"public_key", "region", b"region", "replicas", b"replicas", "scheduler", b"scheduler", "stage_us", b"stage_us", "started_unix_ms", b"started_unix_ms", "term", b"term", "version", b"version", "wire_version", b"wire_version"]) -> None: ...
 
 Global___NodeRecord: typing_extensions.TypeAlias = NodeRecord
 

@@ -22,7 +22,7 @@ from node_agent.route_report import route_report
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us, ways_us
 from scheduler.routing import Router, RouteRequest, find_route
-from scheduler.speed import SpeedMeter, StageSpeed, coarse, guess
+from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, cluster, node, shard
 
 HERE = NodeId("a")
@@ -287,14 +287,25 @@ def test_speeds_are_learned_and_old_slowness_fades() -> None:
         meter.prefilled(64, 6400, 1.0)
     learned = meter.speed(1.0)
     assert learned.measured
-    assert (learned.decode, learned.prefill) == (2001, 100)
+    assert learned.decode == pytest.approx(2001, abs=1)
+    assert learned.prefill == 100
     assert learned.row == pytest.approx(300, abs=2)
     assert learned.step(4) == pytest.approx(2900, abs=10)
-    for _ in range(60):
+    for _ in range(300):
+        meter.decoded(1, 2200, 2.0)
+    assert meter.speed(600.0).decode == 2200, "a little slower is no reason to hope"
+    for _ in range(300):
         meter.decoded(1, 10_000, 2.0)
     assert meter.speed(2.0).decode == 10_000
     assert meter.speed(600.0).decode == pytest.approx(2001, abs=1)
-    assert coarse(StageSpeed(1234.5, 0.0, 9.87, 55555)) == StageSpeed(1200, 0, 9.9, 56000)
+
+
+def test_peers_hear_of_speeds_that_moved() -> None:
+    told = worth_telling(None, StageSpeed(1234.56, 0.0, 9.876, 55555))
+    assert told == StageSpeed(1230, 0, 9.88, 55600)
+    assert worth_telling(told, StageSpeed(1260, 0.0, 9.7, 54000)) is told
+    assert worth_telling(told, StageSpeed(1300, 0.0, 9.7, 54000)).decode == 1300
+    assert worth_telling(told, replace(told, measured=True)).measured
 
 
 def test_a_guess_comes_from_the_probe() -> None:
