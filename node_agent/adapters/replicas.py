@@ -238,7 +238,14 @@ class ReplicaManager:
                 folder, manifest = await asyncio.to_thread(self._find, key)
                 held.info = manifest.info
                 self._tell(held)
-                kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
+                try:
+                    kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
+                except Full:
+                    if not self._unloading:
+                        raise
+                    # What is on its way out will leave room.
+                    await asyncio.wait(set(self._unloading), timeout=self._config.drain_timeout + 5)
+                    kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
                 replica_runtime = await asyncio.to_thread(
                     self._load_runtime, folder, manifest, slots, capacity
                 )
