@@ -25,6 +25,7 @@ class Cause(enum.Enum):
     DEADLINE = 7
     STALE_EPOCH = 8
     DRAINING = 9
+    NO_CACHE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Open:
     generated: tuple[int, ...]
     sampling: Sampling
     exact: bool = False
+    resume: SessionId | None = None
+    """A closed session that the stages kept: this one takes its KV cache over up to ``position``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,8 @@ class Close:
     reason: str
     stage: int = 0
     """The receiver's place in the route."""
+    keep: bool = False
+    """It ended well: keep the KV cache for a session that goes on from it, while there is room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,9 @@ class Finish(enum.Enum):
     CANCELLED = "cancelled"
 
 
+_NATURAL = (Finish.STOP, Finish.LENGTH)
+
+
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """The client left, or the text layer found a stop string (``finish`` says which)."""
@@ -171,6 +174,10 @@ class SessionOrder:
     step_timeout_ns: int = 30_000_000_000
     recovery_timeout_ns: int = 0
     """How long a session without a route waits for another one; 0: it fails at once."""
+    keep: bool = False
+    """Ask the stages to keep the KV cache when it ends well."""
+    resume: tuple[SessionId, int] | None = None
+    """A session that the route's stages kept, and how many of the prompt's positions it shares."""
 
 
 class Session:
@@ -185,6 +192,8 @@ class Session:
         self.state = State.PREFILL
         self.generated: list[int] = []
         self.finish: Finish | None = None
+        self.kept = False
+        """Its stages were asked to keep what they computed."""
         self._sent = 0
         self._in_flight: deque[int] = deque()
         self._paused = False
@@ -209,14 +218,15 @@ class Session:
 
     def start(self, now: int) -> list[Effect]:
         """Open the route and send the first chunks."""
-        return self._open(now)
+        return self._open(now, self.order.resume)
 
-    def _open(self, now: int) -> list[Effect]:
+    def _open(self, now: int, resume: tuple[SessionId, int] | None = None) -> list[Effect]:
         order = self.order
+        kept, position = resume or (None, 0)
         opening = Open(
             session=order.session,
             epoch=self.epoch,
-            position=0,
+            position=position,
             route=self.route,
             stage=0,
             owner_address=self.address,
@@ -226,9 +236,10 @@ class Session:
             prompt=order.prompt,
             generated=tuple(self.generated),
             sampling=order.sampling,
+            resume=kept,
         )
         self._history = (*order.prompt, *self.generated)
-        self._sent, self._held = 0, None
+        self._sent, self._held = position, None
         self._in_flight.clear()
         self._progress_ns = now
         return [SendOpen(opening), *self._prefill()]
@@ -271,6 +282,8 @@ class Session:
                 return self._resume(now)
             case Tick():
                 return self._tick(now)
+            case Refused(cause=Cause.NO_CACHE):
+                return self._start_cold(now)
             case Refused(stage=stage):
                 return self._lose(stage, _refusal(event, self.route), now)
             case HopLost(stage=stage):
@@ -295,6 +308,12 @@ class Session:
             self._avoid.add(self.route.stages[stage].node)
         self.state, self._asked_ns = State.REROUTING, now
         return [*self._close_all(str(error)), NeedRoute(frozenset(self._avoid))]
+
+    def _start_cold(self, now: int) -> list[Effect]:
+        """A stage kept nothing after all: the whole prompt then, on the same route."""
+        closing = self._close_all("the prefix is not kept")
+        self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
+        return [*closing, *self._open(now)]
 
     def _reroute(self, route: LayeredRoute, now: int) -> list[Effect]:
         closing = [] if self.state is State.REROUTING else self._close_all("the session moves")
@@ -342,9 +361,9 @@ class Session:
         self.generated.append(token.token)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
         if token.token in self.order.stop_tokens:
-            return written + self._finish(Finish.STOP)
+            return written + self._finish(Finish.STOP, _NATURAL)
         if len(self.order.prompt) + len(self.generated) >= self.positions:
-            return written + self._finish(Finish.LENGTH)
+            return written + self._finish(Finish.LENGTH, _NATURAL)
         if self._paused:
             self._held = token
             return written
@@ -378,16 +397,19 @@ class Session:
             return self._lose(-1, StageLost(f"no stage of {self.route} made progress for {seconds:g} s"), now)
         return []
 
-    def _finish(self, finish: Finish) -> list[Effect]:
+    def _finish(self, finish: Finish, natural: tuple[Finish, ...] = ()) -> list[Effect]:
+        # A stop string is found when the next step is under way already: such a cache is not kept.
+        self.kept = self.order.keep and self.state is State.DECODE and finish in natural
         self.state, self.finish = State.DONE, finish
-        return [self._close(finish.value), Ended(finish=finish)]
+        return [self._close(finish.value, self.kept), Ended(finish=finish)]
 
     def _fail(self, error: MeshError) -> list[Effect]:
         self.state = State.FAILED
         return [*self._close_all(str(error)), Ended(error=error)]
 
-    def _close(self, reason: str) -> Effect:
-        return SendClose(Close(self.order.session, self.epoch, reason), self.route.stages[0].address)
+    def _close(self, reason: str, keep: bool) -> Effect:
+        close = Close(self.order.session, self.epoch, reason, keep=keep)
+        return SendClose(close, self.route.stages[0].address)
 
 
 def _stage_name(route: LayeredRoute, index: int) -> str:

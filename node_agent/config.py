@@ -120,6 +120,10 @@ class AgentConfig:
         unit="s",
         low=0.0,
     )
+    prefix_cache: str = setting(
+        "auto",
+        "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
+    )
     token_log: str = setting(
         "on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only."
     )
@@ -135,6 +139,7 @@ _CHOICES = {
     "token_log": ("on", "off"),
     "mdns": ("on", "off"),
     "scheduler": ("on", "off"),
+    "prefix_cache": ("auto", "on", "off"),
     "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),

@@ -36,7 +36,7 @@ from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestErro
 from mesh.gossip import MemberState
 from mesh.profiles import PROFILES
 from mesh.session import SessionOrder
-from mesh.types import Address, LayeredRoute, NodeId, SessionId
+from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.discovery_setup import consul_of, discovery_of
@@ -58,12 +58,13 @@ from node_agent.ingress.schema import Generation
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
+from node_agent.prefixes import KeptSession
 from node_agent.route_report import route_report
 from protos.gen import agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
 from scheduler.cost import Percentile
 from scheduler.policy import ClassPolicy
-from scheduler.routing import Group, RoutePlan, Router, RouteRequest, models_served
+from scheduler.routing import Group, Kept, RoutePlan, Router, RouteRequest, models_served
 
 log = logging.getLogger(__name__)
 
@@ -431,20 +432,36 @@ class Agent:
         envelope = new_envelope(orders[0].session, name, generation.chat)
         choices = [new_choice(i, text, generation.stop) for i in range(len(orders))]
         handles: list[SessionHandle] = []
+        cached = 0
         try:
             for i, order in enumerate(orders):
                 if generation.echo:
                     choices[i].text.append(
                         b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace")
                     )
-                plan = self.plan(name, order, rules, draw=secrets.randbits(62) + 1)
+                kept = self._kept(generation, shape.ref.digest, order)
+                plan = self.plan(name, order, rules, draw=secrets.randbits(62) + 1, kept=kept)
+                if kept is not None and plan.resumed:
+                    order = replace(order, resume=(kept[0].session, plan.resumed))
+                    self.driver.prefixes.take(kept[0].session)
+                    cached += plan.resumed
                 replan = partial(self._replan, name, rules)
                 handles.append(self.driver.start(order, plan, str(shape.ref), replan))
         except MeshError:
             for handle in handles:
                 handle.stop()
             raise
-        return Job(generation, envelope, choices, handles, sum(map(len, prompts)))
+        return Job(generation, envelope, choices, handles, sum(map(len, prompts)), cached)
+
+    def _kept(
+        self, generation: Generation, model: Digest, order: SessionOrder
+    ) -> tuple[KeptSession, int] | None:
+        """A finished session that this one may go on from, and for how many positions."""
+        told = self.config.prefix_cache
+        fixed = generation.seeded or order.sampling.temperature == 0
+        if told == "off" or (told == "auto" and fixed):
+            return None
+        return self.driver.prefixes.longest(model, order.prompt)
 
     def _rules(self, model: str, class_name: str) -> tuple[ClassPolicy, ...]:
         """What the policy says of a model and of a class of requests; raises ``RequestError``."""
@@ -482,6 +499,7 @@ class Agent:
         percentile: str = "p50",
         avoid: frozenset[NodeId] = frozenset(),
         pin: Group | None = None,
+        kept: tuple[KeptSession, int] | None = None,
     ) -> RoutePlan:
         """The route of a request on our latest snapshot; raises ``NoRoute``."""
         percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
@@ -492,6 +510,7 @@ class Agent:
             rules=rules,
             avoid=avoid,
             pin=pin,
+            kept=Kept(kept[0].route, kept[1]) if kept else None,
             learned=self.driver.learner.learned,
             tokens=min(order.tokens_max, _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) if order else 0,
@@ -586,6 +605,7 @@ class Agent:
                         window=config.window,
                         step_timeout_ns=int(config.step_timeout * 1e9),
                         recovery_timeout_ns=int(config.recovery_timeout * 1e9),
+                        keep=config.prefix_cache != "off",
                     )
                 )
         return orders

@@ -18,7 +18,7 @@ runtime does next:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
+KEPT_NS = 600_000_000_000
 _GAP_MAX = 1
 GATHER_MAX_NS = 50_000_000
 """Longest that a decode frame waits for others; usually a step's time at most, and only to join."""
@@ -53,6 +54,8 @@ class StageSession:
     """Distinct hosts on the route."""
     stepped_ns: int = 0
     """When its last decode step began here; 0 before the first."""
+    kept_ns: int = 0
+    """When it was closed and kept for a session that goes on from it."""
     sampled: list[int] = field(default_factory=list)
     """Tokens sampled here (last stage): the history that penalties look at."""
 
@@ -92,6 +95,11 @@ class StageBook:
     def __init__(self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int) -> None:
         self.shard, self.capacity, self.kv_budget_bytes = shard, capacity, kv_budget_bytes
         self.sessions: dict[SessionId, StageSession] = {}
+        self.kept: OrderedDict[SessionId, StageSession] = OrderedDict()
+        """Closed sessions whose KV cache is still in its slot, the longest kept first: the first to go when
+        somebody needs the room."""
+        self.freed: list[int] = []
+        """Slots whose memory may go back; whoever reads them empties this."""
         self.reserved_bytes = 0
         self.draining = False
         self._slots: list[StageSession | None] = [None] * slots
@@ -122,14 +130,25 @@ class StageBook:
                 Cause.FULL,
                 f"{order.positions} positions were asked for, this replica has room for {self.capacity} a session",
             )
+        slot, refusal = self._resume(order) if order.resume is not None else (None, None)
+        if refusal is not None:
+            return refusal
         reserved = order.positions * self.shard.kv_bytes_per_token
+        while self.kept and (
+            self.reserved_bytes + reserved > self.kv_budget_bytes
+            or (slot is None and None not in self._slots)
+        ):
+            self._let_go(next(iter(self.kept)))
         if self.reserved_bytes + reserved > self.kv_budget_bytes:
+            if slot is not None:
+                self.freed.append(slot)
             return Refusal(
                 Cause.FULL,
                 f"no KV memory: {reserved} bytes wanted, {self.kv_budget_bytes - self.reserved_bytes} "
                 f"of {self.kv_budget_bytes} free",
             )
-        slot = next((i for i, s in enumerate(self._slots) if s is None), None)
+        if slot is None:
+            slot = next((i for i, s in enumerate(self._slots) if s is None), None)
         if slot is None:
             return Refusal(Cause.FULL, f"all {self.slots} session slots are taken")
         session = StageSession(
@@ -138,7 +157,8 @@ class StageBook:
             reserved_bytes=reserved,
             deadline_ns=now + order.deadline_ms * 1_000_000,
             last=self.shard.last,
-            position=0,
+            position=order.position if order.resume else 0,
+            queued_to=order.position if order.resume else 0,
             credit=order.window,
             machines=_machines(order),
         )
@@ -146,6 +166,27 @@ class StageBook:
         self.sessions[order.session] = session
         self.reserved_bytes += reserved
         return session
+
+    def _resume(self, order: Open) -> tuple[int | None, Refusal | None]:
+        """The slot of a kept session that is long enough, which is then no longer kept."""
+        assert order.resume is not None
+        kept = self.kept.get(order.resume)
+        if kept is None or kept.position < order.position:
+            return None, Refusal(Cause.NO_CACHE, f"session {order.resume} is not kept here any more")
+        self._let_go(order.resume)
+        self.freed.remove(kept.slot)
+        return kept.slot, None
+
+    def _let_go(self, session: SessionId) -> None:
+        kept = self.kept.pop(session)
+        self._slots[kept.slot] = None
+        self.reserved_bytes -= kept.reserved_bytes
+        self.freed.append(kept.slot)
+
+    def forget_idle(self, now: int) -> None:
+        """Let go of what nobody has gone on from for long."""
+        while self.kept and next(iter(self.kept.values())).kept_ns < now - KEPT_NS:
+            self._let_go(next(iter(self.kept)))
 
     def _reopen(self, session: StageSession, order: Open) -> StageSession | Refusal:
         if order.epoch <= session.order.epoch:
@@ -284,14 +325,22 @@ class StageBook:
             session.unacknowledged.popleft()
             session.credit += 1
 
-    def close(self, session_id: SessionId, epoch: Epoch | None = None) -> StageSession | None:
-        """Free a session's slot and memory; an older epoch closes nothing."""
+    def close(
+        self, session_id: SessionId, epoch: Epoch | None = None, keep_now: int | None = None
+    ) -> StageSession | None:
+        """End a session; an older epoch ends nothing. With ``keep_now`` (the time) its KV cache is kept while
+        nobody else needs the room, else slot and memory are free."""
         session = self.sessions.get(session_id)
         if session is None or (epoch is not None and epoch < session.order.epoch):
             return None
         del self.sessions[session_id]
+        if keep_now is not None and not self.draining and not session.running and not session.queue:
+            session.kept_ns = keep_now
+            self.kept[session_id] = session
+            return session
         self._slots[session.slot] = None
         self.reserved_bytes -= session.reserved_bytes
+        self.freed.append(session.slot)
         return session
 
     def overdue(self, now: int) -> list[SessionId]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +60,14 @@ Group = tuple[Digest, str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A route whose replicas hold the KV cache of the first ``positions`` of a prompt."""
+
+    route: LayeredRoute
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRequest:
     """``ingress`` is preferred as the first stage: its hop is free. ``tokens`` to be generated and
     ``prompt`` positions weigh decode against prefill. ``own``: sessions that the ingress runs on
@@ -80,6 +89,7 @@ class RouteRequest:
     rules: tuple[ClassPolicy, ...] = ()
     """All of them hold for every node of the route."""
     avoid: frozenset[NodeId] = frozenset()
+    kept: Kept | None = None
     pin: Group | None = None
     """Of a session that runs: nothing but this digest, runtime and quantization (rule R7)."""
     learned: Learned = NOTHING_LEARNED
@@ -98,6 +108,8 @@ class RoutePlan:
     ttft_us: float
     alternatives: tuple[LayeredRoute, ...] = ()
     group: Group | None = None
+    resumed: int = 0
+    """Positions of the prompt that need no prefill on this route."""
 
     @property
     def tpot_us(self) -> float:
@@ -164,7 +176,11 @@ class Router:
                 best = (found[0], graph, found[1], prices)
         if best is None:
             raise NoRoute(_explain(snapshot, request, [g.held for g in graphs]))
-        _, graph, path, prices = best
+        cost, graph, path, prices = best
+        resumed = _resumed(graphs, request, cost)
+        if resumed is not None:
+            graph, path, prices, request = resumed
+        chosen = path
         others = []
         for _ in range(request.alternatives):
             prices = graph.without(prices, path, request.ingress)
@@ -173,7 +189,24 @@ class Router:
                 break
             path = found[1]
             others.append(graph.route(path))
-        return graph.told(request, best[2], tuple(others))
+        positions = request.kept.positions if resumed is not None and request.kept else 0
+        return replace(graph.told(request, chosen, tuple(others)), resumed=positions)
+
+
+def _resumed(
+    graphs: list[_Graph], request: RouteRequest, cost: float
+) -> tuple[_Graph, list[int], _Prices, RouteRequest] | None:
+    """The route that keeps the prompt's beginning, if that is cheaper: all of its stages or none, for a cache
+    in parts saves nothing."""
+    kept = request.kept
+    if kept is None:
+        return None
+    shorter = replace(request, prompt=request.prompt - kept.positions)
+    for graph in graphs:
+        path, prices = graph.path_of(kept.route), graph.prices(shorter)
+        if path and graph.cost_of(prices, path) < cost:
+            return graph, path, prices, shorter
+    return None
 
 
 def find_route(snapshot: ClusterSnapshot, request: RouteRequest) -> LayeredRoute:
@@ -337,6 +370,22 @@ class _Graph:
         while parent[path[-1]] >= 0:
             path.append(int(parent[path[-1]]))
         return float(ends[best]), path[::-1]
+
+    def path_of(self, route: LayeredRoute) -> list[int] | None:
+        """The path of a route, if all of its replicas are here."""
+        places = {key: i for i, key in enumerate(self._keys)}
+        path = [places.get((s.node, s.shard)) for s in route.stages]
+        return [i for i in path if i is not None] if None not in path else None
+
+    def cost_of(self, prices: _Prices, path: list[int]) -> float:
+        """What ``shortest`` would find for a path."""
+        total = float(prices.outward[path[0]] + prices.home[path[-1]] + prices.replicas[path].sum())
+        for before, after in pairwise(path):
+            for (ends, starts, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
+                row, column = np.flatnonzero(starts == after), np.flatnonzero(ends == before)
+                if row.size and column.size:
+                    total += float(edges[row[0], column[0]])
+        return total
 
     def route(self, path: list[int]) -> LayeredRoute:
         """The route of a path."""

@@ -88,6 +88,7 @@ def encode(message: Message) -> Iterator[pb.Packet]:
                     epoch=_epoch(message.epoch),
                     reason=message.reason[:1000],
                     stage=message.stage,
+                    keep=message.keep,
                 )
             )
         case HopLost():
@@ -231,6 +232,7 @@ def _open(order: Open) -> pb.Open:
             logprobs=how.logprobs,
         ),
         exact=order.exact,
+        resume=_session(order.resume) if order.resume else b"",
     )
 
 
@@ -302,7 +304,7 @@ class Decoder:
                 )
             case "close":
                 c = packet.close
-                return Close(read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage)
+                return Close(read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep)
             case "hop_lost":
                 h = packet.hop_lost
                 return HopLost(
@@ -440,4 +442,5 @@ def _read_open(order: pb.Open) -> Open:
             logprobs=how.logprobs,
         ),
         exact=order.exact,
+        resume=read_session(order.resume) if order.resume else None,
     )

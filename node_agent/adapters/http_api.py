@@ -46,8 +46,10 @@ class Job:
         choices: list[Choice],
         handles: list[SessionHandle],
         prompt_tokens: int,
+        cached_tokens: int = 0,
     ) -> None:
         self.generation, self.envelope = generation, envelope
+        self.cached_tokens = cached_tokens
         self.choices, self.handles, self.prompt_tokens = choices, handles, prompt_tokens
 
     @property
@@ -55,7 +57,7 @@ class Job:
         return self.generation.sampling.logprobs >= 0
 
     def usage(self) -> dict[str, Any]:
-        return usage_of(self.prompt_tokens, sum(c.tokens for c in self.choices))
+        return usage_of(self.prompt_tokens, sum(c.tokens for c in self.choices), self.cached_tokens)
 
     def stop(self) -> None:
         """Free every session that still runs."""

@@ -73,7 +73,6 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._busy = False
-        self._freed: list[int] = []
         self._nested = False
         self._timer: asyncio.TimerHandle | None = None
         self._step_ns = 0
@@ -126,21 +125,17 @@ class Replica:
         self.book.acknowledged(session, epoch, position)
         self.dispatch()
 
-    def close_session(self, session: SessionId, epoch: Epoch | None = None) -> bool:
-        """Free a session's slot at once."""
-        closed = self.book.close(session, epoch)
-        if closed is None:
-            return False
-        self._freed.append(closed.slot)
-        return True
+    def close_session(self, session: SessionId, epoch: Epoch | None = None, keep: bool = False) -> bool:
+        """End a session; free its slot at once, or keep its KV cache while there is room."""
+        return self.book.close(session, epoch, time.monotonic_ns() if keep else None) is not None
 
     def dispatch(self) -> None:
         """Start the next run if the thread is idle."""
         if self._busy:
             return
         # Nothing computes now: a freed slot's pages can go before anybody else writes there.
-        while self._freed:
-            self.runtime.release(self._freed.pop())
+        while self.book.freed:
+            self.runtime.release(self.book.freed.pop())
         now = time.monotonic_ns()
         run = self.book.next_run(now)
         if run is None:

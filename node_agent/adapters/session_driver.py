@@ -36,6 +36,7 @@ from mesh.types import Address, Digest, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
+from node_agent.prefixes import KeptSession, PrefixBook
 from node_agent.trace import SessionTrace
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.learning import Learner
@@ -115,6 +116,7 @@ class SessionDriver:
         self._sessions_max, self._keep_s = sessions_max, keep_s
         self._view, self._looked_at = view, ClusterSnapshot()
         self.learner = Learner()
+        self.prefixes = PrefixBook()
         self.ours_told: dict[tuple[NodeId, Digest], int] = {}
         """Of the sessions in each replica's record, ours."""
         self._left: deque[tuple[float, tuple[NodeId, Digest]]] = deque(maxlen=_LEFT_KEPT)
@@ -334,6 +336,10 @@ class SessionDriver:
         order, trace = handle.session.order, handle.trace
         if self._running.pop(order.session, None) is None:
             return
+        session = handle.session
+        if session.kept and handle.plan.group:
+            tokens = (*order.prompt, *session.generated[:-1])
+            self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
         left = time.monotonic()
         self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)

@@ -160,18 +160,18 @@ class StageHost:
         placed = self._placed.get(key)
         if placed is None or close.epoch < placed.order.epoch:
             return
-        self._forget(key, placed)
-        self._pass_close(placed.order, close.reason)
+        self._forget(key, placed, close.keep)
+        self._pass_close(placed.order, close.reason, close.keep)
 
-    def _pass_close(self, order: Open, reason: str) -> None:
+    def _pass_close(self, order: Open, reason: str, keep: bool = False) -> None:
         route = order.route
         if isinstance(route, LayeredRoute) and order.stage + 1 < len(route.stages):
-            onward = Close(order.session, order.epoch, reason, order.stage + 1)
+            onward = Close(order.session, order.epoch, reason, order.stage + 1, keep)
             self.deliver(route.stages[onward.stage].address, onward)
 
-    def _forget(self, key: Key, placed: _Placed) -> None:
+    def _forget(self, key: Key, placed: _Placed, keep: bool = False) -> None:
         del self._placed[key]
-        placed.replica.close_session(key[0], placed.order.epoch)
+        placed.replica.close_session(key[0], placed.order.epoch, keep)
         placed.replica.dispatch()
 
     def _report(self, order: Open, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
@@ -351,6 +351,7 @@ class StageHost:
                 upstream.reply(Beacon(replica.runs, replica.book.queued))
             now = time.monotonic_ns()
             for replica in self.replicas.values():
+                replica.book.forget_idle(now)
                 for session in replica.book.overdue(now):
                     stage = replica.book.sessions[session].order.stage
                     expired = self._placed.get((session, stage))

@@ -49,6 +49,8 @@ class _CauseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     CAUSE_DEADLINE: _Cause.ValueType  # 7
     CAUSE_STALE_EPOCH: _Cause.ValueType  # 8
     CAUSE_DRAINING: _Cause.ValueType  # 9
+    CAUSE_NO_CACHE: _Cause.ValueType  # 10
+    """the session to resume is not kept here any more"""
 
 class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
 
@@ -68,6 +70,8 @@ CAUSE_RUNTIME: Cause.ValueType  # 6
 CAUSE_DEADLINE: Cause.ValueType  # 7
 CAUSE_STALE_EPOCH: Cause.ValueType  # 8
 CAUSE_DRAINING: Cause.ValueType  # 9
+CAUSE_NO_CACHE: Cause.ValueType  # 10
+"""the session to resume is not kept here any more"""
 Global___Cause: typing_extensions.TypeAlias = Cause
 
 @typing.final
@@ -379,6 +383,7 @@ class Open(google.protobuf.message.Message):
     GENERATED_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     EXACT_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     position: builtins.int
     """r"""
@@ -393,6 +398,8 @@ class Open(google.protobuf.message.Message):
     """left when sent; the session ends everywhere when it is over"""
     exact: builtins.bool
     """a replay keeps the frames' first shapes (R3)"""
+    resume: builtins.bytes
+    """a closed session whose KV cache is taken over up to `position`"""
     @property
     def epoch(self) -> Global___Epoch: ...
     @property
@@ -421,9 +428,10 @@ class Open(google.protobuf.message.Message):
         generated: collections.abc.Iterable[builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         exact: builtins.bool = ...,
+        resume: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch", "route", b"route", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "window", b"window"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "window", b"window"]) -> None: ...
 
 Global___Open: typing_extensions.TypeAlias = Open
 
@@ -733,10 +741,13 @@ class Close(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     reason: builtins.str
     stage: builtins.int
     """the receiver's place in the route"""
+    keep: builtins.bool
+    """its KV cache may be resumed: keep it while nobody else needs the room"""
     @property
     def epoch(self) -> Global___Epoch: ...
     def __init__(
@@ -746,9 +757,10 @@ class Close(google.protobuf.message.Message):
         epoch: Global___Epoch | None = ...,
         reason: builtins.str = ...,
         stage: builtins.int = ...,
+        keep: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "reason", b"reason", "session", b"session", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "keep", b"keep", "reason", b"reason", "session", b"session", "stage", b"stage"]) -> None: ...
 
 Global___Close: typing_extensions.TypeAlias = Close
 

@@ -462,3 +462,49 @@ def test_a_taken_port_is_named() -> None:
             assert answer.returncode == 2
             assert words in answer.stderr
             assert f"choose another with {flag}" in answer.stderr
+
+
+def test_a_conversations_next_turn_goes_on_from_the_kept_cache(starter: Starter) -> None:
+    running = starter("--nodes", "2", "--set", "prefix_cache=on")
+    with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0) as client:
+        talk: list[Any] = [
+            {
+                "role": "system",
+                "content": "You are a helpful assistant who knows a lot about ships and the sea.",
+            },
+            {"role": "user", "content": "Name three kinds of ships, please, and say what each is for."},
+        ]
+        said: list[str] = []
+        cached: list[int] = []
+        for turn in range(3):
+            answer: Any = client.chat.completions.create(
+                model=MODEL,
+                messages=talk,
+                max_tokens=24,
+                temperature=0,
+            )
+            said.append(answer.choices[0].message.content)
+            cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+            assert answer.usage.prompt_tokens > cached[-1]
+            talk += [
+                {"role": "assistant", "content": said[-1]},
+                {"role": "user", "content": f"And number {turn + 4}?"},
+            ]
+        assert cached[0] == 0
+        assert cached[1] >= 40
+        assert cached[2] >= cached[1] + 24
+    assert running.stop() == 0
+
+
+def test_fixed_texts_do_not_depend_on_what_ran_before(client: openai.OpenAI) -> None:
+    """By default a request at temperature 0 or with a seed is computed from its first token on."""
+    prompt = "The old harbour was quiet that morning, and the boats lay side by side while the gulls" * 2
+
+    def complete(**how: Any) -> Any:
+        return client.completions.create(model=MODEL, prompt=prompt, max_tokens=12, **how)
+
+    for how in ({"temperature": 0}, {"temperature": 1, "seed": 5}):
+        one, two = complete(**how), complete(**how)
+        assert one.choices[0].text == two.choices[0].text
+        assert two.usage.prompt_tokens_details.cached_tokens == 0
+    assert complete(temperature=1).usage.prompt_tokens_details.cached_tokens > 30

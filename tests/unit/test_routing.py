@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 from mesh.capabilities import Battery, Speed
 from mesh.coordinates import Coordinate
 from mesh.errors import NoRoute
+from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
-from mesh.types import NodeId
+from mesh.messages import Cause
+from mesh.types import Digest, NodeId
 from node_agent.adapters.records import node_record, read_node
 from node_agent.commands.route import plan_view
 from node_agent.hysteresis import links_worth_telling, place_worth_telling
 from node_agent.route_report import route_report
-from scheduler.cluster import ClusterSnapshot, Node
+from scheduler.cluster import ClusterSnapshot, Node, NodeJudged
 from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us, ways_us
-from scheduler.routing import Router, RouteRequest, find_route
+from scheduler.learning import Learner
+from scheduler.policy import ClassPolicy
+from scheduler.routing import Kept, Router, RouteRequest, find_route, troubled
 from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, cluster, node, shard
 
@@ -327,3 +331,86 @@ def test_links_are_told_when_they_moved() -> None:
     assert place_worth_telling(place, replace(place, height=0.0011)) is place
     assert place_worth_telling(place, replace(place, vector=(0.1, 0.0, 0.0, 0.0))) is not place
     assert place_worth_telling(None, place) is place
+
+
+# -- kept caches, rules, load ----------------------------------------------------------------
+
+
+def kept_on(snapshot: ClusterSnapshot, name: str, positions: int) -> Kept:
+    return Kept(find_route(cluster(snapshot.nodes[NodeId(name)]), RouteRequest("tiny", HERE)), positions)
+
+
+def test_a_route_that_keeps_the_prompts_beginning_is_preferred_if_that_pays() -> None:
+    snapshot = cluster(at_speed(node("b", shard()), 5), at_speed(node("c", shard()), 6))
+    router = Router()
+    kept = kept_on(snapshot, "c", 300)
+    long = router.plan(snapshot, RouteRequest("tiny", HERE, tokens=5, prompt=310, kept=kept))
+    assert ([s.node for s in long.route.stages], long.resumed) == (["c"], 300)
+    plain = router.plan(snapshot, RouteRequest("tiny", HERE, tokens=5, prompt=310))
+    assert ([s.node for s in plain.route.stages], plain.resumed) == (["b"], 0)
+    assert long.ttft_us < plain.ttft_us
+    short = kept_on(snapshot, "c", 1)
+    assert router.plan(snapshot, RouteRequest("tiny", HERE, tokens=200, prompt=310, kept=short)).resumed == 0
+    gone = cluster(snapshot.nodes[NodeId("b")])
+    assert router.plan(gone, RouteRequest("tiny", HERE, prompt=310, kept=kept)).resumed == 0
+
+
+def test_rules_keep_routes_out_and_say_so() -> None:
+    def labelled(name: str, tier: str) -> Node:
+        made = node(name, shard())
+        return replace(made, capabilities=replace(made.capabilities, labels=(("tier", tier),)))
+
+    snapshot = cluster(labelled("b", "cloud"), labelled("c", "onboard"))
+    onboard = ClassPolicy(allow=("tier=onboard",))
+    assert chosen(snapshot) == ["b"]
+    assert chosen(snapshot, rules=(onboard,)) == ["c"]
+    assert chosen(snapshot, rules=(ClassPolicy(price=(("tier=cloud", 9999.0),)),)) == ["c"]
+    with pytest.raises(
+        NoRoute, match="that the rules allow: the policy allows only tier=onboard; the policy denies"
+    ):
+        chosen(snapshot, rules=(onboard, ClassPolicy(deny=("tier=onboard",))))
+    assert chosen(snapshot, avoid=frozenset({NodeId("b")})) == ["c"]
+    with pytest.raises(NoRoute):
+        chosen(snapshot, avoid=frozenset({NodeId("b"), NodeId("c")}))
+
+
+def test_a_session_stays_with_its_model_runtime_and_quantization() -> None:
+    other = replace(shard(), quantization="fp32", digest=Digest("f" * 64))
+    snapshot = cluster(at_speed(node("b", shard()), 1), at_speed(node("c", other), 9))
+    assert chosen(snapshot) == ["b"]
+    assert chosen(snapshot, pin=(other.model.ref.digest, "onnx", "fp32")) == ["c"]
+
+
+def test_our_own_sessions_in_a_record_are_not_counted_twice() -> None:
+    digest = shard().digest
+    snapshot = cluster(node("b", shard(), sessions=3), node("c", shard(), sessions=2))
+    assert chosen(snapshot) == ["c"]
+    assert chosen(snapshot, ours_told={(NodeId("b"), digest): 3}) == ["b"]
+    assert chosen(snapshot, ours_told={(NodeId("b"), digest): 3}, own={(NodeId("b"), digest): 4}) == ["c"]
+
+
+def test_trouble_of_a_running_route() -> None:
+    snapshot = cluster(node("a", shard(0, 3)), node("b", shard(3, 6)))
+    route = find_route(snapshot, RouteRequest("tiny", HERE))
+    assert troubled(snapshot, route) is None
+    silent = snapshot.apply(NodeJudged(NodeId("b"), MemberState.SUSPECT))
+    assert troubled(silent, route) == (1, Cause.SILENT, "its node is suspect")
+    assert troubled(cluster(snapshot.nodes[NodeId("b")]), route) == (0, Cause.SILENT, "its node is gone")
+    draining = cluster(node("a", shard(0, 3), draining=True), node("b", shard(3, 6)))
+    assert troubled(draining, route) == (0, Cause.DRAINING, "its node drains")
+    unloaded = cluster(node("a"), node("b", shard(3, 6)))
+    assert troubled(unloaded, route) == (0, Cause.DRAINING, "its replica goes")
+
+
+def test_an_ingress_learns_what_stages_and_recoveries_take() -> None:
+    learner = Learner()
+    for _ in range(5):
+        learner.ended(learner.learned, stages=2, tpot_off_us=600.0, ttft_off_us=4000.0)
+    assert learner.learned.stage_us > 500
+    assert learner.learned.start_us >= 4000
+    learner.recovered(80_000.0)
+    assert learner.learned.recovery_us == 80_000
+    odd = Learner()
+    for _ in range(5):
+        odd.ended(odd.learned, stages=1, tpot_off_us=-1e9, ttft_off_us=0)
+    assert odd.learned.stage_us == 0

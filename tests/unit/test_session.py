@@ -286,3 +286,36 @@ def test_without_patience_a_loss_is_the_end() -> None:
     (*_, ended) = session.handle(lost(1), 5)
     assert isinstance(ended, Ended)
     assert isinstance(ended.error, StageLost)
+
+
+# -- kept caches -----------------------------------------------------------------------------
+
+KEPT = "cd" * 16
+
+
+def test_a_session_that_goes_on_from_another_sends_only_the_rest_of_its_prompt() -> None:
+    _, effects = begin(resume=(KEPT, 7))
+    opening = effects[0]
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.resume, opening.order.position) == (KEPT, 7)
+    assert effects[1:] == [SendFrame(7, (7, 8, 9), True)]
+
+
+def test_a_cache_that_is_gone_means_the_whole_prompt_on_the_same_route() -> None:
+    session, _ = begin(resume=(KEPT, 7))
+    effects = session.handle(Refused(SESSION, EPOCH, 1, Cause.NO_CACHE, "gone"), 1)
+    assert [type(e) for e in effects] == [SendClose] * 3 + [SendOpen, SendFrame, SendFrame]
+    opening = effects[3]
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.resume, opening.order.position, opening.order.epoch) == (None, 0, SECOND)
+    assert effects[4] == SendFrame(0, (0, 1, 2, 3), False)
+
+
+def test_only_a_natural_end_is_kept() -> None:
+    def closes(session: Session, event: object) -> list[bool]:
+        return [e.close.keep for e in session.handle(event, 5) if isinstance(e, SendClose)]  # type: ignore[arg-type]
+
+    assert closes(decoding(keep=True), sampled(11, token=99)) == [True]
+    assert closes(decoding(keep=True), Cancelled()) == [False]
+    assert closes(decoding(keep=True), Cancelled(Finish.STOP)) == [False]
+    assert closes(decoding(), sampled(11, token=99)) == [False]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mesh.messages import Cause
 from mesh.types import Epoch, SessionId
-from node_agent.stage import GATHER_MAX_NS, Refusal, Run, StageBook, StageSession
+from node_agent.stage import GATHER_MAX_NS, KEPT_NS, Refusal, Run, StageBook, StageSession
 from tests.builders import OWNER, SESSION, frame, opening, route, shard
 
 
@@ -232,3 +232,98 @@ def test_a_session_is_overdue_at_its_deadline() -> None:
     b.open(opening(deadline_ms=5), 0)
     assert b.overdue(4_999_999) == []
     assert b.overdue(5_000_000) == [SESSION]
+
+
+# -- kept caches -----------------------------------------------------------------------------
+
+
+def kept(b: StageBook, i: int, positions: int = 8, at: int = 0) -> StageSession:
+    """A session that computed so many positions, was closed and kept."""
+    session = opened(b, i)
+    b.accept(frame(0, positions, session=name(i)))
+    computed(b, b.next_run(0))
+    assert b.close(name(i), keep_now=at) is session
+    return session
+
+
+def test_a_closed_session_is_gone_on_from_in_its_own_slot() -> None:
+    b = book()
+    before = kept(b, 1, positions=8)
+    assert list(b.sessions) == []
+    assert b.freed == []
+    after = opened(b, 2, resume=name(1), position=6)
+    assert (after.slot, after.position, after.queued_to) == (before.slot, 6, 6)
+    assert not b.kept
+    assert b.accept(frame(6, 2, session=name(2))) is None
+    assert computed(b, b.next_run(0)) == [(after.slot, 6)]
+    assert b.reserved_bytes == after.reserved_bytes
+
+
+def test_what_is_not_kept_or_not_long_enough_is_refused_and_costs_nothing() -> None:
+    b = book()
+    kept(b, 1, positions=4)
+    for wanted in (
+        opening(session=name(2), resume=name(9), position=2),
+        opening(session=name(2), resume=name(1), position=5),
+    ):
+        refusal = b.open(wanted, 0)
+        assert isinstance(refusal, Refusal)
+        assert refusal.cause is Cause.NO_CACHE
+    assert list(b.kept) == [name(1)]
+
+
+def test_whoever_needs_the_room_gets_it_the_longest_kept_goes_first() -> None:
+    b = book(slots=3, budget=32 * 10 * 3)
+    kept(b, 1)
+    kept(b, 2)
+    opened(b, 3)
+    assert list(b.kept) == [name(1), name(2)]
+    opened(b, 4)
+    assert list(b.kept) == [name(2)]
+    opened(b, 5)
+    assert not b.kept
+    assert sorted(b.freed) == [0, 1]
+    assert isinstance(b.open(opening(session=name(6)), 0), Refusal)
+    assert b.reserved_bytes == 32 * 10 * 3
+
+
+def test_kept_caches_are_forgotten_in_time_and_never_by_a_draining_replica() -> None:
+    b = book()
+    kept(b, 1, at=5)
+    b.forget_idle(5 + KEPT_NS)
+    assert b.kept
+    b.forget_idle(6 + KEPT_NS)
+    assert not b.kept
+    assert b.reserved_bytes == 0
+    opened(b, 2)
+    b.draining = True
+    b.close(name(2), keep_now=9)
+    assert not b.kept
+
+
+def test_a_session_with_a_step_under_way_is_not_kept() -> None:
+    b = book()
+    opened(b, 1)
+    b.accept(frame(0, 1, session=name(1)))
+    assert b.next_run(0) is not None
+    b.close(name(1), keep_now=1)
+    assert not b.kept
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=60))
+def test_slots_and_memory_add_up_whatever_comes(moves: list[tuple[int, int]]) -> None:
+    b = book(slots=3, budget=32 * 10 * 3)
+    for what, i in moves:
+        if what == 0 and name(i) not in b.kept:
+            b.open(opening(session=name(i)), 0)
+        elif what == 1:
+            b.close(name(i), keep_now=1)
+        elif what == 2:
+            b.close(name(i))
+        elif name(i) not in b.sessions and name(i) not in b.kept:
+            b.open(opening(session=name(i), resume=name((i + 1) % 8), position=0), 0)
+        taken = [s.slot for s in (*b.sessions.values(), *b.kept.values())]
+        assert len(taken) == len(set(taken)) <= 3
+        assert b.reserved_bytes == 320 * len(taken)
+        assert not set(b.freed) & {s.slot for s in b.kept.values()}
+        b.freed.clear()
