@@ -40,6 +40,8 @@ RUNNING_DRY_S = 600.0
 STAGE_US = 250.0
 """What a stage costs beside its computation: a frame's way through an agent, until ingresses have measured
 it (``scheduler.learning``)."""
+TYPICAL_POSITION = 256.0
+"""At which a plan, which knows no request, prices a step."""
 BUSY_WAIT = 0.5
 """Of a step: what a frame waits on average at a replica that others use."""
 
@@ -78,10 +80,16 @@ def speed_of(node: Node, replica: Replica) -> StageSpeed:
     return replica.speed or guess(replica.shard, node.capabilities)
 
 
-def compute_us(speed: StageSpeed, sessions: int, percentile: Percentile, stage_us: float = STAGE_US) -> float:
-    """A decode step with ours among ``sessions`` others, which are computed together, and the frame's way
-    through the agent."""
-    step = stage_us + speed.step(sessions + 1)
+def compute_us(
+    speed: StageSpeed,
+    sessions: int,
+    percentile: Percentile,
+    stage_us: float = STAGE_US,
+    position: float = 0.0,
+) -> float:
+    """A decode step with ours, at ``position``, among ``sessions`` others, which are computed together, and
+    the frame's way through the agent."""
+    step = stage_us + speed.step(sessions + 1, position)
     return step if percentile is Percentile.P50 else step + max(0.0, speed.decode_p99 - speed.decode)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.types import LayerRange, ModelShape
 
@@ -22,6 +22,17 @@ class ModelDemand:
     shard_bytes: int = 0
     tied_bytes: int = 0
     """Of the embedding, where the head is the same matrix: one shard with both has it once."""
+
+    def scaled(self, quantization: str, share: float) -> ModelDemand:
+        """About what it would ask in another quantization, whose weights take ``share`` of the bytes."""
+        return replace(
+            self,
+            quantization=quantization,
+            layer_bytes=int(self.layer_bytes * share),
+            embedding_bytes=int(self.embedding_bytes * share),
+            head_bytes=int(self.head_bytes * share),
+            tied_bytes=int(self.tied_bytes * share),
+        )
 
     @property
     def layers(self) -> int:

@@ -20,10 +20,11 @@ from mesh.types import LayerRange, NodeId
 from scheduler.availability import availability
 from scheduler.chain import Chain, ChainProblem, Solution, solve
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, Percentile, ways_us
+from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, TYPICAL_POSITION, Percentile, ways_us
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import Host, hosts_of, least_bytes, mib, positions_of
 from scheduler.policy import ModelPolicy, matches
+from scheduler.speed import LayerSpeed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,6 +157,11 @@ def _copies(search: CopySearch, reasons: dict[NodeId, str]) -> Plan | Infeasible
     return search.plan(copies, up, reasons)
 
 
+def _at_work(speed: LayerSpeed) -> float:
+    """A layer's decode step in the middle of a typical session."""
+    return speed.layer + speed.context * TYPICAL_POSITION
+
+
 def _nobody(demand: ModelDemand, policy: ModelPolicy, reasons: dict[NodeId, str]) -> Infeasible:
     listed = tuple(sorted(reasons.items()))
     if not reasons:
@@ -232,7 +238,7 @@ class CopySearch:
         tail = self.policy.percentile == "p99"
         self.percentile = Percentile.P99 if tail else Percentile.P50
         slow = [h.weight * (h.speed.tail if tail else 1.0) for h in hosts]
-        self.layer_us = np.array([h.speed.layer * w for h, w in zip(hosts, slow, strict=True)])
+        self.layer_us = np.array([_at_work(h.speed) * w for h, w in zip(hosts, slow, strict=True)])
         self.head_us = np.array([h.speed.head * w for h, w in zip(hosts, slow, strict=True)])
         self.fixed_us = np.array([h.overhead + h.price for h in hosts])
         layers = demand.layers
@@ -475,7 +481,8 @@ class CopySearch:
             pair = [self.hosts[before].node], [host.node]
             hop = float(np.asarray(sum(ways_us(*pair, self._frame_bytes, self.percentile)))[0, 0])
         tail = host.speed.tail if self.policy.percentile == "p99" else 1.0
-        compute = host.speed.stage(layers, self.demand.layers) * tail
+        grown = len(layers) * (_at_work(host.speed) - host.speed.layer)
+        compute = (host.speed.stage(layers, self.demand.layers) + grown) * tail
         held = {i for r in host.present for i in range(r.start, r.end)}
         moved = 0 if layers in host.present else sum(i not in held for i in range(layers.start, layers.end))
         return PlannedStage(

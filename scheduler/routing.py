@@ -94,6 +94,11 @@ class RouteRequest:
     """Of a session that runs: nothing but this digest, runtime and quantization (rule R7)."""
     learned: Learned = NOTHING_LEARNED
 
+    @property
+    def position(self) -> float:
+        """Of a decode step in the middle of the answer."""
+        return self.prompt + self.tokens / 2
+
 
 @dataclass(frozen=True, slots=True)
 class RoutePlan:
@@ -273,6 +278,7 @@ class _Graph:
         self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
         self._decode = np.array([s.decode for s in self._speeds])
         self._row = np.array([s.row for s in self._speeds])
+        self._context = np.array([s.context for s in self._speeds])
         self._prefill = np.array([s.prefill for s in self._speeds])
         tail = percentile is Percentile.P99
         self._tail = np.array([max(0.0, s.decode_p99 - s.decode) if tail else 0.0 for s in self._speeds])
@@ -329,7 +335,9 @@ class _Graph:
         """The request's costs."""
         load = self._load(request)
         learned = request.learned
-        step = learned.stage_us + self._decode + self._row * load + self._tail
+        step = (
+            learned.stage_us + self._decode + self._context * request.position + self._row * load + self._tail
+        )
         queue = np.where(load > 0, BUSY_WAIT * (self._decode + self._row * np.maximum(load - 1, 0)), 0.0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
         total = request.tokens * (step + queue + risk + self._price) + request.prompt * self._prefill
@@ -408,7 +416,7 @@ class _Graph:
             else:
                 before = self.held[path[place - 1]][0]
                 latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
-            compute = compute_us(speed, sessions, self._percentile, learned.stage_us)
+            compute = compute_us(speed, sessions, self._percentile, learned.stage_us, request.position)
             risk = float(self._hazard[i]) * learned.recovery_us / 1e6 * compute
             queue, price = queue_us(speed, sessions), float(self._price[i])
             terms.append(Terms(compute, queue, latency, transfer, risk, price))

@@ -1,7 +1,8 @@
 """How fast a replica computes: measured while it works, guessed from the machine's probe before.
 
-A decode step of ``b`` sessions takes ``decode + (b - 1) * row``: reading the weights once, then a
-little for each further row. Prefill takes ``prefill`` a position. All in microseconds.
+A decode step of ``b`` sessions at position ``p`` takes ``decode + p * context + (b - 1) * row``: reading the
+weights once, looking at what came before, then a little for each further row. Prefill takes
+``prefill`` a position. All in microseconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _TRIMMED = 0.02
 """Of the slowest steps, left out of a mean: they are somebody else's doing."""
 _SHUNNED = 1.3
 """Times its best: a replica that is slower may be shunned, so that nobody would learn that it is well again."""
+_FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
+_FAR = 1000
 _TOLD = 0.04
 """Share by which a figure must move before peers hear of it."""
 _ROW_SHARE = 0.16
@@ -43,10 +46,11 @@ class StageSpeed:
     prefill: float
     decode_p99: float
     measured: bool = False
+    context: float = 0.0
 
-    def step(self, sessions: int) -> float:
+    def step(self, sessions: int, position: float = 0.0) -> float:
         """A decode step of so many sessions together."""
-        return self.decode + max(0, sessions - 1) * self.row
+        return self.decode + self.context * position + max(0, sessions - 1) * self.row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class LayerSpeed:
     row_share: float
     prefill: float
     tail: float
+    context: float = 0.0
 
     def stage(self, shard_layers: LayerRange, layers: int) -> float:
         """A decode step over a range of layers."""
@@ -80,7 +85,8 @@ def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
     """Of another cut of a model whose layers were measured on this machine."""
     decode = known.stage(shard.layers, shard.model.layers)
     prefill = decode / known.layer * known.prefill
-    return StageSpeed(decode, decode * known.row_share, prefill, decode * known.tail, measured=True)
+    context = known.context * len(shard.layers)
+    return StageSpeed(decode, decode * known.row_share, prefill, decode * known.tail, True, context)
 
 
 def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
@@ -104,14 +110,17 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         speed.row / speed.decode,
         speed.prefill * layer / speed.decode,
         max(1.0, speed.decode_p99 / speed.decode),
+        speed.context / layers,
     )
 
 
 def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
     """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
     layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
-    row, prefill, tail = (float(f"{v:.2g}") for v in (speed.row_share, speed.prefill, speed.tail))
-    return replace(speed, layer=layer, head=head, row_share=row, prefill=prefill, tail=tail)
+    row, prefill, tail, context = (
+        float(f"{v:.2g}") for v in (speed.row_share, speed.prefill, speed.tail, speed.context)
+    )
+    return replace(speed, layer=layer, head=head, row_share=row, prefill=prefill, tail=tail, context=context)
 
 
 def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
@@ -123,13 +132,14 @@ def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
             abs(told.prefill - now.prefill) <= 2 * _TOLD * now.prefill,
             abs(told.row - now.row) <= 4 * _TOLD * now.row,
             abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
+            abs(told.context - now.context) * _FAR <= _TOLD * now.decode,
         )
         if all(near):
             return told
-    decode, row, prefill, p99 = (
-        float(f"{v:.3g}") for v in (now.decode, now.row, now.prefill, now.decode_p99)
+    decode, row, prefill, p99, context = (
+        float(f"{v:.3g}") for v in (now.decode, now.row, now.prefill, now.decode_p99, now.context)
     )
-    return StageSpeed(decode, row, prefill, p99, now.measured)
+    return StageSpeed(decode, row, prefill, p99, now.measured, context)
 
 
 def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
@@ -149,16 +159,19 @@ class SpeedMeter:
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
         self._single: deque[float] = deque(maxlen=_WINDOW)
+        self._positions: deque[int] = deque(maxlen=_WINDOW)
+        self._context = prior.context
         self._rows: deque[float] = deque(maxlen=_WINDOW)
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
         self._best: StageSpeed | None = None
         self._last_s = 0.0
 
-    def decoded(self, rows: int, us: float, now_s: float) -> None:
-        """A step of ``rows`` sessions took ``us``."""
+    def decoded(self, rows: int, us: float, now_s: float, position: int = 0) -> None:
+        """A step of ``rows`` sessions, the first of them at ``position``, took ``us``."""
         self._last_s = now_s
         if rows == 1:
             self._single.append(us)
+            self._positions.append(position)
         else:
             alone = _mean(self._single) or self._prior.decode
             self._rows.append(max(0.0, us - alone) / (rows - 1))
@@ -173,12 +186,16 @@ class SpeedMeter:
         guessed = self._best or self._prior
         if not (self._single or self._rows or self._prefill):
             return guessed
+        self._fit_context()
+        at_mean = self._context * (sum(self._positions) / len(self._positions) if self._positions else 0.0)
+        single = _mean(self._single)
         now = StageSpeed(
-            _or(_mean(self._single), guessed.decode),
+            guessed.decode if single is None else max(0.1 * single, single - at_mean),
             _or(_mean(self._rows), guessed.row),
             _or(_mean(self._prefill), guessed.prefill),
-            _or(_quantile(self._single, 99), guessed.decode_p99),
-            measured=True,
+            guessed.decode_p99 if single is None else _or(_quantile(self._single, 99), 0.0) - at_mean,
+            True,
+            self._context,
         )
         if self._best is None or (len(self._single) == _WINDOW and now.decode < self._best.decode):
             self._best = now
@@ -191,8 +208,24 @@ class SpeedMeter:
             now.row * trust + best.row * (1 - trust),
             now.prefill * trust + best.prefill * (1 - trust),
             now.decode_p99 * trust + best.decode_p99 * (1 - trust),
-            measured=True,
+            True,
+            now.context,
         )
+
+    def _fit_context(self) -> None:
+        """Least squares over the window's steps; kept while positions are too close together to tell. A step
+        does not double within ``_FAR`` positions, so noise cannot make it seem to."""
+        places = sorted(self._positions)
+        if len(places) < _FIT_STEPS or places[-1] - places[0] < _FIT_SPREAD:
+            return
+        limit = _quantile(self._single, 98) or 0.0
+        pairs = [(p, u) for p, u in zip(self._positions, self._single, strict=True) if u <= limit]
+        mean_p = sum(p for p, _ in pairs) / len(pairs)
+        mean_u = sum(u for _, u in pairs) / len(pairs)
+        spread = sum((p - mean_p) ** 2 for p, _ in pairs)
+        if spread:
+            slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
+            self._context += (min(max(0.0, slope), mean_u / _FAR) - self._context) * _FIT_GAIN
 
 
 def _or(measured: float | None, guessed: float) -> float:

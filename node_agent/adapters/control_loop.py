@@ -45,7 +45,8 @@ PLAN_S = 2.0
 _RPC_S = 10.0
 _REFUSED_S = 3.0
 """A refusal is believed so long; then the node is asked again."""
-_QUANTIZATIONS = ("int8", "fp32")
+_SMALLER = {"fp32": {"int8": 0.29}}
+"""Quantizations that take less room, and how much of it: to say what would fit."""
 
 
 class ControlLoop:
@@ -121,9 +122,7 @@ class ControlLoop:
 
     async def _place(self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy) -> Plan | Infeasible:
         demand = await self._demand(model, wishes.quantization)
-        others = [
-            d for q in _QUANTIZATIONS if q != wishes.quantization and (d := self._demands.get((model, q)))
-        ]
+        others = [demand.scaled(q, s) for q, s in _SMALLER.get(wishes.quantization, {}).items()]
         held_off = self._flaps.held_off(time.monotonic())
         return await asyncio.to_thread(place, snapshot, demand, wishes, others, held_off)
 

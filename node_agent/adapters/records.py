@@ -93,15 +93,16 @@ def _speed_record(speed: StageSpeed) -> pb.StageSpeed:
         prefill=speed.prefill,
         decode_p99=speed.decode_p99,
         measured=speed.measured,
+        context=speed.context,
     )
 
 
 def _read_speed(record: pb.StageSpeed) -> StageSpeed | None:
     """``None`` for figures that cannot be: they come from the network and steer routes."""
-    values = (record.decode, record.row, record.prefill, record.decode_p99)
+    values = (record.decode, record.row, record.prefill, record.decode_p99, record.context)
     if not all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) or record.decode <= 0:
         return None
-    return StageSpeed(*values, measured=record.measured)
+    return StageSpeed(*values[:4], record.measured, record.context)
 
 
 def node_record(node: Node, cluster: str) -> pb.NodeRecord:
@@ -144,6 +145,7 @@ def _layer_speed_record(speed: LayerSpeed) -> pb.LayerSpeed:
         row_share=speed.row_share,
         prefill=speed.prefill,
         tail=speed.tail,
+        context=speed.context,
     )
 
 
@@ -151,7 +153,7 @@ def _read_layer_speeds(record: pb.NodeRecord) -> tuple[LayerSpeed, ...]:
     """Those whose figures can be."""
     speeds = []
     for s in record.layer_speeds[:_SPEEDS_MAX]:
-        values = (s.layer, s.head, s.row_share, s.prefill, s.tail)
+        values = (s.layer, s.head, s.row_share, s.prefill, s.tail, s.context)
         if all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and s.layer > 0 and s.prefill > 0:
             speeds.append(LayerSpeed(Digest(s.model_digest.hex()), s.runtime, s.quantization, *values))
     return tuple(speeds)

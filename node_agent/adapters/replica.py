@@ -237,7 +237,7 @@ class Replica:
         if first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9)
         else:
-            self._speed.decoded(len(run.rows), compute_us, ended / 1e9)
+            self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
             self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
         results = []
         for i, session, frame in run.live:

@@ -348,7 +348,7 @@ Global___ReplicaRecord: typing_extensions.TypeAlias = ReplicaRecord
 
 @typing.final
 class StageSpeed(google.protobuf.message.Message):
-    """Microseconds. A decode step of b sessions takes decode + (b - 1) * row."""
+    """Microseconds. A decode step of b sessions at position p takes decode + p * context + (b - 1) * row."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -357,6 +357,7 @@ class StageSpeed(google.protobuf.message.Message):
     PREFILL_FIELD_NUMBER: builtins.int
     DECODE_P99_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
+    CONTEXT_FIELD_NUMBER: builtins.int
     decode: builtins.float
     row: builtins.float
     prefill: builtins.float
@@ -364,6 +365,8 @@ class StageSpeed(google.protobuf.message.Message):
     decode_p99: builtins.float
     measured: builtins.bool
     """else a guess from the machine's probe"""
+    context: builtins.float
+    """more for each position before it"""
     def __init__(
         self,
         *,
@@ -372,8 +375,9 @@ class StageSpeed(google.protobuf.message.Message):
         prefill: builtins.float = ...,
         decode_p99: builtins.float = ...,
         measured: builtins.bool = ...,
+        context: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_p99", b"decode_p99", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "decode", b"decode", "decode_p99", b"decode_p99", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
 
 Global___StageSpeed: typing_extensions.TypeAlias = StageSpeed
 
@@ -391,6 +395,7 @@ class LayerSpeed(google.protobuf.message.Message):
     ROW_SHARE_FIELD_NUMBER: builtins.int
     PREFILL_FIELD_NUMBER: builtins.int
     TAIL_FIELD_NUMBER: builtins.int
+    CONTEXT_FIELD_NUMBER: builtins.int
     model_digest: builtins.bytes
     runtime: builtins.str
     quantization: builtins.str
@@ -402,7 +407,9 @@ class LayerSpeed(google.protobuf.message.Message):
     prefill: builtins.float
     """one position over one layer"""
     tail: builtins.float
-    """99th percentile over the median"""
+    """99th percentile over the mean"""
+    context: builtins.float
+    """a layer's decode step, more for each position before it"""
     def __init__(
         self,
         *,
@@ -414,8 +421,9 @@ class LayerSpeed(google.protobuf.message.Message):
         row_share: builtins.float = ...,
         prefill: builtins.float = ...,
         tail: builtins.float = ...,
+        context: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["head", b"head", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
 
 Global___LayerSpeed: typing_extensions.TypeAlias = LayerSpeed
 

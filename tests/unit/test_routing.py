@@ -304,6 +304,22 @@ def test_speeds_are_learned_and_old_slowness_fades() -> None:
     assert meter.speed(600.0).decode == pytest.approx(2001, abs=1)
 
 
+def test_what_a_step_takes_more_for_what_came_before_is_learned() -> None:
+    meter, rng = SpeedMeter(StageSpeed(1000, 160, 100, 2000)), Random(1)
+    for turn in range(30):
+        for position in range(200, 800, 5):
+            meter.decoded(1, 4000 + 2 * position + rng.gauss(0, 200), float(turn), position)
+        learned = meter.speed(float(turn))
+    assert learned.context == pytest.approx(2, rel=0.1)
+    assert learned.decode == pytest.approx(4000, rel=0.03)
+    assert learned.step(1, 1000) == pytest.approx(6000, rel=0.03)
+    # Steps close together tell nothing, and noise is no growth.
+    still = SpeedMeter(StageSpeed(1000, 160, 100, 2000))
+    for i in range(300):
+        still.decoded(1, 4000 + rng.gauss(0, 900), 0.0, i % 50)
+    assert still.speed(0.0).context == 0
+
+
 def test_peers_hear_of_speeds_that_moved() -> None:
     told = worth_telling(None, StageSpeed(1234.56, 0.0, 9.876, 55555))
     assert told == StageSpeed(1230, 0, 9.88, 55600)
