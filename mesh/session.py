@@ -174,6 +174,9 @@ class SessionOrder:
     step_timeout_ns: int = 30_000_000_000
     recovery_timeout_ns: int = 0
     """How long a session without a route waits for another one; 0: it fails at once."""
+    exact: bool = False
+    """A replay runs the frames again as they were first run, so that the same bits come out; otherwise it runs
+    large chunks, which is quicker."""
     keep: bool = False
     """Ask the stages to keep the KV cache when it ends well."""
     resume: tuple[SessionId, int] | None = None
@@ -236,6 +239,7 @@ class Session:
             prompt=order.prompt,
             generated=tuple(self.generated),
             sampling=order.sampling,
+            exact=order.exact,
             resume=kept,
         )
         self._history = (*order.prompt, *self.generated)
@@ -333,12 +337,19 @@ class Session:
         prompt, chunk = self._history, self.order.chunk
         effects: list[Effect] = []
         while self._sent < len(prompt) and len(self._in_flight) < self.order.window:
-            tokens = prompt[self._sent : self._sent + chunk]
+            tokens = prompt[self._sent : self._frame_end(chunk)]
             last = self._sent + len(tokens) == len(prompt)
             effects.append(SendFrame(self._sent, tokens, last))
             self._sent += len(tokens)
             self._in_flight.append(self._sent)
         return effects
+
+    def _frame_end(self, chunk: int) -> int:
+        """Where the next frame of a prefill ends. What was generated was first run one step at a time."""
+        asked = len(self.order.prompt)
+        if not self.order.exact or self._sent + chunk <= asked:
+            return self._sent + chunk
+        return asked if self._sent < asked else self._sent + 1
 
     def _acknowledged(self, position: int, now: int) -> list[Effect]:
         self._progress_ns = now

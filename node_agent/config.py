@@ -120,6 +120,10 @@ class AgentConfig:
         unit="s",
         low=0.0,
     )
+    replay: str = setting(
+        "auto",
+        "How a session that lost a stage is brought back. exact: step by step as it first ran, so that its text is what it would have been. fast: in large chunks. auto: exact where the text is fixed (temperature 0 or a seed).",
+    )
     prefix_cache: str = setting(
         "auto",
         "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
@@ -140,6 +144,7 @@ _CHOICES = {
     "mdns": ("on", "off"),
     "scheduler": ("on", "off"),
     "prefix_cache": ("auto", "on", "off"),
+    "replay": ("auto", "exact", "fast"),
     "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),

@@ -586,6 +586,7 @@ class Agent:
             raise RequestError(
                 f"logit_bias names a token beyond the vocabulary of {vocabulary}", param="logit_bias"
             )
+        fixed = generation.seeded or generation.sampling.temperature == 0
         for prompt in prompts:
             where = "messages" if generation.chat else "prompt"
             if not all(0 <= token < vocabulary for token in prompt):
@@ -606,6 +607,7 @@ class Agent:
                         step_timeout_ns=int(config.step_timeout * 1e9),
                         recovery_timeout_ns=int(config.recovery_timeout * 1e9),
                         keep=config.prefix_cache != "off",
+                        exact=config.replay == "exact" or (config.replay == "auto" and fixed),
                     )
                 )
         return orders

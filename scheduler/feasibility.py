@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import median
+from types import MappingProxyType
 
 from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId, ShardInfo
@@ -39,13 +40,21 @@ class Host:
     hazard: float
 
 
+NOTHING_TAKEN: Mapping[NodeId, int] = MappingProxyType({})
+
+
 def hosts_of(
-    snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy
+    snapshot: ClusterSnapshot,
+    demand: ModelDemand,
+    policy: ModelPolicy,
+    taken: Mapping[NodeId, int] = NOTHING_TAKEN,
 ) -> tuple[list[Host], dict[NodeId, str]]:
-    """Hosts by node id, and why every other node is none."""
+    """Hosts by node id, and why every other node is none. ``taken``: bytes that other plans will take."""
     scale, stage_us = _calibration(snapshot, demand), stage_overhead_us(snapshot)
     hosts, reasons = [], {}
     for node_id, node in sorted(snapshot.nodes.items()):
+        if taken.get(node_id):
+            node = replace(node, memory_free_bytes=max(0, node.memory_free_bytes - taken[node_id]))
         reason = _unfit(node, demand, policy)
         if reason is None:
             hosts.append(_host(node, demand, policy, scale, stage_us, snapshot.at_s))

@@ -10,8 +10,9 @@ where that costs little, so that a route can mix them stage by stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from scheduler.chain import Chain, ChainProblem, Solution, solve
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, TYPICAL_POSITION, Percentile, ways_us
 from scheduler.demand import ModelDemand
-from scheduler.feasibility import Host, hosts_of, least_bytes, mib, positions_of
+from scheduler.feasibility import NOTHING_TAKEN, Host, hosts_of, least_bytes, mib, positions_of
 from scheduler.policy import ModelPolicy, matches
 from scheduler.speed import LayerSpeed
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+NOBODY: Mapping[NodeId, str] = MappingProxyType({})
 SHORTLIST = 32
 """Nodes that one chain is sought among, where there are more."""
 _SEEDS = 6
@@ -57,6 +59,8 @@ class PlannedStage:
     memory_bytes: int
     moved: int
     """Layers that the node does not hold yet."""
+    there: bool
+    """This very shard is loaded already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,14 @@ class Plan:
         """By how much of the bound a plan could be cheaper at most."""
         return max(0.0, self.cost / self.bound - 1) if self.bound > 0 else 0.0
 
+    def takes(self) -> dict[NodeId, int]:
+        """Bytes by node that it will take beyond what is loaded."""
+        more: dict[NodeId, int] = {}
+        for s in self.stages:
+            if not s.there:
+                more[s.node] = more.get(s.node, 0) + s.memory_bytes
+        return more
+
     @property
     def replicas(self) -> frozenset[tuple[NodeId, LayerRange]]:
         """What should be loaded."""
@@ -108,23 +120,28 @@ def place(
     demand: ModelDemand,
     policy: ModelPolicy,
     others: Sequence[ModelDemand] = (),
-    held_off: Iterable[NodeId] = (),
+    held_off: Mapping[NodeId, str] = NOBODY,
+    taken: Mapping[NodeId, int] = NOTHING_TAKEN,
 ) -> Plan | Infeasible:
     """Place a model. ``others``: the same model in other quantizations, to say what would fit.
-    ``held_off``: nodes that flap, which get nothing for now."""
-    answer = _place(snapshot, demand, policy, frozenset(held_off))
+    ``held_off``: nodes that get nothing for now, and why. ``taken``: bytes that plans of other models
+    will take, beyond what is loaded."""
+    answer = _place(snapshot, demand, policy, held_off, taken)
     if isinstance(answer, Infeasible) and answer.limit in ("memory", "replicas"):
-        return replace(answer, would_do=_would_do(snapshot, demand, policy, others) or answer.would_do)
+        would_do = _would_do(snapshot, demand, policy, others, taken)
+        return replace(answer, would_do=would_do or answer.would_do)
     return answer
 
 
 def _place(
-    snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy, held_off: frozenset[NodeId]
+    snapshot: ClusterSnapshot,
+    demand: ModelDemand,
+    policy: ModelPolicy,
+    held_off: Mapping[NodeId, str],
+    taken: Mapping[NodeId, int],
 ) -> Plan | Infeasible:
-    hosts, reasons = hosts_of(snapshot, demand, policy)
-    for host in hosts:
-        if host.node.id in held_off:
-            reasons[host.node.id] = "it came and went lately: held off until it stays"
+    hosts, reasons = hosts_of(snapshot, demand, policy, taken)
+    reasons |= {h.node.id: held_off[h.node.id] for h in hosts if h.node.id in held_off}
     hosts = [h for h in hosts if h.node.id not in held_off]
     if not hosts:
         return _nobody(demand, policy, reasons)
@@ -190,7 +207,11 @@ def _shortfall(reason: str) -> float:
 
 
 def _would_do(
-    snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy, others: Sequence[ModelDemand]
+    snapshot: ClusterSnapshot,
+    demand: ModelDemand,
+    policy: ModelPolicy,
+    others: Sequence[ModelDemand],
+    taken: Mapping[NodeId, int],
 ) -> str:
     """The nearest thing that would fit: what is asked for less, or smaller weights."""
     tries: list[tuple[str, ModelDemand, ModelPolicy]] = []
@@ -210,7 +231,7 @@ def _would_do(
     for replicas in range(policy.replicas - 1, 0, -1):
         tries.append((f"replicas = {replicas} would fit", demand, replace(policy, replicas=replicas)))
     for text, smaller, milder in tries:
-        if isinstance(_place(snapshot, smaller, milder, frozenset()), Plan):
+        if isinstance(_place(snapshot, smaller, milder, NOBODY, taken), Plan):
             return text
     return ""
 
@@ -495,6 +516,7 @@ class CopySearch:
             compute * (host.weight - 1) + host.price,
             self.demand.memory(layers, positions_of(self.demand, self.policy)),
             moved,
+            layers in host.present,
         )
 
     def _not_needed(self, stages: list[PlannedStage]) -> dict[NodeId, str]:

@@ -25,6 +25,8 @@ FLAPS_FREE = 1
 """Losses within the window that are forgiven."""
 HOLD_OFF_S = 60.0
 HOLD_OFF_MAX_S = 600.0
+ASK_AGAIN_S, ASK_AGAIN_MAX_S = 2.0, 60.0
+REFUSED_OFTEN = 3
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,16 +96,48 @@ class FlapBook:
             if self._seen.pop(gone)[0]:
                 self._losses.setdefault(gone, deque(maxlen=16)).append(now_s)
 
-    def held_off(self, now_s: float) -> frozenset[NodeId]:
-        """Nodes that get nothing new for now: a minute after the second loss within ten minutes, twice as
-        long after each further one."""
-        off = set()
+    def held_off(self, now_s: float) -> dict[NodeId, str]:
+        """Nodes that get nothing new for now, and why: a minute after the second loss within ten minutes,
+        twice as long after each further one."""
+        off = {}
         for node_id, losses in self._losses.items():
             recent = [t for t in losses if t > now_s - FLAP_WINDOW_S]
             beyond = len(recent) - FLAPS_FREE
             if beyond > 0 and now_s < recent[-1] + min(HOLD_OFF_MAX_S, HOLD_OFF_S * 2 ** (beyond - 1)):
-                off.add(node_id)
-        return frozenset(off)
+                off[node_id] = f"it was lost {len(recent)} times lately: held off until it stays"
+        return off
+
+
+class Refusals:
+    """Leases that nodes refused, and when to ask again: later each time. A node that refuses again and again
+    is held off, so that the plan looks elsewhere."""
+
+    def __init__(self) -> None:
+        self._known: dict[Wanted, tuple[int, float, str]] = {}
+
+    def add(self, wanted: Wanted, reason: str, now_s: float) -> None:
+        """A node refused."""
+        times = self._known[wanted][0] + 1 if wanted in self._known else 1
+        wait_s = min(ASK_AGAIN_MAX_S, ASK_AGAIN_S * 2 ** (times - 1))
+        self._known[wanted] = (times, now_s + wait_s, reason)
+
+    def clear(self, wanted: Wanted) -> None:
+        """It serves."""
+        self._known.pop(wanted, None)
+
+    def now(self, now_s: float) -> dict[Wanted, str]:
+        """Those not to be asked yet, and what they said; what was said long ago is forgotten."""
+        for old in [w for w, (_, until, _) in self._known.items() if now_s > until + ASK_AGAIN_MAX_S]:
+            del self._known[old]
+        return {w: why for w, (_, until, why) in self._known.items() if now_s < until}
+
+    def held_off(self) -> dict[NodeId, str]:
+        """Nodes that refused the same thing several times, and why."""
+        return {
+            w.node: f"it refused {times} times: {why}"
+            for w, (times, _, why) in self._known.items()
+            if times >= REFUSED_OFTEN
+        }
 
 
 class Settling:

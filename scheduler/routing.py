@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-DITHER = 0.1
-"""Half a batch's worth of a step: load differs by more before it outweighs the draw."""
+DITHER = 0.2
+"""More than what equal machines are measured apart, about a batch's worth of a step: load differs by as much
+before it outweighs the draw."""
 _FLOAT_BYTES = 4
 
 

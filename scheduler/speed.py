@@ -17,8 +17,9 @@ from mesh.types import Digest, LayerRange, ShardInfo
 _WINDOW = 192
 _TRIMMED = 0.02
 """Of the slowest steps, left out of a mean: they are somebody else's doing."""
-_SHUNNED = 1.3
-"""Times its best: a replica that is slower may be shunned, so that nobody would learn that it is well again."""
+_COLD_STEPS = 8
+"""The first steps after loading bring weights into memory and caches: they say nothing of later ones."""
+_IDLE_S = 5.0
 _FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
 _FAR = 1000
 _TOLD = 0.04
@@ -152,9 +153,9 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
 
 
 class SpeedMeter:
-    """Means of the last runs, without the very slowest: what a token takes on average is the sum of such. A
-    figure well above the best that was ever measured here fades towards it while nothing runs, so that a
-    node that was slow, and therefore shunned, is tried again."""
+    """Means of the last runs, without the very slowest: what a token takes on average is the sum of such. While
+    nothing runs, they fade into the best that was ever measured here, so that a node that was slow, and
+    therefore shunned, is tried again."""
 
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
@@ -165,11 +166,14 @@ class SpeedMeter:
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
         self._best: StageSpeed | None = None
         self._last_s = 0.0
+        self._cold = _COLD_STEPS
 
     def decoded(self, rows: int, us: float, now_s: float, position: int = 0) -> None:
         """A step of ``rows`` sessions, the first of them at ``position``, took ``us``."""
         self._last_s = now_s
-        if rows == 1:
+        if self._cold:
+            self._cold -= 1
+        elif rows == 1:
             self._single.append(us)
             self._positions.append(position)
         else:
@@ -197,12 +201,11 @@ class SpeedMeter:
             True,
             self._context,
         )
-        if self._best is None or (len(self._single) == _WINDOW and now.decode < self._best.decode):
+        enough = len(self._single) >= _WINDOW // 4
+        if self._best is None or (enough and now.decode < self._best.decode):
             self._best = now
         best = self._best
-        if now.decode <= _SHUNNED * best.decode:
-            return now
-        trust = exp(-max(0.0, now_s - self._last_s) / _FADES_S)
+        trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
         return StageSpeed(
             now.decode * trust + best.decode * (1 - trust),
             now.row * trust + best.row * (1 - trust),

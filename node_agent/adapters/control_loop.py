@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,16 @@ from scheduler.demand import ModelDemand
 from scheduler.leadership import Leadership, elder
 from scheduler.placement import Infeasible, Plan, place
 from scheduler.policy import ModelPolicy, Policy, parse_policy
-from scheduler.reconcile import FlapBook, Hold, Reconciler, Release, Settling, Wanted, planned_now
+from scheduler.reconcile import (
+    FlapBook,
+    Hold,
+    Reconciler,
+    Refusals,
+    Release,
+    Settling,
+    Wanted,
+    planned_now,
+)
 
 if TYPE_CHECKING:
     from mesh.adapters.consul_client import ConsulAccess
@@ -43,8 +53,6 @@ TICK_S = 0.5
 PLAN_S = 2.0
 """Between plans when nothing was lost."""
 _RPC_S = 10.0
-_REFUSED_S = 3.0
-"""A refusal is believed so long; then the node is asked again."""
 _SMALLER = {"fp32": {"int8": 0.29}}
 """Quantizations that take less room, and how much of it: to say what would fit."""
 
@@ -69,7 +77,7 @@ class ControlLoop:
         self._flaps, self._settling = FlapBook(), Settling()
         self._reconciler = Reconciler(config.moves)
         self._streams: dict[Wanted, asyncio.Task[None]] = {}
-        self._refused: dict[Wanted, tuple[str, float]] = {}
+        self._refusals = Refusals()
         self._answers: dict[str, Plan | Infeasible] = {}
         self._planned_at, self._planned_for = 0.0, (NO_POLICY, frozenset[NodeId]())
         self._releases: set[asyncio.Task[None]] = set()
@@ -94,11 +102,7 @@ class ControlLoop:
         planned = planned_now(snapshot)
         names = {n.id: n.name for n in snapshot.nodes.values()}
         models = {}
-        for model, wishes in sorted(policy.models.items()):
-            try:
-                answer = await self._place(snapshot, model, wishes)
-            except (InputError, OSError) as error:
-                answer = Infeasible("model", str(error))
+        for model, answer in (await self._place_all(snapshot, policy)).items():
             here = {p: s for p, s in planned.items() if p[1] == model}
             models[model] = (
                 plan_report(answer, here, snapshot)
@@ -120,11 +124,27 @@ class ControlLoop:
             "elder": elder(snapshot),
         }
 
-    async def _place(self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy) -> Plan | Infeasible:
+    async def _place_all(self, snapshot: ClusterSnapshot, policy: Policy) -> dict[str, Plan | Infeasible]:
+        """Every model of a policy, by name; what one takes, the next does not find free."""
+        answers: dict[str, Plan | Infeasible] = {}
+        taken: Counter[NodeId] = Counter()
+        for model, wishes in sorted(policy.models.items()):
+            try:
+                answer = await self._place(snapshot, model, wishes, taken)
+            except (InputError, OSError) as error:
+                answer = Infeasible("model", str(error))
+            if isinstance(answer, Plan):
+                taken.update(answer.takes())
+            answers[model] = answer
+        return answers
+
+    async def _place(
+        self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy, taken: Mapping[NodeId, int]
+    ) -> Plan | Infeasible:
         demand = await self._demand(model, wishes.quantization)
         others = [demand.scaled(q, s) for q, s in _SMALLER.get(wishes.quantization, {}).items()]
-        held_off = self._flaps.held_off(time.monotonic())
-        return await asyncio.to_thread(place, snapshot, demand, wishes, others, held_off)
+        held_off = self._refusals.held_off() | self._flaps.held_off(time.monotonic())
+        return await asyncio.to_thread(place, snapshot, demand, wishes, others, held_off, taken)
 
     async def _demand(self, model: str, quantization: str) -> ModelDemand:
         """Raises ``InputError`` where this node lacks the model."""
@@ -222,24 +242,17 @@ class ControlLoop:
         return self._settling.look(frozenset(wanted), broken or applied, now)
 
     async def _plan(self, snapshot: ClusterSnapshot) -> None:
-        answers: dict[str, Plan | Infeasible] = {}
-        for model, wishes in sorted(self.book.policy.models.items()):
-            try:
-                answers[model] = await self._place(snapshot, model, wishes)
-            except (InputError, OSError) as error:
-                answers[model] = Infeasible("model", str(error))
-            answer = answers[model]
+        answers = await self._place_all(snapshot, self.book.policy)
+        for model, answer in answers.items():
             if isinstance(answer, Infeasible) and self._answers.get(model) != answer:
                 log.warning("%s cannot be placed: %s", model, answer)
         self._answers = answers
 
     def _act(self, term: Term, wanted: frozenset[Wanted], now: float) -> None:
-        self._refused = {w: r for w, r in self._refused.items() if now < r[1] and w in wanted}
         for each in [w for w, task in self._streams.items() if task.done() or w not in wanted]:
             self._streams.pop(each).cancel()
-        reasons: Mapping[Wanted, str] = {w: why for w, (why, _) in self._refused.items()}
-        snapshot = self._view.snapshot
-        for action in self._reconciler.step(wanted, frozenset(self._streams), snapshot, reasons, now):
+        snapshot, refused = self._view.snapshot, self._refusals.now(now)
+        for action in self._reconciler.step(wanted, frozenset(self._streams), snapshot, refused, now):
             each = action.wanted
             address = snapshot.nodes[each.node].address
             match action:
@@ -257,14 +270,13 @@ class ControlLoop:
         try:
             async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
                 async for status in rpc.AgentStub(channel).HoldShard(self._request(term, wanted)):
-                    if status.state == pb.REPLICA_STATE_FAILED:
-                        self._note_refusal(wanted, status.reason)
+                    if status.state == pb.REPLICA_STATE_SERVING:
+                        self._refusals.clear(wanted)
         except grpc.aio.AioRpcError as error:
-            self._note_refusal(wanted, error.details() or error.code().name)
-
-    def _note_refusal(self, wanted: Wanted, reason: str) -> None:
-        log.warning("%s did not take %s:%s: %s", wanted.node, wanted.model, wanted.layers, reason)
-        self._refused[wanted] = (reason, time.monotonic() + _REFUSED_S)
+            reason = error.details() or error.code().name
+            log.warning("%s did not keep %s:%s: %s", wanted.node, wanted.model, wanted.layers, reason)
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                self._refusals.add(wanted, reason, time.monotonic())
 
     async def _release(self, term: Term, wanted: Wanted, address: Address) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):  # it shows in the snapshot, and is tried again

@@ -171,7 +171,7 @@ class ReplicaManager:
         """A scheduler's lease: it stays when this is iterated no more, until ``release_planned``. Ends when
         a later term takes the lease over. Raises ``StaleTerm``, ``InputError`` or ``Full``."""
         self._heed(term)
-        known = key in self._planned
+        known = key in self._planned and key in self._held
         self._planned[key] = term
         held = self._held[key] if known else self._acquire(key, _PLANNED, f"scheduler {term.leader}", promise)
         self._tell(held)
@@ -179,6 +179,8 @@ class ReplicaManager:
             async for status in self._statuses(held):
                 if self._planned.get(key) != term:
                     return
+                if status.state is ReplicaState.FAILED:
+                    raise Full(status.reason) if held.full else ShardError(status.reason)
                 yield status
         except MeshError:
             # What cannot be loaded is not kept: the scheduler hears why and decides anew.
@@ -223,8 +225,6 @@ class ReplicaManager:
             changed = held.changed
             if held.state is ReplicaState.FAILED and held.info is None:
                 raise InputError(held.reason)
-            if held.state is ReplicaState.FAILED and held.full:
-                raise Full(held.reason)
             if held.info is not None:
                 yield self._status(held)
             if held.state is ReplicaState.DRAINING:

@@ -113,6 +113,48 @@ def test_replicas_survive_a_loss_and_are_made_whole(store: ModelStore, tmp_path:
         )
 
 
+def test_classes_of_requests_go_only_where_their_rules_allow(store: ModelStore, tmp_path: Path) -> None:
+    with agents(tmp_path, store, 1, memory="400", labels="tier=cloud,zone=a") as (one,):
+        policy = tmp_path / "mesh.toml"
+        policy.write_text(
+            f"""
+            [models.{MODEL}]
+            sessions = 2
+            context = 512
+            [classes.private]
+            allow = ["tier=onboard"]
+            [classes.cheap]
+            deny = ["zone=b"]
+            """
+        )
+        done = command(one.api, "apply", str(policy))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+        def ask(class_name: str) -> tuple[int, str]:
+            body = {"model": MODEL, "prompt": "The sea", "max_tokens": 3}
+            request = urllib.request.Request(
+                f"http://{one.api}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json", "X-Mesh-Class": class_name},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read().decode()
+
+        assert ask("cheap")[0] == 200
+        status, said = ask("private")
+        assert status == 503
+        assert "that the rules allow: the policy allows only tier=onboard" in said
+        status, said = ask("nope")
+        assert status == 400
+        assert "the policy has these classes: cheap, private" in said
+        route = command(one.api, "route", "--class", "cheap", "--explain")
+        assert "predicted   TPOT" in route.stdout
+
+
 def test_late_joiners_learn_the_policy_and_keep_it(store: ModelStore, tmp_path: Path) -> None:
     with agents(tmp_path, store, 1) as (first,):
         text = f"[models.{MODEL}]\nsessions = 1\ncontext = 64\nallow = ['tier=none']\n"

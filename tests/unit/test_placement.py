@@ -194,9 +194,20 @@ def test_what_is_there_stays_unless_a_move_pays() -> None:
     assert [(s.node, s.moved) for s in planned(slow, replace(ONE, move=50.0)).stages] == [("a", 6)]
 
 
+def test_what_another_plan_will_take_is_not_free() -> None:
+    snapshot = cluster(host("a", room=800, layer_us=100), host("b", room=800))
+    first = planned(snapshot)
+    assert first.takes() == {NodeId("a"): 776}
+    second = planned(snapshot, taken=first.takes())
+    assert [s.node for s in second.stages] == ["b"]
+    assert dict(second.idle)[NodeId("a")].startswith("0 MiB short")
+    there = replace(snapshot.nodes[NodeId("a")], replicas=node("a", shard()).replicas)
+    assert planned(cluster(there)).takes() == {}
+
+
 def test_a_flapping_node_is_held_off() -> None:
     snapshot = cluster(host("a", layer_us=100), host("b"))
-    plan = planned(snapshot, held_off=[NodeId("a")])
+    plan = planned(snapshot, held_off={NodeId("a"): "it came and went lately"})
     assert [s.node for s in plan.stages] == ["b"]
     assert dict(plan.idle)[NodeId("a")].startswith("it came and went lately")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mesh.errors import ConfigError
@@ -13,6 +15,7 @@ from scheduler.policy import (
     matches,
     model_policy,
     parse_policy,
+    policy_table,
     policy_text,
     price_us,
 )
@@ -71,6 +74,12 @@ def test_errors_point_to_the_line(text: str, what: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_policy(text, "mesh.toml")
     assert what in str(error.value)
+
+
+def test_the_readme_documents_every_key() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for kind in (ModelPolicy, ClassPolicy):
+        assert policy_table(kind) in readme, f"put policy_table({kind.__name__}) into the README"
 
 
 def test_durations_have_units() -> None:

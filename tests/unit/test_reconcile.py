@@ -15,6 +15,7 @@ from scheduler.reconcile import (
     FlapBook,
     Hold,
     Reconciler,
+    Refusals,
     Release,
     Settling,
     Wanted,
@@ -183,6 +184,23 @@ def test_flaps_are_forgiven_once_and_held_off_ever_longer() -> None:
     flaps.look(restarted, 101.0)
     flaps.look(cluster(node("a")), 102.0)
     assert B in flaps.held_off(103.0)
+
+
+def test_refusals_are_asked_again_later_each_time_and_end_in_another_plan() -> None:
+    refusals, one = Refusals(), wanted("a")
+    refusals.add(one, "no room", 0.0)
+    assert refusals.now(1.0) == {one: "no room"}
+    assert refusals.now(2.5) == {}
+    refusals.add(one, "no room", 2.5)
+    assert refusals.now(6.0) == {one: "no room"}
+    assert refusals.held_off() == {}
+    refusals.add(one, "no room", 7.0)
+    assert refusals.held_off() == {A: "it refused 3 times: no room"}
+    assert refusals.now(500.0) == {}
+    assert refusals.held_off() == {}
+    refusals.add(one, "no room", 501.0)
+    refusals.clear(one)
+    assert refusals.now(501.0) == {}
 
 
 def test_plans_that_waver_move_nothing() -> None:

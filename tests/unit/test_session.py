@@ -217,6 +217,20 @@ def test_r2_r5_a_new_epoch_replays_every_token_and_samples_only_what_was_not_emi
     assert session.state is State.DECODE
 
 
+def test_r3_an_exact_replay_runs_the_frames_that_ran_first() -> None:
+    session = decoding(**PATIENT, exact=True, window=9)
+    session.handle(sampled(11, token=8), 3)
+    session.handle(lost(1), 5)
+    frames = [e for e in session.handle(Rerouted(OTHER), 6) if isinstance(e, SendFrame)]
+    assert [(f.position, len(f.tokens), f.sample) for f in frames] == [
+        (0, 4, False),
+        (4, 4, False),
+        (8, 2, False),
+        (10, 1, False),
+        (11, 1, True),
+    ]
+
+
 def test_no_route_is_asked_for_again_and_given_up_in_time() -> None:
     session = decoding(**PATIENT)
     session.handle(lost(1), 0)
