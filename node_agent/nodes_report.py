@@ -169,4 +169,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "kv_reserved_bytes": replica.kv_reserved_bytes,
         "kv_budget_bytes": replica.kv_budget_bytes,
         "leases": replica.leases,
+        "planned": replica.term is not None,
+        "step_ms": round(replica.speed.decode / 1000, 3) if replica.speed else None,
+        "weighed_ms": round(replica.speed.weighed / 1000, 3) if replica.speed else None,
     }

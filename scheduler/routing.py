@@ -277,7 +277,7 @@ class _Graph:
         self._places = np.array([places.setdefault(n.id, len(places)) for n, _ in held])
         self._keys = [(n.id, r.shard.digest) for n, r in held]
         self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
-        self._decode = np.array([s.decode for s in self._speeds])
+        self._decode = np.array([s.weighed for s in self._speeds])
         self._row = np.array([s.row for s in self._speeds])
         self._context = np.array([s.context for s in self._speeds])
         self._prefill = np.array([s.prefill for s in self._speeds])
@@ -448,6 +448,7 @@ def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
         else replace(
             s,
             decode=min(s.decode, decode * r.shard.weight_bytes),
+            hope=0.0,
             prefill=min(s.prefill, prefill * r.shard.weight_bytes),
         )
         for (_, r), s in zip(held, speeds, strict=True)

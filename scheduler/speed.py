@@ -19,7 +19,7 @@ _TRIMMED = 0.02
 """Of the slowest steps, left out of a mean: they are somebody else's doing."""
 _COLD_STEPS = 8
 """The first steps after loading bring weights into memory and caches: they say nothing of later ones."""
-_IDLE_S = 5.0
+_IDLE_S = 2.0
 _FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
 _FAR = 1000
 _TOLD = 0.04
@@ -30,7 +30,7 @@ _EFFICIENCY = 0.6
 """Of the probe's bandwidth and arithmetic that a whole shard reaches."""
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
-_FADES_S = 30.0
+_FADES_S = 10.0
 _WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
 """Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
 HEAD_SHARE = 0.65
@@ -48,6 +48,14 @@ class StageSpeed:
     decode_p99: float
     measured: bool = False
     context: float = 0.0
+    hope: float = 0.0
+    """``decode`` as routes weigh it: the longer nothing ran, the closer to the best that was ever measured; 0 is
+    the same as ``decode``."""
+
+    @property
+    def weighed(self) -> float:
+        """What routes are chosen by."""
+        return self.hope or self.decode
 
     def step(self, sessions: int, position: float = 0.0) -> float:
         """A decode step of so many sessions together."""
@@ -134,13 +142,14 @@ def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
             abs(told.row - now.row) <= 4 * _TOLD * now.row,
             abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
             abs(told.context - now.context) * _FAR <= _TOLD * now.decode,
+            abs(told.weighed - now.weighed) <= _TOLD * now.weighed,
         )
         if all(near):
             return told
     decode, row, prefill, p99, context = (
         float(f"{v:.3g}") for v in (now.decode, now.row, now.prefill, now.decode_p99, now.context)
     )
-    return StageSpeed(decode, row, prefill, p99, now.measured, context)
+    return StageSpeed(decode, row, prefill, p99, now.measured, context, float(f"{now.hope:.3g}"))
 
 
 def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
@@ -154,8 +163,8 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
 
 class SpeedMeter:
     """Means of the last runs, without the very slowest: what a token takes on average is the sum of such. While
-    nothing runs, they fade into the best that was ever measured here, so that a node that was slow, and
-    therefore shunned, is tried again."""
+    nothing runs, ``hope`` fades into the best that was ever measured here, so that a node that was slow, and
+    therefore shunned, is tried again; what tokens are predicted to take does not."""
 
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
@@ -206,14 +215,7 @@ class SpeedMeter:
             self._best = now
         best = self._best
         trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
-        return StageSpeed(
-            now.decode * trust + best.decode * (1 - trust),
-            now.row * trust + best.row * (1 - trust),
-            now.prefill * trust + best.prefill * (1 - trust),
-            now.decode_p99 * trust + best.decode_p99 * (1 - trust),
-            True,
-            now.context,
-        )
+        return replace(now, hope=now.decode * trust + min(now.decode, best.decode) * (1 - trust))
 
     def _fit_context(self) -> None:
         """Least squares over the window's steps; kept while positions are too close together to tell. A step

@@ -94,15 +94,16 @@ def _speed_record(speed: StageSpeed) -> pb.StageSpeed:
         decode_p99=speed.decode_p99,
         measured=speed.measured,
         context=speed.context,
+        hope=speed.hope,
     )
 
 
 def _read_speed(record: pb.StageSpeed) -> StageSpeed | None:
     """``None`` for figures that cannot be: they come from the network and steer routes."""
-    values = (record.decode, record.row, record.prefill, record.decode_p99, record.context)
+    values = (record.decode, record.row, record.prefill, record.decode_p99, record.context, record.hope)
     if not all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) or record.decode <= 0:
         return None
-    return StageSpeed(*values[:4], record.measured, record.context)
+    return StageSpeed(*values[:4], record.measured, record.context, record.hope)
 
 
 def node_record(node: Node, cluster: str) -> pb.NodeRecord:

@@ -358,6 +358,7 @@ class StageSpeed(google.protobuf.message.Message):
     DECODE_P99_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
     CONTEXT_FIELD_NUMBER: builtins.int
+    HOPE_FIELD_NUMBER: builtins.int
     decode: builtins.float
     row: builtins.float
     prefill: builtins.float
@@ -367,6 +368,8 @@ class StageSpeed(google.protobuf.message.Message):
     """else a guess from the machine's probe"""
     context: builtins.float
     """more for each position before it"""
+    hope: builtins.float
+    """decode as routes should weigh it: what was measured long ago counts ever less"""
     def __init__(
         self,
         *,
@@ -376,8 +379,9 @@ class StageSpeed(google.protobuf.message.Message):
         decode_p99: builtins.float = ...,
         measured: builtins.bool = ...,
         context: builtins.float = ...,
+        hope: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "decode", b"decode", "decode_p99", b"decode_p99", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "decode", b"decode", "decode_p99", b"decode_p99", "hope", b"hope", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
 
 Global___StageSpeed: typing_extensions.TypeAlias = StageSpeed
 

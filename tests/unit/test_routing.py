@@ -297,11 +297,12 @@ def test_speeds_are_learned_and_old_slowness_fades() -> None:
     assert learned.step(4) == pytest.approx(2900, abs=10)
     for _ in range(300):
         meter.decoded(1, 2200, 2.0)
-    assert meter.speed(6.0).decode == 2200, "a short rest is no reason to hope"
+    assert meter.speed(3.0).weighed == 2200, "a short rest is no reason to hope"
     for _ in range(300):
         meter.decoded(1, 10_000, 2.0)
     assert meter.speed(2.0).decode == 10_000
-    assert meter.speed(600.0).decode == pytest.approx(2001, abs=1)
+    assert meter.speed(600.0).weighed == pytest.approx(2001, abs=1)
+    assert meter.speed(600.0).decode == 10_000
 
 
 def test_what_a_step_takes_more_for_what_came_before_is_learned() -> None:
