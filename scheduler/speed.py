@@ -19,7 +19,12 @@ _TRIMMED = 0.02
 """Of the slowest steps, left out of a mean: they are somebody else's doing."""
 _COLD_STEPS = 8
 """The first steps after loading bring weights into memory and caches: they say nothing of later ones."""
+_ENOUGH_STEPS = 24
+"""Until so many were measured, a replica counts as one that never ran: routes go on trying it."""
 _IDLE_S = 2.0
+_DOUBT = 0.8
+"""Of the best measured, hoped for when nothing ran for long: equal machines are often measured a tenth apart, and
+whoever was measured in a bad moment must get another one."""
 _FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
 _FAR = 1000
 _TOLD = 0.04
@@ -30,7 +35,7 @@ _EFFICIENCY = 0.6
 """Of the probe's bandwidth and arithmetic that a whole shard reaches."""
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
-_FADES_S = 10.0
+_FADES_S = 5.0
 _WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
 """Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
 HEAD_SHARE = 0.65
@@ -207,7 +212,7 @@ class SpeedMeter:
             _or(_mean(self._rows), guessed.row),
             _or(_mean(self._prefill), guessed.prefill),
             guessed.decode_p99 if single is None else _or(_quantile(self._single, 99), 0.0) - at_mean,
-            True,
+            self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
             self._context,
         )
         enough = len(self._single) >= _WINDOW // 4
@@ -215,7 +220,8 @@ class SpeedMeter:
             self._best = now
         best = self._best
         trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
-        return replace(now, hope=now.decode * trust + min(now.decode, best.decode) * (1 - trust))
+        hoped = _DOUBT * min(now.decode, best.decode)
+        return replace(now, hope=now.decode * trust + hoped * (1 - trust))
 
     def _fit_context(self) -> None:
         """Least squares over the window's steps; kept while positions are too close together to tell. A step
