@@ -133,22 +133,19 @@ class StageBook:
         slot, refusal = self._resume(order) if order.resume is not None else (None, None)
         if refusal is not None:
             return refusal
+        if slot is None:
+            slot = self._slot_beside()
         reserved = order.positions * self.shard.kv_bytes_per_token
-        while self.kept and (
-            self.reserved_bytes + reserved > self.kv_budget_bytes
-            or (slot is None and None not in self._slots)
-        ):
+        while self.kept and self.reserved_bytes + reserved > self.kv_budget_bytes:
             self._let_go(next(iter(self.kept)))
         if self.reserved_bytes + reserved > self.kv_budget_bytes:
-            if slot is not None:
+            if order.resume is not None and slot is not None:
                 self.freed.append(slot)
             return Refusal(
                 Cause.FULL,
                 f"no KV memory: {reserved} bytes wanted, {self.kv_budget_bytes - self.reserved_bytes} "
                 f"of {self.kv_budget_bytes} free",
             )
-        if slot is None:
-            slot = next((i for i, s in enumerate(self._slots) if s is None), None)
         if slot is None:
             return Refusal(Cause.FULL, f"all {self.slots} session slots are taken")
         session = StageSession(
@@ -174,8 +171,25 @@ class StageBook:
         if kept is None or kept.position < order.position:
             return None, Refusal(Cause.NO_CACHE, f"session {order.resume} is not kept here any more")
         self._let_go(order.resume)
-        self.freed.remove(kept.slot)
+        self.freed.remove(kept.slot)  # its memory is wanted
         return kept.slot, None
+
+    def _slot_beside(self) -> int | None:
+        """A slot next to those that are in use, whatever is kept there: neighbours are computed together.
+        Where nothing is in use, a free one, or that of the longest kept."""
+        used = [s.slot for s in self.sessions.values()]
+        open_ = [i for i in range(self.slots) if i not in used]
+        if not open_:
+            return None
+        empty = [i for i in open_ if self._slots[i] is None]
+        if used:
+            slot = min(open_, key=lambda i: (min(abs(i - u) for u in used), i not in empty, i))
+        else:
+            slot = empty[0] if empty else next(iter(self.kept.values())).slot
+        for session, kept in list(self.kept.items()):
+            if kept.slot == slot:
+                self._let_go(session)
+        return slot
 
     def _let_go(self, session: SessionId) -> None:
         kept = self.kept.pop(session)

