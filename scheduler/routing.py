@@ -275,6 +275,7 @@ class _Graph:
         self._speeds = _hopeful(held, [speed_of(n, r) for n, r in held])
         places: dict[NodeId, int] = {}
         self._places = np.array([places.setdefault(n.id, len(places)) for n, _ in held])
+        self._machines = len(places)
         self._keys = [(n.id, r.shard.digest) for n, r in held]
         self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
         self._decode = np.array([s.weighed for s in self._speeds])
@@ -307,7 +308,11 @@ class _Graph:
         after = [self.held[i][0] for i in self._starts[layer]]
         latency, transfer = ways_us(before, after, self._frame_bytes, self._percentile)
         # A row for each that starts: the search runs along what lies together.
-        return np.ascontiguousarray(latency.T), np.ascontiguousarray(transfer.T)
+        # Single precision halves what goes through the caches; a microsecond in ten seconds is not seen.
+        return (
+            np.ascontiguousarray(latency.T, dtype=np.float32),
+            np.ascontiguousarray(transfer.T, dtype=np.float32),
+        )
 
     def _ingress_ways(self, ingress: Node | None, outward: bool) -> Floats:
         """Tokens to the first stages or home from the last ones: few bytes."""
@@ -334,12 +339,11 @@ class _Graph:
 
     def prices(self, request: RouteRequest) -> _Prices:
         """The request's costs."""
-        load = self._load(request)
-        learned = request.learned
+        load, learned = self._load(request), request.learned
         step = (
             learned.stage_us + self._decode + self._context * request.position + self._row * load + self._tail
         )
-        queue = np.where(load > 0, BUSY_WAIT * (self._decode + self._row * np.maximum(load - 1, 0)), 0.0)
+        queue = BUSY_WAIT * (self._decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
         total = request.tokens * (step + queue + risk + self._price) + request.prompt * self._prefill
         if request.draw:
@@ -348,7 +352,10 @@ class _Graph:
         frames, positions = request.tokens + chunks, request.tokens + request.prompt
         return _Prices(
             np.where(self._room < request.positions, np.inf, total),
-            [frames * latency + positions * transfer for _, _, latency, transfer in self._boundaries],
+            [
+                np.float32(frames) * latency + np.float32(positions) * transfer
+                for _, _, latency, transfer in self._boundaries
+            ],
             frames * self._outward,
             request.tokens * self._home,
         )
@@ -356,7 +363,9 @@ class _Graph:
     def without(self, prices: _Prices, path: list[int], ingress: NodeId) -> _Prices:
         """The prices when the machines of a path, but not the ingress, are gone."""
         used = [self._places[i] for i in path if self.held[i][0].id != ingress]
-        gone = np.isin(self._places, used)
+        lost = np.zeros(self._machines, dtype=bool)
+        lost[used] = True
+        gone = lost[self._places]
         return _Prices(np.where(gone, np.inf, prices.replicas), prices.edges, prices.outward, prices.home)
 
     def shortest(self, prices: _Prices) -> tuple[float, list[int]] | None:
@@ -367,7 +376,7 @@ class _Graph:
         parent = np.full(len(self.held), -1)
         cost[self._first] = prices.outward[self._first] + prices.replicas[self._first]
         for (before, after, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
-            reached = edges + cost[before]
+            reached = edges + cost[before].astype(np.float32)
             which = reached.argmin(axis=1)
             cost[after] = reached[np.arange(len(after)), which] + prices.replicas[after]
             parent[after] = before[which]
