@@ -21,6 +21,7 @@ _COLD_STEPS = 8
 """The first steps after loading bring weights into memory and caches: they say nothing of later ones."""
 _ENOUGH_STEPS = 24
 """Until so many were measured, a replica counts as one that never ran: routes go on trying it."""
+_RECENT, _SPIKES = 48, 0.1
 _IDLE_S = 2.0
 _DOUBT = 0.8
 """Of the best measured, hoped for when nothing ran for long: equal machines are often measured a tenth apart, and
@@ -54,8 +55,8 @@ class StageSpeed:
     measured: bool = False
     context: float = 0.0
     hope: float = 0.0
-    """``decode`` as routes weigh it: the longer nothing ran, the closer to the best that was ever measured; 0 is
-    the same as ``decode``."""
+    """What routes weigh in place of ``decode``: the last steps without the slowest tenth; the longer nothing
+    ran, the closer to the best that was ever measured. 0 is the same as ``decode``."""
 
     @property
     def weighed(self) -> float:
@@ -215,13 +216,14 @@ class SpeedMeter:
             self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
             self._context,
         )
+        recent = _mean(deque(self._single, maxlen=_RECENT), _SPIKES)
+        typical = now.decode if recent is None else max(0.1 * recent, recent - at_mean)
         enough = len(self._single) >= _WINDOW // 4
-        if self._best is None or (enough and now.decode < self._best.decode):
-            self._best = now
-        best = self._best
+        if self._best is None or (enough and typical < self._best.weighed):
+            self._best = replace(now, hope=typical)
         trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
-        hoped = _DOUBT * min(now.decode, best.decode)
-        return replace(now, hope=now.decode * trust + hoped * (1 - trust))
+        hoped = _DOUBT * min(typical, self._best.weighed)
+        return replace(now, hope=typical * trust + hoped * (1 - trust))
 
     def _fit_context(self) -> None:
         """Least squares over the window's steps; kept while positions are too close together to tell. A step
@@ -243,10 +245,10 @@ def _or(measured: float | None, guessed: float) -> float:
     return guessed if measured is None else measured
 
 
-def _mean(values: deque[float]) -> float | None:
+def _mean(values: deque[float], trimmed: float = _TRIMMED) -> float | None:
     if not values:
         return None
-    kept = sorted(values)[: len(values) - int(len(values) * _TRIMMED)]
+    kept = sorted(values)[: len(values) - int(len(values) * trimmed)]
     return sum(kept) / len(kept)
 
 

@@ -97,7 +97,7 @@ def test_shares_follow_speed_and_newcomers_take_load(store: ModelStore, tmp_path
                     until(lambda: _serving(ingress) == {one.node, two.node}, 30)
                     until(lambda: load.shares(0)[two.node] >= 3, WITHIN_S)
                     begin = time.monotonic()
-                    time.sleep(12)
+                    time.sleep(5)
                     fair = load.shares(begin)
                     # Slowed to a fifth, it soon gets next to nothing, and that stays so.
                     (cgroup / "cpu.cfs_quota_us").write_text("20000")
@@ -108,8 +108,7 @@ def test_shares_follow_speed_and_newcomers_take_load(store: ModelStore, tmp_path
                     slowed = load.shares(begin)
                     (cgroup / "cpu.cfs_quota_us").write_text("-1")
     assert load.errors == []
-    # Both are in use; equal machines are measured a tenth apart at times, and the better one gets more.
-    assert min(fair[one.node], fair[two.node]) >= 1, fair
+    assert min(fair[one.node], fair[two.node]) >= 0.2 * fair.total(), fair
     assert slowed[two.node] <= 0.1 * slowed.total(), slowed
 
 
