@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-DITHER = 0.2
+DITHER = 0.3
 """More than what equal machines are measured apart, about a batch's worth of a step: load differs by as much
 before it outweighs the draw."""
 _FLOAT_BYTES = 4
