@@ -8,6 +8,7 @@ weights once, looking at what came before, then a little for each further row. P
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import exp
 
@@ -17,15 +18,19 @@ from mesh.types import Digest, LayerRange, ShardInfo
 _WINDOW = 192
 _TRIMMED = 0.02
 """Of the slowest steps, left out of a mean: they are somebody else's doing."""
-_COLD_STEPS = 8
+_COLD_STEPS = 12
 """The first steps after loading bring weights into memory and caches: they say nothing of later ones."""
 _ENOUGH_STEPS = 24
 """Until so many were measured, a replica counts as one that never ran: routes go on trying it."""
-_RECENT, _SPIKES = 48, 0.1
+_RECENT_S, _RECENT_STEPS, _SPIKES = 3.0, 16, 0.1
+"""What routes weigh is of so long, or of so many steps where that is longer ago: whoever was measured while its machine
+was busy with something else needs one more answer to be seen as it is."""
 _IDLE_S = 2.0
 _DOUBT = 0.8
-"""Of the best measured, hoped for when nothing ran for long: equal machines are often measured a tenth apart, and
-whoever was measured in a bad moment must get another one."""
+"""Of what was measured, hoped for where little or nothing ran of late: equal machines are often measured a tenth apart,
+whoever is used is measured faster for it, and whoever was measured in a bad moment must get another one."""
+_SURE_STEPS = 96
+"""So many of late leave no doubt."""
 _FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
 _FAR = 1000
 _TOLD = 0.04
@@ -55,8 +60,8 @@ class StageSpeed:
     measured: bool = False
     context: float = 0.0
     hope: float = 0.0
-    """What routes weigh in place of ``decode``: the last steps without the slowest tenth; the longer nothing
-    ran, the closer to the best that was ever measured. 0 is the same as ``decode``."""
+    """What routes weigh in place of ``decode``: steps without the slowest tenth; the longer nothing ran, the
+    closer to the best that was ever measured. 0 is the same as ``decode``."""
 
     @property
     def weighed(self) -> float:
@@ -176,6 +181,7 @@ class SpeedMeter:
         self._prior = prior
         self._single: deque[float] = deque(maxlen=_WINDOW)
         self._positions: deque[int] = deque(maxlen=_WINDOW)
+        self._times: deque[float] = deque(maxlen=_WINDOW)
         self._context = prior.context
         self._rows: deque[float] = deque(maxlen=_WINDOW)
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
@@ -191,6 +197,7 @@ class SpeedMeter:
         elif rows == 1:
             self._single.append(us)
             self._positions.append(position)
+            self._times.append(now_s)
         else:
             alone = _mean(self._single) or self._prior.decode
             self._rows.append(max(0.0, us - alone) / (rows - 1))
@@ -216,14 +223,25 @@ class SpeedMeter:
             self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
             self._context,
         )
-        recent = _mean(deque(self._single, maxlen=_RECENT), _SPIKES)
-        typical = now.decode if recent is None else max(0.1 * recent, recent - at_mean)
+        usual = self._usual()
+        typical = now.decode if usual is None else max(0.1 * usual, usual - at_mean)
         enough = len(self._single) >= _WINDOW // 4
         if self._best is None or (enough and typical < self._best.weighed):
             self._best = replace(now, hope=typical)
         trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
+        late = sum(1 for at in self._times if at >= now_s - _RECENT_S)
+        sure = min(1.0, late / _SURE_STEPS)
+        likely = typical * (_DOUBT + (1 - _DOUBT) * sure)
         hoped = _DOUBT * min(typical, self._best.weighed)
-        return replace(now, hope=typical * trust + hoped * (1 - trust))
+        return replace(now, hope=likely * trust + hoped * (1 - trust))
+
+    def _usual(self) -> float | None:
+        """A step of late, without spikes."""
+        since = self._last_s - _RECENT_S
+        recent = [us for us, at in zip(self._single, self._times, strict=True) if at >= since]
+        if len(recent) < _RECENT_STEPS:
+            recent = list(self._single)[-_RECENT_STEPS:]
+        return _mean(recent, _SPIKES)
 
     def _fit_context(self) -> None:
         """Least squares over the window's steps; kept while positions are too close together to tell. A step
@@ -245,7 +263,7 @@ def _or(measured: float | None, guessed: float) -> float:
     return guessed if measured is None else measured
 
 
-def _mean(values: deque[float], trimmed: float = _TRIMMED) -> float | None:
+def _mean(values: Collection[float], trimmed: float = _TRIMMED) -> float | None:
     if not values:
         return None
     kept = sorted(values)[: len(values) - int(len(values) * trimmed)]
