@@ -52,15 +52,26 @@ class Open:
     resume: SessionId | None = None
     """A closed session that the stages kept: this one takes its KV cache over up to ``position``."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether each stage tells where it stands before anything is sent to it: a later epoch of a session
+        that some of them have and others lack."""
+        return self.position > 0 and self.resume is None
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Stage to owner: the session is open along the route, from ``position`` on."""
+    """The session is open from ``position`` on: told by the last stage to the owner, or, where the ``Open``
+    asks, by each stage to its sender when those behind it have told."""
 
     session: SessionId
     epoch: Epoch
     stage: int
     position: int
+    short: int = 0
+    """Stages from here on that lacked something."""
+    replayed: int = 0
+    """Positions that hop logs replay to them, the most of any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,8 @@ class Close:
     """The receiver's place in the route."""
     keep: bool = False
     """It ended well: keep the KV cache for a session that goes on from it, while there is room."""
+    alone: bool = False
+    """This stage only: the others go on in a later epoch."""
 
 
 @dataclass(frozen=True, slots=True)

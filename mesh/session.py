@@ -19,10 +19,11 @@ because a stage that refuses drops what follows.
 The feed comes first among the effects of a token: the next step computes while this one is
 written down. ``KeepToken`` always stands before its ``EmitToken`` (rule R6).
 
-When a stage is lost, the owner asks for another route, opens it at position 0 in a new epoch
-(rule R2) and sends all tokens again, prompt and answer, as one prefill; what the client has seen is
-input from then on (rule R5). The same happens, without a loss, when a stage should be left because it
-drains.
+When a stage is lost, the owner asks for another route and opens it in a new epoch at the last token (rule
+R2). Stages that are on both routes go on with what they have; each tells its sender where it stands, and whoever
+is further sends again what the other lacks: a stage from its hop log, the owner from the tokens, prompt and
+answer as one prefill. What the client has seen is input from then on (rule R5). The same happens, without a loss,
+when a stage should be left because it drains.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 
 from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost
 from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
-from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Token
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Stage, Token
 
 _STORY_KEPT = 24
 _ASK_AGAIN_NS = 100_000_000
@@ -51,11 +52,24 @@ class State(enum.Enum):
     REROUTING = "rerouting"
     """A stage is lost; waiting for a route without it."""
     REPLAYING = "replaying"
-    """A new epoch is open; all tokens so far go through its stages."""
+    """A new epoch is open; its stages are given what they lack."""
     DONE = "done"
     """Ended as asked: stop token, length, or the client had enough."""
     FAILED = "failed"
     """Ended with an error."""
+
+
+class Rung(enum.Enum):
+    """How a session came back: by what its stages still had."""
+
+    HOT = "hot"
+    """Every stage of the new route had everything."""
+    WARM = "warm"
+    """The stage before replayed its hop log to one that was new."""
+    UPSTREAM = "upstream"
+    """Several stages were new; a hop log before them was replayed."""
+    INGRESS = "ingress"
+    """The owner sent the tokens again."""
 
 
 class Finish(enum.Enum):
@@ -197,10 +211,16 @@ class Session:
         self.finish: Finish | None = None
         self.kept = False
         """Its stages were asked to keep what they computed."""
-        self._sent = 0
+        self._sent = self._acked = 0
         self._in_flight: deque[int] = deque()
         self._paused = False
         self._held: Token | None = None
+        self._asking = False
+        """The new route's stages have not told where they stand."""
+        self.rung: Rung | None = None
+        """Of the last recovery, once it is known."""
+        self.replayed = 0
+        """Positions that were sent again in the last recovery."""
         self._progress_ns = now
         self._story: deque[str] = deque(maxlen=_STORY_KEPT)
         self._lost: MeshError | None = None
@@ -226,6 +246,11 @@ class Session:
     def _open(self, now: int, resume: tuple[SessionId, int] | None = None) -> list[Effect]:
         order = self.order
         kept, position = resume or (None, 0)
+        self._history = (*order.prompt, *self.generated)
+        self._asking = bool(self.generated)
+        if self._asking:
+            # Whoever sampled the last token had everything before it.
+            position = len(self._history) - 1
         opening = Open(
             session=order.session,
             epoch=self.epoch,
@@ -242,11 +267,36 @@ class Session:
             exact=order.exact,
             resume=kept,
         )
-        self._history = (*order.prompt, *self.generated)
-        self._sent, self._held = position, None
+        self._sent, self._acked, self._held = position, position, None
         self._in_flight.clear()
         self._progress_ns = now
-        return [SendOpen(opening), *self._prefill()]
+        return [SendOpen(opening)] if self._asking else [SendOpen(opening), *self._prefill()]
+
+    def _opened(self, event: Opened, now: int) -> list[Effect]:
+        """The new route's stages have told where they stand: send what the first of them lacks."""
+        self._progress_ns = now
+        if not self._asking:
+            return []
+        if event.position > self._sent:
+            return self._fail(
+                PeerError(f"a stage wants position {event.position} of a session of {self._sent}")
+            )
+        self._asking = False
+        self.replayed = max(self._sent - event.position, event.replayed)
+        if event.position < self._sent:
+            self.rung = Rung.INGRESS
+        elif event.short:
+            self.rung = Rung.WARM if event.short == 1 else Rung.UPSTREAM
+        else:
+            self.rung = Rung.HOT
+        self._sent = self._acked = event.position
+        return self._prefill()
+
+    @property
+    def awaits_first_stage(self) -> bool:
+        """Whether the first stage owes an answer: to the ``Open``, or for a frame."""
+        running = not self.ended and self.state is not State.REROUTING
+        return running and (self._asking or self._sent > self._acked)
 
     def next_deadline(self) -> int | None:
         """When a ``Tick`` is due; ``None`` once ended."""
@@ -269,16 +319,15 @@ class Session:
             return []
         if isinstance(event, Opened | Refused | Ack | Sampled | HopLost) and event.epoch != self.epoch:
             return []
-        if self.state is State.REROUTING and isinstance(event, Opened | Ack | Sampled):
-            return []  # of a route that was closed: sampled again, with the same draw
+        if self.state is State.REROUTING and isinstance(event, Opened | Ack):
+            return []
         match event:
             case Sampled(token=token):
                 return self._sampled(token, now)
             case Ack(position=position):
                 return self._acknowledged(position, now)
             case Opened():
-                self._progress_ns = now
-                return []
+                return self._opened(event, now)
             case ClientBusy():
                 self._paused = True
                 return []
@@ -299,7 +348,7 @@ class Session:
         raise InvalidTransition("session", self.state.value, repr(event), list(self._story))
 
     def _lose(self, stage: int, error: MeshError, now: int) -> list[Effect]:
-        """A stage is lost, or refuses: close what is left of the route and ask for another."""
+        """A stage is lost, or refuses: ask for another route. The others wait, with what they have."""
         fresh = isinstance(error, Full | NoRoute) and not self.generated and self._lost is None
         if not self.order.recovery_timeout_ns or self.state is State.REROUTING:
             return self._fail(error) if self.state is not State.REROUTING else []
@@ -311,27 +360,33 @@ class Session:
         if 0 <= stage < len(self.route.stages):
             self._avoid.add(self.route.stages[stage].node)
         self.state, self._asked_ns = State.REROUTING, now
-        return [*self._close_all(str(error)), NeedRoute(frozenset(self._avoid))]
+        return [NeedRoute(frozenset(self._avoid))]
 
     def _start_cold(self, now: int) -> list[Effect]:
         """A stage kept nothing after all: the whole prompt then, on the same route."""
-        closing = self._close_all("the prefix is not kept")
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
-        return [*closing, *self._open(now)]
+        return self._open(now)
 
     def _reroute(self, route: LayeredRoute, now: int) -> list[Effect]:
-        closing = [] if self.state is State.REROUTING else self._close_all("the session moves")
+        """Open the other route; stages that are on both in the same place go on there."""
+        left = {
+            i: stage
+            for i, stage in enumerate(self.route.stages)
+            if i >= len(route.stages) or route.stages[i] != stage
+        }
+        closing = [self._close_one(i, stage, "the session moved") for i, stage in left.items()]
         self.route = route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
-        self.state = State.REPLAYING
-        return [*closing, *self._open(now)]
+        self.state, self.rung, self.replayed = State.REPLAYING, None, 0
+        # What is left of the old route is told last: nobody waits for it.
+        return [*self._open(now), *closing]
+
+    def _close_one(self, place: int, stage: Stage, reason: str) -> Effect:
+        return SendClose(Close(self.order.session, self.epoch, reason, place, alone=True), stage.address)
 
     def _close_all(self, reason: str) -> list[Effect]:
         """Every stage for itself: where one is lost, nobody passes a close on."""
-        return [
-            SendClose(Close(self.order.session, self.epoch, reason, i), stage.address)
-            for i, stage in enumerate(self.route.stages)
-        ]
+        return [self._close_one(i, stage, reason) for i, stage in enumerate(self.route.stages)]
 
     def _prefill(self) -> list[Effect]:
         prompt, chunk = self._history, self.order.chunk
@@ -353,6 +408,7 @@ class Session:
 
     def _acknowledged(self, position: int, now: int) -> list[Effect]:
         self._progress_ns = now
+        self._acked = max(self._acked, position)
         while self._in_flight and self._in_flight[0] <= position:
             self._in_flight.popleft()
         return self._prefill() if self.state in (State.PREFILL, State.REPLAYING) else []
@@ -361,13 +417,15 @@ class Session:
         expected = len(self.order.prompt) + len(self.generated)
         if token.position < expected:
             return []  # duplicate
-        if token.position > expected or self._sent < expected:
+        if token.position > expected or self._sent < expected or self._asking:
             return self._fail(
                 PeerError(f"the last stage sent position {token.position}, expected was {expected}")
             )
-        self.state = State.DECODE
-        self._lost = None
-        self._avoid.clear()
+        rerouting = self.state is State.REROUTING
+        if not rerouting:
+            self.state = State.DECODE
+            self._lost = None
+            self._avoid.clear()
         self._progress_ns = now
         self.generated.append(token.token)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
@@ -375,6 +433,8 @@ class Session:
             return written + self._finish(Finish.STOP, _NATURAL)
         if len(self.order.prompt) + len(self.generated) >= self.positions:
             return written + self._finish(Finish.LENGTH, _NATURAL)
+        if rerouting:
+            return written  # sampled before the loss; the next route goes on from it
         if self._paused:
             self._held = token
             return written
@@ -411,8 +471,10 @@ class Session:
     def _finish(self, finish: Finish, natural: tuple[Finish, ...] = ()) -> list[Effect]:
         # A stop string is found when the next step is under way already: such a cache is not kept.
         self.kept = self.order.keep and self.state is State.DECODE and finish in natural
+        broken = self.state in (State.REROUTING, State.REPLAYING)
         self.state, self.finish = State.DONE, finish
-        return [self._close(finish.value, self.kept), Ended(finish=finish)]
+        closing = self._close_all(finish.value) if broken else [self._close(finish.value, self.kept)]
+        return [*closing, Ended(finish=finish)]
 
     def _fail(self, error: MeshError) -> list[Effect]:
         self.state = State.FAILED

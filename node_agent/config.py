@@ -128,8 +128,15 @@ class AgentConfig:
         "auto",
         "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
     )
-    token_log: str = setting(
-        "on", "on: every token is in RocksDB before its bytes reach the client. off: kept in memory only."
+    log: str = setting(
+        "async",
+        "What RocksDB keeps of sessions. async: every token before its bytes reach the client, activations a moment after they are sent; survives a killed process. sync: also written through to the disk, activations every 50 ms; survives a power cut. off: nothing; a lost stage is then replayed from the prompt, and no answer outlives its agent.",
+    )
+    log_limit: int = setting(
+        512,
+        "Most that the hop log takes. Beyond it the session that would need more keeps none, says so, and is replayed from further up if a stage is lost.",
+        unit="MiB",
+        low=1,
     )
     keep: float = setting(600.0, "How long a session's tokens are kept.", unit="s", low=0.0)
     drain_timeout: float = setting(
@@ -140,7 +147,7 @@ class AgentConfig:
 
 
 _CHOICES = {
-    "token_log": ("on", "off"),
+    "log": ("async", "sync", "off"),
     "mdns": ("on", "off"),
     "scheduler": ("on", "off"),
     "prefix_cache": ("auto", "on", "off"),

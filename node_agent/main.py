@@ -35,11 +35,12 @@ from mesh.discovery import Discovery
 from mesh.errors import ConfigError, InputError, MeshError, NoRoute, RequestError
 from mesh.gossip import MemberState
 from mesh.profiles import PROFILES
-from mesh.session import SessionOrder
+from mesh.session import Session, SessionOrder
 from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.discovery_setup import consul_of, discovery_of
+from node_agent.adapters.frame_store import RocksFrames
 from node_agent.adapters.http_api import HttpApi, Job, new_choice, new_envelope
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.memory_store import MemoryTokenLog
@@ -53,6 +54,7 @@ from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.config import AgentConfig, join_address, parse_shard
+from node_agent.hop_log import HopLog
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.schema import Generation
 from node_agent.nodes_report import nodes_report
@@ -84,6 +86,8 @@ _TOKENS_EXPECTED = 256
 _ALTERNATIVES = 2
 _FIRST_LINKS_S = 3.0
 _GRACE_S = 0.5
+_BEHIND_BYTES = 64 << 20
+"""Activations that may wait for the disk."""
 _COLLECT_AFTER = 10_000
 _SWITCH_INTERVAL_S = 5e-5
 
@@ -125,24 +129,32 @@ class Agent:
         self.own = OwnRecord(config, self.identity, self.name, self.data_dir)
         set_up_logs(config.log_level, config.log_format, {"node": self.node_id, "name": self.name})
         self.metrics = AgentMetrics(self.node_id)
-        token_log: TokenLog = (
-            RocksTokenLog(self.data_dir / "tokens") if config.token_log == "on" else MemoryTokenLog()
-        )
+        if config.log == "off":
+            await self._serve(MemoryTokenLog(), None, ready)
+            return
+        token_log = RocksTokenLog(self.data_dir / "tokens", sync=config.log == "sync")
+        frames = RocksFrames(token_log.db, sync=config.log == "sync")
+        hops = HopLog(frames, config.log_limit << 20, _BEHIND_BYTES, self._hop_log_dropped)
         try:
-            await self._serve(token_log, ready)
+            await self._serve(token_log, hops, ready)
         finally:
+            frames.close()
             token_log.close()
+
+    def _hop_log_dropped(self, session: SessionId, why: str) -> None:
+        self.metrics.hop_log_absent.labels(self.node_id).inc()
+        log.warning("a session has no hop log any more: %s", why, extra={"session": session})
 
     def stop(self) -> None:
         """Begin an orderly end."""
         self._stopping.set()
 
-    async def _serve(self, token_log: TokenLog, ready: Callable[[Ready], None]) -> None:
+    async def _serve(self, token_log: TokenLog, hops: HopLog | None, ready: Callable[[Ready], None]) -> None:
         config = self.config
         server = grpc.aio.server(options=SERVER_OPTIONS)
         port, sock = self._listen(server)
         self.address = self.own.address = Address(join_address(config.advertise or config.host, port))
-        self._wire(token_log, server, sock)
+        self._wire(token_log, hops, server, sock)
         await server.start()
         api = HttpApi(
             self.start_generation,
@@ -212,13 +224,16 @@ class Agent:
             f"port {config.port} on {config.host} is taken or not ours; choose another with --port"
         )
 
-    def _wire(self, token_log: TokenLog, server: grpc.aio.Server, sock: socket.socket) -> None:
+    def _wire(
+        self, token_log: TokenLog, hops: HopLog | None, server: grpc.aio.Server, sock: socket.socket
+    ) -> None:
         config, identity = self.config, Identity(self.config.cluster, self.node_id)
         self.host = StageHost(
             self.node_id,
             self.address,
             lambda address, message: self.pool.send(address, message),
             lambda reason: self.metrics.refused.labels(self.node_id, reason).inc(),
+            hops,
         )
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(
@@ -483,12 +498,21 @@ class Agent:
         self,
         model: str,
         rules: tuple[ClassPolicy, ...],
-        order: SessionOrder,
+        session: Session,
         before: RoutePlan,
         avoid: frozenset[NodeId],
     ) -> RoutePlan:
-        """Another route for a session that runs: of the same model, runtime and quantization (rule R7)."""
-        return self.plan(model, order, rules, draw=secrets.randbits(62) + 1, avoid=avoid, pin=before.group)
+        """Another route for a session that runs: of the same model, runtime and quantization (rule R7), and
+        where it pays with the stages that hold its KV cache."""
+        return self.plan(
+            model,
+            session.order,
+            rules,
+            draw=secrets.randbits(62) + 1,
+            avoid=avoid,
+            pin=before.group,
+            runs=session,
+        )
 
     def plan(
         self,
@@ -500,8 +524,11 @@ class Agent:
         avoid: frozenset[NodeId] = frozenset(),
         pin: Group | None = None,
         kept: tuple[KeptSession, int] | None = None,
+        runs: Session | None = None,
     ) -> RoutePlan:
-        """The route of a request on our latest snapshot; raises ``NoRoute``."""
+        """The route of a request on our latest snapshot, or of a session that ``runs`` from here on; raises
+        ``NoRoute``."""
+        done = len(runs.generated) if runs else 0
         percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
         request = RouteRequest(
             model,
@@ -512,8 +539,10 @@ class Agent:
             pin=pin,
             kept=Kept(kept[0].route, kept[1]) if kept else None,
             learned=self.driver.learner.learned,
-            tokens=min(order.tokens_max, _TOKENS_EXPECTED) if order else 1,
-            prompt=len(order.prompt) if order else 0,
+            tokens=max(1, min(order.tokens_max - done, _TOKENS_EXPECTED)) if order else 1,
+            prompt=len(order.prompt) + done if order else 0,
+            steps=done if order and order.exact else 0,
+            holding=frozenset((s.node, s.shard) for s in runs.route.stages) if done and runs else frozenset(),
             chunk=self.config.chunk,
             own=self.driver.own_sessions(),
             ours_told=self.driver.ours_told,

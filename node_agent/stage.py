@@ -57,11 +57,26 @@ class StageSession:
     kept_ns: int = 0
     """When it was closed and kept for a session that goes on from it."""
     sampled: list[int] = field(default_factory=list)
-    """Tokens sampled here (last stage): the history that penalties look at."""
+    """Tokens sampled here in this epoch (last stage): with those of the ``Open``, what penalties look at."""
+    told: bool = True
+    """The next stage has told where it stands; nothing is computed before."""
+    onward: int = 0
+    """What the next stage wants next: nothing below it is sent there."""
+    resending: int | None = None
+    """Position from which the hop log is being replayed to the next stage; nothing is computed meanwhile."""
+    orphan_ns: int = 0
+    """When its sender or its owner was lost; it waits for a later epoch, unless somebody needs the room."""
 
     @property
     def runnable(self) -> bool:
-        return bool(self.queue) and not self.running and (self.last or self.credit > 0)
+        if not self.queue or self.running or self.orphan_ns:
+            return False
+        return self.last or (self.told and self.resending is None and (self.credit > 0 or self.silent))
+
+    @property
+    def silent(self) -> bool:
+        """Whether the next stage has what the next frame gives, so that it is sent nothing."""
+        return self.queue[0].position + self.queue[0].length <= self.onward
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +150,13 @@ class StageBook:
             return refusal
         if slot is None:
             slot = self._slot_beside()
+        if slot is None and self._drop_orphan():
+            slot = self._slot_beside()
         reserved = order.positions * self.shard.kv_bytes_per_token
         while self.kept and self.reserved_bytes + reserved > self.kv_budget_bytes:
             self._let_go(next(iter(self.kept)))
+        while self.reserved_bytes + reserved > self.kv_budget_bytes and self._drop_orphan():
+            pass
         if self.reserved_bytes + reserved > self.kv_budget_bytes:
             if order.resume is not None and slot is not None:
                 self.freed.append(slot)
@@ -158,6 +177,7 @@ class StageBook:
             queued_to=order.position if order.resume else 0,
             credit=order.window,
             machines=_machines(order),
+            told=self.shard.last or not order.asks,
         )
         self._slots[slot] = session
         self.sessions[order.session] = session
@@ -202,20 +222,56 @@ class StageBook:
         while self.kept and next(iter(self.kept.values())).kept_ns < now - KEPT_NS:
             self._let_go(next(iter(self.kept)))
 
+    def _drop_orphan(self) -> bool:
+        """End the session that waits longest for a later epoch; false if none does."""
+        waiting = [i for i, s in self.sessions.items() if s.orphan_ns and not s.running]
+        if not waiting:
+            return False
+        self.close(min(waiting, key=lambda i: self.sessions[i].orphan_ns))
+        return True
+
+    def orphan(self, session_id: SessionId, now: int) -> None:
+        """Its sender or its owner is lost: stop, and wait with what is computed."""
+        session = self.sessions.get(session_id)
+        if session is not None and not session.orphan_ns:
+            session.orphan_ns = now
+
     def _reopen(self, session: StageSession, order: Open) -> StageSession | Refusal:
         if order.epoch <= session.order.epoch:
             return Refusal(Cause.STALE_EPOCH, f"the session is at epoch {session.order.epoch.counter}")
         if order.positions > session.order.positions:
             return Refusal(Cause.FULL, "a new epoch cannot take more positions than the first")
-        kept = order.position - len(order.prompt)
         session.order = order
         session.position = session.queued_to = min(session.position, order.position)
         session.queue.clear()
         session.unacknowledged.clear()
         session.credit = order.window
         session.running = False
-        del session.sampled[max(kept, 0) :]
+        session.sampled.clear()
+        session.told = self.shard.last or not order.asks
+        session.onward, session.resending, session.orphan_ns = 0, None, 0
         return session
+
+    def told(self, session_id: SessionId, epoch: Epoch, position: int, logged_from: int | None) -> int | None:
+        """The next stage wants ``position``. What this stage then wants of its sender: its own next position when
+        its hop log, whole from ``logged_from`` on (``None``: there is none), holds the rest; else it must be given
+        that again and forgets it (rules R2 and R4). ``None`` if nobody waits for this."""
+        session = self.sessions.get(session_id)
+        if session is None or epoch != session.order.epoch or session.told:
+            return None
+        session.told, session.onward = True, position
+        if position < session.position:
+            if logged_from is not None and logged_from <= position:
+                session.resending, session.onward = position, session.position
+            else:
+                session.position = session.queued_to = position
+        return session.position
+
+    def resent(self, session: StageSession, end: int) -> None:
+        """A frame of the hop log, up to ``end``, is on its way to the next stage."""
+        session.credit -= 1
+        session.unacknowledged.append(end)
+        session.resending = end if end < session.position else None
 
     def accept(self, frame: Frame) -> Refusal | None:
         """Queue a frame. Stale epochs, duplicates and unknown sessions are dropped without a word;
@@ -325,7 +381,7 @@ class StageBook:
             return False
         session.running = False
         session.position = frame.position + frame.length
-        if not session.last:
+        if not session.last and session.position > session.onward:
             session.credit -= 1
             session.unacknowledged.append(session.position)
         return True

@@ -23,13 +23,17 @@ class StageSums:
 @dataclass(slots=True)
 class Recovery:
     """A stage lost or left: why, on which route, after how many tokens, and how long no token came
-    (microseconds; 0 while it lasts)."""
+    (microseconds; 0 while it lasts). ``rung``: by what it came back; ``replayed`` positions were sent again."""
 
     cause: str
     route: str
     tokens: int
     at_ns: int
     stalled_us: int = 0
+    rung: str = ""
+    replayed: int = 0
+    waited: bool = False
+    """There was no other route at first: something had to be loaded, or to come back."""
 
 
 @dataclass(slots=True)
@@ -76,12 +80,12 @@ class SessionTrace:
         """Whether what came can be held against the predictions."""
         return not self.recoveries and self.predicted_tpot_ms > 0 and self.tokens >= _ENOUGH_TOKENS
 
-    def token(self, token: Token, now: int) -> int:
+    def token(self, token: Token, now: int, going: bool = True) -> int:
         """Note a token and the times that it brought along; microseconds that the session stood still for a
-        recovery that it ends, else 0."""
+        recovery that it ends, else 0. ``going`` is false for a token that was under way when a stage was lost."""
         self.tokens += 1
         stalled_us = 0
-        if self.recoveries and not self.recoveries[-1].stalled_us:
+        if going and self.recoveries and not self.recoveries[-1].stalled_us:
             stalled_us = self.recoveries[-1].stalled_us = max(1, (now - self.recoveries[-1].at_ns) // 1000)
             self.last_ns = now
             return stalled_us
@@ -172,6 +176,8 @@ class SessionTrace:
                     "left": r.route,
                     "after_tokens": r.tokens,
                     "stalled_ms": round(r.stalled_us / 1000, 3),
+                    "rung": r.rung,
+                    "replayed": r.replayed,
                 }
                 for r in self.recoveries
             ],

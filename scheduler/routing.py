@@ -94,6 +94,10 @@ class RouteRequest:
     pin: Group | None = None
     """Of a session that runs: nothing but this digest, runtime and quantization (rule R7)."""
     learned: Learned = NOTHING_LEARNED
+    holding: frozenset[tuple[NodeId, Digest]] = frozenset()
+    """Replicas that have the KV cache of all of ``prompt``: of a session that runs."""
+    steps: int = 0
+    """Of the positions in ``prompt``, those that a replica without them is given one at a time."""
 
     @property
     def position(self) -> float:
@@ -345,9 +349,16 @@ class _Graph:
         )
         queue = BUSY_WAIT * (self._decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
-        total = request.tokens * (step + queue + risk + self._price) + request.prompt * self._prefill
+        filling = (request.prompt - request.steps) * self._prefill + request.steps * step
+        if request.holding:
+            held = np.array([key in request.holding for key in self._keys])
+            filling = np.where(held, 0.0, filling)
+        total = request.tokens * (step + queue + risk + self._price) + filling
         if request.draw:
             total = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
+        if request.holding:
+            # Who has the cache is left for good reason only, not by a draw.
+            total = np.where(held, total / (1 + DITHER), total)
         chunks = -(-request.prompt // request.chunk)
         frames, positions = request.tokens + chunks, request.tokens + request.prompt
         return _Prices(

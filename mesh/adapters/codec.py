@@ -66,6 +66,8 @@ def encode(message: Message) -> Iterator[pb.Packet]:
                     epoch=_epoch(message.epoch),
                     stage=message.stage,
                     position=message.position,
+                    short=message.short,
+                    replayed=message.replayed,
                 )
             )
         case Refused():
@@ -89,6 +91,7 @@ def encode(message: Message) -> Iterator[pb.Packet]:
                     reason=message.reason[:1000],
                     stage=message.stage,
                     keep=message.keep,
+                    alone=message.alone,
                 )
             )
         case HopLost():
@@ -291,7 +294,9 @@ class Decoder:
                 return _read_open(packet.open)
             case "opened":
                 o = packet.opened
-                return Opened(read_session(o.session), _read_epoch(o.epoch), o.stage, o.position)
+                return Opened(
+                    read_session(o.session), _read_epoch(o.epoch), o.stage, o.position, o.short, o.replayed
+                )
             case "refused":
                 r = packet.refused
                 return Refused(
@@ -304,7 +309,9 @@ class Decoder:
                 )
             case "close":
                 c = packet.close
-                return Close(read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep)
+                return Close(
+                    read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep, c.alone
+                )
             case "hop_lost":
                 h = packet.hop_lost
                 return HopLost(

@@ -41,3 +41,23 @@ class MemoryTokenLog:
 
     def close(self) -> None:
         self._sessions.clear()
+
+
+class MemoryFrames:
+    """``node_agent.hop_log.FrameStore`` that keeps everything in memory."""
+
+    behind_bytes = 0
+    failure: str | None = None
+
+    def __init__(self) -> None:
+        self.records: dict[bytes, bytes] = {}
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.records[key] = value
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.records.get(key)
+
+    def drop(self, start: bytes, end: bytes) -> None:
+        for key in [k for k in self.records if start <= k < end]:
+            del self.records[key]

@@ -80,6 +80,27 @@ class AgentMetrics:
             buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
             registry=self.registry,
         )
+        self.failovers = Counter(
+            "mesh_failovers",
+            "Sessions that went on along another route, by rung of the ladder and cause",
+            ("node_id", "rung", "cause"),
+            registry=self.registry,
+        )
+        self.replayed = Counter(
+            "mesh_replayed_positions",
+            "Positions that were sent again after a loss",
+            ("node_id",),
+            registry=self.registry,
+        )
+        self.hop_log = Gauge(
+            "mesh_hop_log_bytes", "Activations kept for replay", ("node_id",), registry=self.registry
+        )
+        self.hop_log_absent = Counter(
+            "mesh_hop_log_absent",
+            "Hop logs that were dropped: no room, a slow or broken disk",
+            ("node_id",),
+            registry=self.registry,
+        )
         self.prediction = Histogram(
             "mesh_prediction_error_ratio",
             "How far a route's predicted TTFT and TPOT were off, relative to what was measured",

@@ -3,7 +3,7 @@
 RocksDB's write-ahead log survives ``kill -9`` but silently drops records after a damaged one, so
 every record carries a CRC and a reader stops at the first gap.
 
-Keys: ``s`` + session (16 bytes) holds expiry and prompt; ``t`` + session + position (big-endian)
+Keys (``a`` is the hop logs'): ``s`` + session (16 bytes) holds expiry and prompt; ``t`` + session + position (big-endian)
 holds one token.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rocksdict import Options, Rdict, ReadOptions
+from rocksdict import Options, Rdict, ReadOptions, WriteOptions
 
 from mesh.errors import ConfigError
 from mesh.types import SessionId
@@ -41,7 +41,8 @@ def _os_errors() -> Iterator[None]:
 class RocksTokenLog:
     """``node_agent.ports.TokenLog`` on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sync: bool = False) -> None:
+        """With ``sync`` a token is past the disk's cache before it is shown: power may fail then."""
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(_WRITE_BUFFER)
@@ -51,6 +52,9 @@ class RocksTokenLog:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._db = Rdict(str(folder), options)
+            how = WriteOptions()
+            how.sync = sync
+            self._db.set_write_options(how)
         except Exception as error:  # rocksdict's own kind
             if "lock" in str(error).lower():
                 raise ConfigError(
@@ -59,6 +63,11 @@ class RocksTokenLog:
             raise ConfigError(
                 f"the token log {folder} cannot be opened: {error}; move it away to start with an empty one"
             ) from error
+
+    @property
+    def db(self) -> Rdict:
+        """The database, which hop logs live in as well."""
+        return self._db
 
     def begin(self, session: SessionId, prompt: Sequence[int], expires_at: float) -> None:
         body = _HEAD.pack(expires_at, len(prompt)) + struct.pack(f"<{len(prompt)}I", *prompt)

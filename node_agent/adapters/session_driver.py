@@ -54,7 +54,7 @@ CLIENT_BEHIND_MAX = 64
 _CLIENT_BEHIND_RESUME = 8
 
 
-Replan = Callable[[SessionOrder, RoutePlan, frozenset[NodeId]], RoutePlan]
+Replan = Callable[[Session, RoutePlan, frozenset[NodeId]], RoutePlan]
 """Another route for a session that runs, without some nodes; raises ``NoRoute``."""
 
 
@@ -212,21 +212,59 @@ class SessionDriver:
             effects = handle.session.handle(event, now)
             for effect in effects:
                 if isinstance(effect, EmitToken):
-                    stalled_us = handle.trace.token(effect.token, now)
+                    going = handle.session.state is not State.REROUTING
+                    stalled_us = handle.trace.token(effect.token, now, going)
                     if stalled_us:
-                        self.learner.recovered(stalled_us)
-                        self._metrics.recovery.labels(self._metrics.node_id).observe(stalled_us / 1e6)
+                        self._recovered(handle, stalled_us)
             self._carry_out(handle, effects)
         except MeshError as error:
             log.exception("session %s failed", handle.session.order.session)
             self._end(handle, Ended(error=error))
 
+    def _recovered(self, handle: SessionHandle, stalled_us: int) -> None:
+        session, recovery = handle.session, handle.trace.recoveries[-1]
+        rung = session.rung.value if session.rung else "moved"
+        recovery.rung = "cold" if recovery.waited else rung
+        recovery.replayed = session.replayed
+        self.learner.recovered(stalled_us)
+        metrics, node = self._metrics, self._metrics.node_id
+        metrics.recovery.labels(node).observe(stalled_us / 1e6)
+        metrics.failovers.labels(node, recovery.rung, recovery.cause.split(":")[0]).inc()
+        metrics.replayed.labels(node).inc(session.replayed)
+        log.warning(
+            "session went on after %.0f ms by %s: %s",
+            stalled_us / 1000,
+            recovery.rung,
+            recovery.cause,
+            extra={
+                "session": session.order.session,
+                "left": recovery.route,
+                "route": str(session.route),
+                "epoch": session.epoch.counter,
+                "tokens": recovery.tokens,
+                "replayed": recovery.replayed,
+            },
+        )
+
+    def awaited(self) -> set[Address]:
+        """First stages that owe an answer."""
+        return {
+            h.session.route.stages[0].address for h in self._running.values() if h.session.awaits_first_stage
+        }
+
+    def silent(self, address: Address, reason: str) -> None:
+        """A first stage gives no sign of life."""
+        self._first_lost(address, Cause.SILENT, reason)
+
     def link_lost(self, address: str, reason: str) -> None:
         """The link to a first stage broke."""
+        self._first_lost(Address(address), Cause.STREAM_BROKEN, reason)
+
+    def _first_lost(self, address: Address, cause: Cause, reason: str) -> None:
         for handle in list(self._running.values()):
             session = handle.session
             if session.route.stages[0].address == address:
-                lost = HopLost(session.order.session, session.epoch, 0, Cause.STREAM_BROKEN, reason)
+                lost = HopLost(session.order.session, session.epoch, 0, cause, reason)
                 self.handle(session, lost)
 
     def _carry_out(self, handle: SessionHandle, effects: list[Effect]) -> None:
@@ -293,9 +331,11 @@ class SessionDriver:
     def _reroute(self, handle: SessionHandle, avoid: frozenset[NodeId]) -> bool:
         """Give a session another route, if there is one now; otherwise it asks again."""
         try:
-            plan = handle.replan(handle.session.order, handle.plan, avoid)
+            plan = handle.replan(handle.session, handle.plan, avoid)
         except NoRoute as error:
             log.debug("no other route for %s yet: %s", handle.session.order.session, error)
+            if handle.trace.recoveries:
+                handle.trace.recoveries[-1].waited = True
             return False
         handle.plan = plan
         handle.trace.rerouted(plan.route)

@@ -11,7 +11,9 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from mesh.adapters.grpc_links import Upstream
 from mesh.messages import (
@@ -30,14 +32,24 @@ from mesh.messages import (
 from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId, Token
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Computed, Replica
+from node_agent.hop_log import HopLog
+from node_agent.hop_watch import HopWatch
 from node_agent.stage import Refusal, StageSession
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
 ACK_DELAY_S = 0.04
 """Acknowledgements of decode steps are gathered this long: they are off the token's path, and a
 message costs the same whether it carries one or twenty."""
-BEACON_INTERVAL_S = 0.1
+BEACON_INTERVAL_S = 0.03
+_MERGED_MAX = 128
+"""Positions of a replay's frame when it need not be exact."""
+_TIDY_NS = 1_000_000_000
+_ORPHAN_NS = 120_000_000_000
+"""How long a stage keeps what it computed for a session whose sender or owner is lost."""
 _HOP_SAMPLES = 32
 _SENT_KEPT = 1024
 
@@ -48,6 +60,14 @@ class Owner(Protocol):
     """The sessions that this node owns (the ingress side)."""
 
     def on_message(self, message: Message) -> None: ...
+
+    def awaited(self) -> set[Address]:
+        """First stages that owe an acknowledgement."""
+        ...
+
+    def silent(self, address: Address, reason: str) -> None:
+        """A first stage gives no sign of life."""
+        ...
 
 
 @dataclass(slots=True)
@@ -69,8 +89,11 @@ class StageHost:
         address: Address,
         send: Callable[[Address, Message], None],
         refused: Callable[[str], None],
+        hops: HopLog | None = None,
     ) -> None:
         self.node, self.address = node, address
+        self.hops = hops
+        self.watch: HopWatch[Address] = HopWatch()
         self.replicas: dict[Digest, Replica] = {}
         self.metrics: dict[Digest, StageMetrics] = {}
         self.owner: Owner | None = None
@@ -86,8 +109,9 @@ class StageHost:
 
     @property
     def busy(self) -> bool:
-        """Some session has a stage here, whoever owns it."""
-        return bool(self._placed)
+        """Some session has a stage here that is fed, whoever owns it."""
+        books = ((placed.replica.book, key[0]) for key, placed in self._placed.items())
+        return any(i in book.sessions and not book.sessions[i].orphan_ns for book, i in books)
 
     # -- messages in ---------------------------------------------------------------------------
 
@@ -110,7 +134,11 @@ class StageHost:
 
     def replied(self, address: Address, message: Message) -> None:
         """A message came back up a link that we dialled."""
-        if isinstance(message, list):
+        if address != self.address:
+            self.watch.heard(address, time.monotonic_ns())
+        if isinstance(message, Opened):
+            self._told(message)
+        elif isinstance(message, list):
             for ack in message:
                 if isinstance(ack, Ack):
                     self._acknowledged(address, ack)
@@ -140,16 +168,84 @@ class StageHost:
         if isinstance(outcome, Refusal):
             self._refuse(order, outcome.cause, outcome.reason)
             return
-        self._placed[order.session, order.stage] = _Placed(
-            replica, self.metrics[stage.shard], upstream, order
-        )
+        placed = _Placed(replica, self.metrics[stage.shard], upstream, order)
+        self._placed[order.session, order.stage] = placed
+        if self.hops is not None and not outcome.last:
+            self.hops.open(order.session, stage.shard, outcome.position)
         if order.stage + 1 < len(route.stages):
             left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
             self.deliver(route.stages[onward.stage].address, onward)
+        elif order.asks:
+            upstream.reply(_answer(placed, outcome.position))
         else:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
+
+    def _told(self, opened: Opened) -> None:
+        """A stage behind ours, or behind the owner, told where it stands: replay to it, tell our own sender."""
+        if opened.stage == 0:
+            if self.owner is not None:
+                self.owner.on_message(opened)
+            return
+        placed = self._placed.get((opened.session, opened.stage - 1))
+        if placed is None:
+            return
+        order, book = placed.order, placed.replica.book
+        session = book.sessions.get(opened.session)
+        if session is None or opened.position > order.position:
+            return
+        reached, shard = session.position, book.shard.digest
+        logged = self.hops.whole_from(opened.session, shard, reached) if self.hops is not None else None
+        wanted = book.told(opened.session, opened.epoch, opened.position, logged)
+        if wanted is None:
+            return
+        if self.hops is not None:
+            self.hops.open(opened.session, shard, wanted)
+        resent = max(opened.replayed, wanted - opened.position)
+        placed.upstream.reply(_answer(placed, wanted, opened.short, resent))
+        self._resend(placed)
+        placed.replica.dispatch()
+
+    def _resend(self, placed: _Placed) -> None:
+        """Replay the hop log to the next stage, as far as there is credit."""
+        order = placed.order
+        session = placed.replica.book.sessions.get(order.session)
+        route = order.route
+        if session is None or session.order is not order or not isinstance(route, LayeredRoute):
+            return
+        address = route.stages[order.stage + 1].address
+        while session.resending is not None and session.credit > 0:
+            start = session.resending
+            payload = self._logged(session, placed.replica.book.shard.digest)
+            if payload is None:
+                if self.hops is not None:
+                    self.hops.forget(order.session, placed.replica.book.shard.digest)
+                self._report(order, -1, Cause.NO_CACHE, "a hop log is damaged", start)
+                session.told = False  # nothing more in this epoch
+                return
+            frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
+            placed.replica.book.resent(session, start + len(payload))
+            if address != self.address:
+                self._note_sent([frame])
+            self.deliver(address, [frame])
+
+    def _logged(self, session: StageSession, shard: Digest) -> NDArray[np.float32] | None:
+        """The frame of the hop log where the replay stands: as it first ran, or several in one."""
+        assert self.hops is not None
+        assert session.resending is not None
+        position, count = session.resending, 0
+        pieces: list[NDArray[np.float32]] = []
+        while position < session.position and (not pieces or count < _MERGED_MAX):
+            piece = self.hops.frame(session.order.session, shard, position)
+            if piece is None or position + len(piece) > session.position:
+                return None
+            if session.order.exact:
+                return piece
+            pieces.append(piece)
+            position += len(piece)
+            count += len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
         self._count_refused(cause.name.lower())
@@ -161,7 +257,8 @@ class StageHost:
         if placed is None or close.epoch < placed.order.epoch:
             return
         self._forget(key, placed, close.keep)
-        self._pass_close(placed.order, close.reason, close.keep)
+        if not close.alone:
+            self._pass_close(placed.order, close.reason, close.keep)
 
     def _pass_close(self, order: Open, reason: str, keep: bool = False) -> None:
         route = order.route
@@ -171,7 +268,8 @@ class StageHost:
 
     def _forget(self, key: Key, placed: _Placed, keep: bool = False) -> None:
         del self._placed[key]
-        placed.replica.close_session(key[0], placed.order.epoch, keep)
+        if placed.replica.close_session(key[0], placed.order.epoch, keep) and self.hops is not None:
+            self.hops.forget(key[0], placed.replica.book.shard.digest)
         placed.replica.dispatch()
 
     def _report(self, order: Open, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
@@ -225,14 +323,20 @@ class StageHost:
                 stage = order.stage + 1
                 address = route.stages[stage].address
                 hop_us = self.hop_us(address)
+                position, output = row.frame.position, row.output
+                known = row.session.onward - position
+                if known >= len(output):
+                    continue  # the next stage has it
+                if known > 0:
+                    position, output = row.session.onward, output[known:]
                 frames.setdefault(address, []).append(
                     Frame(
                         order.session,
                         order.epoch,
-                        row.frame.position,
-                        row.frame.length,
+                        position,
+                        len(output),
                         row.frame.sample,
-                        row.output,
+                        output,
                         stage,
                         (*row.frame.times, row.queue_us, row.compute_us, hop_us),
                     )
@@ -244,10 +348,20 @@ class StageHost:
                 self._note_sent(onward)
             self.deliver(address, onward)
         self._computed.extend(rows)
+        if self.hops is not None:
+            for row in rows:
+                if not row.session.last:
+                    shard = self._shard_of(row.session)
+                    self.hops.append(row.session.order.session, shard, row.frame.position, row.output)
         if self._brisk(rows[0]):
             self._loop.call_soon(self._account)
         elif self._timer is None:
             self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
+
+    def _shard_of(self, session: StageSession) -> Digest:
+        route = session.order.route
+        assert isinstance(route, LayeredRoute)
+        return route.stages[session.order.stage].shard
 
     def _note_sent(self, frames: list[Frame]) -> None:
         now = time.monotonic_ns()
@@ -298,6 +412,7 @@ class StageHost:
         placed = self._placed.get((ack.session, ack.stage - 1))
         if placed is not None:
             placed.replica.acknowledged(ack.session, ack.epoch, ack.position)
+            self._resend(placed)
             if sent is not None:
                 placed.metrics.hopped(self.hop_us(address))
 
@@ -319,44 +434,90 @@ class StageHost:
     def downstream_lost(self, address: Address, reason: str) -> None:
         """A link that we dialled broke: every session whose next stage is there is reported."""
         self._hops.pop(address, None)
+        self.watch.forget(address)
+        self._lose(address, Cause.STREAM_BROKEN, reason)
+
+    def _lose(self, address: Address, cause: Cause, reason: str) -> None:
+        now = time.monotonic_ns()
         for placed in list(self._placed.values()):
             order, route = placed.order, placed.order.route
             if not isinstance(route, LayeredRoute):
                 continue
             following = order.stage + 1
             if following < len(route.stages) and route.stages[following].address == address:
-                self._report(order, following, Cause.STREAM_BROKEN, reason)
+                self._report(order, following, cause, reason)
             elif order.owner_address == address and address != self.address:
-                # Nobody is left to feed this session or to hear of it.
-                self._forget((order.session, order.stage), placed)
+                # Nobody is left to hear of it, for now.
+                placed.replica.book.orphan(order.session, now)
 
     def upstream_lost(self, upstream: Upstream) -> None:
-        """A peer's link to us ended: what it fed cannot go on, and the owner closes the rest."""
-        for key, placed in list(self._placed.items()):
+        """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
+        now = time.monotonic_ns()
+        for key, placed in self._placed.items():
             if placed.upstream is upstream:
-                self._forget(key, placed)
-                self._pass_close(placed.order, "the stage before was lost")
+                placed.replica.book.orphan(key[0], now)
 
     # -- time ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Beacons while there is work, and the end of sessions whose deadline passed."""
+        """Beacons while there is work, peers that owe a sign of life, and the end of sessions that are overdue."""
+        tidied = 0
         while True:
             await asyncio.sleep(BEACON_INTERVAL_S)
-            busy: dict[int, tuple[Upstream, Replica]] = {}
-            for placed in self._placed.values():
-                if placed.upstream is not self._local and placed.replica.working:
-                    busy[id(placed.upstream)] = (placed.upstream, placed.replica)
-            for upstream, replica in busy.values():
-                upstream.reply(Beacon(replica.runs, replica.book.queued))
+            self._beacon()
             now = time.monotonic_ns()
-            for replica in self.replicas.values():
-                replica.book.forget_idle(now)
-                for session in replica.book.overdue(now):
-                    stage = replica.book.sessions[session].order.stage
-                    expired = self._placed.get((session, stage))
-                    if expired is not None:
-                        self._forget((session, stage), expired)
+            self._look(now)
+            if now - tidied >= _TIDY_NS:
+                tidied = now
+                self._tidy(now)
+
+    def _beacon(self) -> None:
+        busy: dict[int, tuple[Upstream, Replica]] = {}
+        for placed in self._placed.values():
+            if placed.upstream is not self._local and placed.replica.working:
+                busy[id(placed.upstream)] = (placed.upstream, placed.replica)
+        for upstream, replica in busy.values():
+            upstream.reply(Beacon(replica.runs, replica.book.queued))
+
+    def _look(self, now: int) -> None:
+        """Report the next stages that are silent (rule R1: the owner decides)."""
+        owing = self.owner.awaited() if self.owner is not None else set()
+        for placed in self._placed.values():
+            order, route = placed.order, placed.order.route
+            session = placed.replica.book.sessions.get(order.session)
+            if session is None or session.last or session.orphan_ns or not isinstance(route, LayeredRoute):
+                continue
+            if session.unacknowledged or not session.told:
+                owing.add(route.stages[order.stage + 1].address)
+        owing.discard(self.address)
+        for address, silent_ns in self.watch.look(owing, now, int(BEACON_INTERVAL_S * 1e9)):
+            reason = f"no sign of life for {silent_ns / 1e6:.0f} ms"
+            log.warning("%s is silent: %s", address, reason)
+            self._lose(address, Cause.SILENT, reason)
+            if self.owner is not None:
+                self.owner.silent(address, reason)
+
+    def _tidy(self, now: int) -> None:
+        for replica in self.replicas.values():
+            replica.book.forget_idle(now)
+        for key, placed in list(self._placed.items()):
+            session = placed.replica.book.sessions.get(key[0])
+            # Evicted, or open under another place of a later route; or its time is up.
+            if session is None or now >= session.deadline_ns or _abandoned(session, now):
+                self._forget(key, placed)
+                if session is None and self.hops is not None:
+                    self.hops.forget(key[0], placed.replica.book.shard.digest)
+
+
+def _abandoned(session: StageSession, now: int) -> bool:
+    return session.orphan_ns > 0 and now - session.orphan_ns > _ORPHAN_NS
+
+
+def _answer(placed: _Placed, position: int, short: int = 0, replayed: int = 0) -> Opened:
+    """What a stage tells its sender of an ``Open`` that asks."""
+    order = placed.order
+    short += position < order.position
+    return Opened(order.session, order.epoch, order.stage, position, short, replayed)
 
 
 class _LocalUpstream:

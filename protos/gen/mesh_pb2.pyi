@@ -90,8 +90,6 @@ class Packet(google.protobuf.message.Message):
     CLOSE_FIELD_NUMBER: builtins.int
     HOP_LOST_FIELD_NUMBER: builtins.int
     WITNESS_FIELD_NUMBER: builtins.int
-    LOG_OFFER_FIELD_NUMBER: builtins.int
-    REPLAY_FIELD_NUMBER: builtins.int
     TAKE_OVER_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
@@ -118,10 +116,6 @@ class Packet(google.protobuf.message.Message):
     @property
     def witness(self) -> Global___Witness: ...
     @property
-    def log_offer(self) -> Global___LogOffer: ...
-    @property
-    def replay(self) -> Global___Replay: ...
-    @property
     def take_over(self) -> Global___TakeOver: ...
     def __init__(
         self,
@@ -138,13 +132,11 @@ class Packet(google.protobuf.message.Message):
         close: Global___Close | None = ...,
         hop_lost: Global___HopLost | None = ...,
         witness: Global___Witness | None = ...,
-        log_offer: Global___LogOffer | None = ...,
-        replay: Global___Replay | None = ...,
         take_over: Global___TakeOver | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "log_offer", b"log_offer", "open", b"open", "opened", b"opened", "refused", b"refused", "replay", b"replay", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "log_offer", b"log_offer", "open", b"open", "opened", b"opened", "refused", b"refused", "replay", b"replay", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "welcome", "open", "opened", "refused", "frames", "tokens", "acks", "beacon", "close", "hop_lost", "witness", "log_offer", "replay", "take_over"] | None: ...
+    def HasField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "welcome", "open", "opened", "refused", "frames", "tokens", "acks", "beacon", "close", "hop_lost", "witness", "take_over"] | None: ...
 
 Global___Packet: typing_extensions.TypeAlias = Packet
 
@@ -364,7 +356,7 @@ Global___Sampling: typing_extensions.TypeAlias = Sampling
 
 @typing.final
 class Open(google.protobuf.message.Message):
-    """Opens a session, or a new epoch of it, at position r (R2). Travels stage by stage; every
+    """Opens a session, or a new epoch of it, at position r (R2): a stage that has more forgets it. Travels stage by stage; every
     stage reserves KV memory for `positions` and a window of frames before it passes it on (R8).
     """
 
@@ -437,7 +429,11 @@ Global___Open: typing_extensions.TypeAlias = Open
 
 @typing.final
 class Opened(google.protobuf.message.Message):
-    """Stage -> owner. `position` is the next that the stage wants; short of r, it must be replayed to."""
+    """Answer to an Open. From position 0, or on a kept cache, the last stage tells the owner that all are open and
+    frames follow without waiting. A later epoch that opens further on is answered stage by stage, from the last to
+    the first, each to its sender: `position` is the next that the stage wants. A sender that is further replays
+    its hop log from there; one that has no log of that asks for the same position itself.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -445,9 +441,15 @@ class Opened(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    SHORT_FIELD_NUMBER: builtins.int
+    REPLAYED_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     stage: builtins.int
     position: builtins.int
+    short: builtins.int
+    """stages from here on that lacked something"""
+    replayed: builtins.int
+    """positions that hop logs replay to them, the most of any"""
     @property
     def epoch(self) -> Global___Epoch: ...
     def __init__(
@@ -457,9 +459,11 @@ class Opened(google.protobuf.message.Message):
         epoch: Global___Epoch | None = ...,
         stage: builtins.int = ...,
         position: builtins.int = ...,
+        short: builtins.int = ...,
+        replayed: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "position", b"position", "session", b"session", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "position", b"position", "replayed", b"replayed", "session", b"session", "short", b"short", "stage", b"stage"]) -> None: ...
 
 Global___Opened: typing_extensions.TypeAlias = Opened
 
@@ -742,12 +746,15 @@ class Close(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
+    ALONE_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     reason: builtins.str
     stage: builtins.int
     """the receiver's place in the route"""
     keep: builtins.bool
     """its KV cache may be resumed: keep it while nobody else needs the room"""
+    alone: builtins.bool
+    """this stage only: the others go on in a later epoch"""
     @property
     def epoch(self) -> Global___Epoch: ...
     def __init__(
@@ -758,9 +765,10 @@ class Close(google.protobuf.message.Message):
         reason: builtins.str = ...,
         stage: builtins.int = ...,
         keep: builtins.bool = ...,
+        alone: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "keep", b"keep", "reason", b"reason", "session", b"session", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "epoch", b"epoch", "keep", b"keep", "reason", b"reason", "session", b"session", "stage", b"stage"]) -> None: ...
 
 Global___Close: typing_extensions.TypeAlias = Close
 
@@ -831,67 +839,6 @@ class Witness(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expires_unix_ms", b"expires_unix_ms", "position", b"position", "session", b"session", "tokens", b"tokens"]) -> None: ...
 
 Global___Witness: typing_extensions.TypeAlias = Witness
-
-@typing.final
-class LogOffer(google.protobuf.message.Message):
-    """Restarted stage -> owner: what its hop log holds; it waits to be opened (R1)."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    SESSION_FIELD_NUMBER: builtins.int
-    EPOCH_FIELD_NUMBER: builtins.int
-    STAGE_FIELD_NUMBER: builtins.int
-    FROM_FIELD_NUMBER: builtins.int
-    TO_FIELD_NUMBER: builtins.int
-    SHARD_FIELD_NUMBER: builtins.int
-    session: builtins.bytes
-    stage: builtins.int
-    to: builtins.int
-    shard: builtins.bytes
-    @property
-    def epoch(self) -> Global___Epoch: ...
-    def __init__(
-        self,
-        *,
-        session: builtins.bytes = ...,
-        epoch: Global___Epoch | None = ...,
-        stage: builtins.int = ...,
-        to: builtins.int = ...,
-        shard: builtins.bytes = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "from", b"from", "session", b"session", "shard", b"shard", "stage", b"stage", "to", b"to"]) -> None: ...
-
-Global___LogOffer: typing_extensions.TypeAlias = LogOffer
-
-@typing.final
-class Replay(google.protobuf.message.Message):
-    """Owner -> a stage: send frames [from, to) of your hop log to the next stage."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    SESSION_FIELD_NUMBER: builtins.int
-    EPOCH_FIELD_NUMBER: builtins.int
-    FROM_FIELD_NUMBER: builtins.int
-    TO_FIELD_NUMBER: builtins.int
-    EXACT_FIELD_NUMBER: builtins.int
-    session: builtins.bytes
-    to: builtins.int
-    exact: builtins.bool
-    @property
-    def epoch(self) -> Global___Epoch: ...
-    def __init__(
-        self,
-        *,
-        session: builtins.bytes = ...,
-        epoch: Global___Epoch | None = ...,
-        to: builtins.int = ...,
-        exact: builtins.bool = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "exact", b"exact", "from", b"from", "session", b"session", "to", b"to"]) -> None: ...
-
-Global___Replay: typing_extensions.TypeAlias = Replay
 
 @typing.final
 class TakeOver(google.protobuf.message.Message):

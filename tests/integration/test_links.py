@@ -91,7 +91,7 @@ async def agent(folder: Path) -> AsyncIterator[tuple[Peer, LocalMesh]]:
     rpc.add_PeerServicer_to_server(listening, server)
     peer.address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     await server.start()
-    settings = {"context": "64", "token_log": "off"}
+    settings = {"context": "64", "log": "off"}
     try:
         async with LocalMesh(MeshOptions(1, folder, folder / "run", settings=settings)) as mesh:
             await mesh.serve("tiny")

@@ -37,7 +37,7 @@ def test_later_sources_win() -> None:
         ("peers = [1]", "list of texts"),
         ('peers = ["nowhere"]', "write host:port"),
         ('cluster = "a b"', "use letters"),
-        ('token_log = "maybe"', "one of on, off"),
+        ('log = "maybe"', "one of async, sync, off"),
         ('shards = ["m"]', "names no shard"),
         ("providers = []", "providers is empty"),
         ('host = "0.0.0.0"', "say with advertise"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mesh.errors import Full, NoRoute, PeerError, StageLost
-from mesh.messages import Ack, Cause, Close, HopLost, Refused, Sampled
+from mesh.messages import Ack, Cause, Close, HopLost, Opened, Refused, Sampled
 from mesh.session import (
     Cancelled,
     ClientBusy,
@@ -16,6 +18,7 @@ from mesh.session import (
     KeepToken,
     NeedRoute,
     Rerouted,
+    Rung,
     SendClose,
     SendFrame,
     SendOpen,
@@ -23,7 +26,7 @@ from mesh.session import (
     State,
     Tick,
 )
-from mesh.types import Epoch, NodeId, Token
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, Token
 from tests.builders import ADDRESS, OWNER, SESSION, order, route
 
 EPOCH = Epoch(1, OWNER)
@@ -185,28 +188,41 @@ def lost(stage: int, epoch: Epoch = EPOCH, cause: Cause = Cause.STREAM_BROKEN) -
     return HopLost(SESSION, epoch, stage, cause, "gone")
 
 
-def test_a_loss_closes_what_is_left_and_asks_for_a_route_without_the_node() -> None:
+def told(position: int, epoch: Epoch = SECOND, short: int = 0, replayed: int = 0) -> Opened:
+    """What the first stage of a later epoch answers."""
+    return Opened(SESSION, epoch, 0, position, short, replayed)
+
+
+def test_a_loss_asks_for_a_route_without_the_node_and_closes_only_what_is_left() -> None:
     session = decoding(**PATIENT)
-    effects = session.handle(lost(1), 5)
-    closes = [e for e in effects if isinstance(e, SendClose)]
-    assert [(e.address, e.close.stage) for e in closes] == [
-        (stage.address, i) for i, stage in enumerate(session.route.stages)
-    ]
-    assert effects[-1] == NeedRoute(frozenset({NodeId("n1")}))
+    assert session.handle(lost(1), 5) == [NeedRoute(frozenset({NodeId("n1")}))]
     assert session.state is State.REROUTING
+    stages = session.route.stages
+    spare = replace(stages[1], node=NodeId("n7"), address=Address("10.0.0.7:7070"))
+    opening, *closes = session.handle(Rerouted(LayeredRoute((stages[0], spare, stages[2]))), 6)
+    assert isinstance(opening, SendOpen)
+    # The others go on with what they have: only the lost stage is told to forget, and nobody behind it.
+    assert [(e.address, e.close.stage, e.close.alone, e.close.epoch) for e in closes] == [  # type: ignore[union-attr]
+        (stages[1].address, 1, True, EPOCH)
+    ]
 
 
-def test_r2_r5_a_new_epoch_replays_every_token_and_samples_only_what_was_not_emitted() -> None:
+def test_r2_r5_a_new_epoch_opens_at_the_last_token_and_samples_only_what_was_not_emitted() -> None:
     session = decoding(**PATIENT)
     session.handle(sampled(11, token=8), 3)
     session.handle(lost(1), 5)
-    effects = session.handle(Rerouted(OTHER), 6)
-    opening = effects[0]
+    opening, *_ = session.handle(Rerouted(OTHER), 6)
     assert isinstance(opening, SendOpen)
-    assert (opening.order.epoch, opening.order.position, opening.order.generated) == (SECOND, 0, (7, 8))
+    assert (opening.order.epoch, opening.order.position, opening.order.generated) == (SECOND, 11, (7, 8))
     assert opening.order.route == OTHER
-    # The window holds for a replay as well; prompt and answer are one prefill in the order's chunks.
-    assert effects[1:] == [SendFrame(0, (0, 1, 2, 3), False), SendFrame(4, (4, 5, 6, 7), False)]
+    assert opening.order.asks
+    # Nothing is sent before the stages have told where they stand. This one has nothing: prompt and answer are
+    # one prefill, within the window.
+    assert session.handle(told(0, short=2), 6) == [
+        SendFrame(0, (0, 1, 2, 3), False),
+        SendFrame(4, (4, 5, 6, 7), False),
+    ]
+    assert (session.rung, session.replayed) == (Rung.INGRESS, 11)
     assert session.handle(Ack(SESSION, SECOND, 4), 7) == [SendFrame(8, (8, 9, 7, 8), True)]
     # Late news of the old epoch change nothing; the next position is sampled once.
     assert session.handle(sampled(12, token=9), 8) == []
@@ -217,11 +233,61 @@ def test_r2_r5_a_new_epoch_replays_every_token_and_samples_only_what_was_not_emi
     assert session.state is State.DECODE
 
 
+@pytest.mark.parametrize(
+    ("answer", "rung", "replayed"),
+    [
+        (told(10), Rung.HOT, 0),
+        (told(10, short=1, replayed=10), Rung.WARM, 10),
+        (told(10, short=2, replayed=10), Rung.UPSTREAM, 10),
+        (told(4, short=3, replayed=2), Rung.INGRESS, 6),
+    ],
+)
+def test_the_owner_sends_what_the_first_stage_lacks_and_no_more(
+    answer: Opened, rung: Rung, replayed: int
+) -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    session.handle(Rerouted(OTHER), 6)
+    tokens = (*range(10), 7)
+    at = answer.position
+    assert session.handle(answer, 7)[0] == SendFrame(at, tokens[at : at + 4], sample=at + 4 > 10)
+    assert (session.rung, session.replayed) == (rung, replayed)
+    assert session.handle(told(0), 8) == [], "an answer counts once"
+
+
+def test_a_stage_that_wants_what_was_never_sent_breaks_the_contract() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    session.handle(Rerouted(OTHER), 6)
+    (*_, ended) = session.handle(told(99), 7)
+    assert isinstance(ended, Ended)
+    assert isinstance(ended.error, PeerError)
+
+
+def test_a_token_that_was_under_way_when_a_stage_was_lost_counts() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(0), 5)
+    effects = session.handle(sampled(11, token=8), 6)
+    assert [type(e) for e in effects] == [KeepToken, EmitToken]
+    opening, *_ = session.handle(Rerouted(OTHER), 7)
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.position, opening.order.generated) == (11, (7, 8))
+
+
+def test_a_session_that_ends_without_a_route_closes_every_stage_for_itself() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    effects = session.handle(Cancelled(), 6)
+    closes = [e.close for e in effects if isinstance(e, SendClose)]
+    assert [(c.stage, c.alone) for c in closes] == [(0, True), (1, True), (2, True)]
+
+
 def test_r3_an_exact_replay_runs_the_frames_that_ran_first() -> None:
     session = decoding(**PATIENT, exact=True, window=9)
     session.handle(sampled(11, token=8), 3)
     session.handle(lost(1), 5)
-    frames = [e for e in session.handle(Rerouted(OTHER), 6) if isinstance(e, SendFrame)]
+    session.handle(Rerouted(OTHER), 6)
+    frames = [e for e in session.handle(told(0, short=2), 6) if isinstance(e, SendFrame)]
     assert [(f.position, len(f.tokens), f.sample) for f in frames] == [
         (0, 4, False),
         (4, 4, False),
@@ -289,7 +355,7 @@ def test_a_paused_session_that_moves_is_fed_no_further() -> None:
     session.handle(ClientBusy(), 3)
     session.handle(sampled(11, token=8), 4)
     session.handle(Rerouted(OTHER), 5)
-    session.handle(Ack(SESSION, SECOND, 4), 6)
+    session.handle(told(11, short=1), 6)
     effects = session.handle(sampled(12, token=9, epoch=SECOND), 7)
     assert [type(e) for e in effects] == [KeepToken, EmitToken]
     assert session.handle(ClientReady(), 8) == [SendFrame(12, (9,), True)]
@@ -318,11 +384,11 @@ def test_a_session_that_goes_on_from_another_sends_only_the_rest_of_its_prompt()
 def test_a_cache_that_is_gone_means_the_whole_prompt_on_the_same_route() -> None:
     session, _ = begin(resume=(KEPT, 7))
     effects = session.handle(Refused(SESSION, EPOCH, 1, Cause.NO_CACHE, "gone"), 1)
-    assert [type(e) for e in effects] == [SendClose] * 3 + [SendOpen, SendFrame, SendFrame]
-    opening = effects[3]
+    assert [type(e) for e in effects] == [SendOpen, SendFrame, SendFrame]
+    opening = effects[0]
     assert isinstance(opening, SendOpen)
     assert (opening.order.resume, opening.order.position, opening.order.epoch) == (None, 0, SECOND)
-    assert effects[4] == SendFrame(0, (0, 1, 2, 3), False)
+    assert effects[1] == SendFrame(0, (0, 1, 2, 3), False)
 
 
 def test_only_a_natural_end_is_kept() -> None:

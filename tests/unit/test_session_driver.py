@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.session import Finish, SessionOrder
+from mesh.session import Finish, Session, SessionOrder
 from mesh.types import LayeredRoute, NodeId, SessionId, Stage
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
@@ -96,7 +96,7 @@ class Bench:
             **changes,
         )
 
-        def nowhere(order: SessionOrder, plan: RoutePlan, avoid: frozenset[NodeId]) -> RoutePlan:
+        def nowhere(session: Session, plan: RoutePlan, avoid: frozenset[NodeId]) -> RoutePlan:
             raise NoRoute("there is no other route")
 
         return self.driver.start(base, RoutePlan(ROUTE, (), 0.0, 0.0), "tiny", nowhere)
