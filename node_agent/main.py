@@ -83,6 +83,8 @@ _SPEED_AFTER_S = 4.0
 """Shards are loaded by then, and the first answer is not held up by our measuring."""
 _TOKENS_EXPECTED = 256
 """Of an answer whose length nobody limited."""
+_TOKENS_SOON = 32
+"""Of a session that lost a stage: what goes on soon matters more than what is a little faster later."""
 _ALTERNATIVES = 2
 _FIRST_LINKS_S = 3.0
 _GRACE_S = 0.5
@@ -539,7 +541,7 @@ class Agent:
             pin=pin,
             kept=Kept(kept[0].route, kept[1]) if kept else None,
             learned=self.driver.learner.learned,
-            tokens=max(1, min(order.tokens_max - done, _TOKENS_EXPECTED)) if order else 1,
+            tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) + done if order else 0,
             steps=done if order and order.exact else 0,
             holding=frozenset((s.node, s.shard) for s in runs.route.stages) if done and runs else frozenset(),

@@ -388,8 +388,8 @@ class StageHost:
         for row in rows:
             order = row.session.order
             placed = self._placed.get((order.session, order.stage))
-            if placed is None:
-                continue
+            if placed is None or row.frame.epoch != order.epoch:
+                continue  # of an epoch that is over
             placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
             held_us = (now - row.frame.arrived_ns) // 1000
             end = row.frame.position + row.frame.length

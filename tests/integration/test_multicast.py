@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,76 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.agents import AgentProcess, agent, start_agent, until
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
-
-
-class Lan:
-    """Namespaces ``1`` to ``size`` on one switch, each with an IPv4 and an IPv6 address."""
-
-    def __init__(self, name: str, size: int) -> None:
-        self.name, self.size = name, size
-        self.hub = f"{name}-hub"
-
-    def space(self, i: int) -> str:
-        return f"{self.name}-{i}"
-
-    def prefix(self, i: int) -> tuple[str, ...]:
-        return ("ip", "netns", "exec", self.space(i))
-
-    def v4(self, i: int) -> str:
-        return f"10.98.7.{i}"
-
-    def v6(self, i: int) -> str:
-        return f"fd98::{i}"
-
-    def build(self) -> None:
-        ip("netns", "add", self.hub)
-        ip("-n", self.hub, "link", "add", "name", "br0", "type", "bridge", "mcast_snooping", "0")
-        ip("-n", self.hub, "link", "set", "br0", "up")
-        for i in range(1, self.size + 1):
-            space = self.space(i)
-            ip("netns", "add", space)
-            ip("-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", f"p{i}", "netns", self.hub)
-            ip("-n", self.hub, "link", "set", f"p{i}", "master", "br0", "up")
-            ip("-n", space, "addr", "add", f"{self.v4(i)}/24", "dev", "eth0")
-            ip("-n", space, "addr", "add", f"{self.v6(i)}/64", "dev", "eth0", "nodad")
-            ip("-n", space, "link", "set", "lo", "up")
-            ip("-n", space, "link", "set", "eth0", "up")
-            ip("-n", space, "route", "add", "224.0.0.0/4", "dev", "eth0")
-
-    def cut(self, i: int) -> None:
-        ip("-n", self.hub, "link", "set", f"p{i}", "nomaster")
-
-    def heal(self, i: int) -> None:
-        ip("-n", self.hub, "link", "set", f"p{i}", "master", "br0")
-
-    def remove(self) -> None:
-        for i in range(1, self.size + 1):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "del", self.space(i))
-        with contextlib.suppress(subprocess.CalledProcessError):
-            ip("netns", "del", self.hub)
-
-
-def _refused() -> str:
-    """Why no namespaces can be had here; empty if they can."""
-    probe = Lan(f"mesh{os.getpid()}p", 1)
-    try:
-        probe.build()
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", b"") or b""
-        return f"no network namespaces here ({said.decode().strip() or error})"
-    finally:
-        probe.remove()
-    return ""
+from tests.lan import Lan, refused
 
 
 @pytest.fixture(scope="module")
 def lan() -> Iterator[Lan]:
-    reason = _refused()
+    reason = refused()
     if reason:
         pytest.skip(reason)
     found = Lan(f"mesh{os.getpid()}", 3)

@@ -1,0 +1,1 @@
+"""Real agents, the real model, and something that breaks in mid-answer."""

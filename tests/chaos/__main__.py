@@ -1,0 +1,238 @@
+"""Trials: a fault in mid-answer, and what the reader of the stream saw of it.
+
+Every trial streams a completion whose undisturbed text is known, and breaks an agent of its route when a
+token drawn at random has come. The stall is the longest gap that the reader saw less the median gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.common import prompt_ids, the_store
+from tests.chaos.client import Stream, ask
+from tests.chaos.faults import KINDS, NEED_A_LAN, VICTIMS, break_, mend, victims
+from tests.chaos.fleet import Fleet, fleet
+
+PROMPTS = (60, 150, 300, 520, 680)
+ANSWER = 220
+AFTER = 24
+"""Tokens that come after a fault, at least."""
+LOAD_TOKENS = 60
+
+
+@dataclass
+class Trial:
+    """One fault and what came of it."""
+
+    mode: str
+    kind: str
+    victim: str
+    prompt: int
+    so_far: int
+    lost: int = 0
+    repeated: int = 0
+    changed: int = 0
+    failed: str = ""
+    identical: bool = False
+    stall_ms: float = 0.0
+    detect_ms: float = 0.0
+    rungs: tuple[str, ...] = ()
+    loaded: bool = False
+
+    @property
+    def bound_ms(self) -> float:
+        """What a kill in this mode may take: detection is no part of it."""
+        if self.mode == "exact":
+            return 60 + self.prompt / 4 + 2.5 * (self.so_far - self.prompt)
+        return 60 + self.so_far / 4
+
+
+def judge(trial: Trial, seen: Stream, calm: list[str], mode: str) -> None:
+    """Hold what came against the undisturbed text."""
+    trial.failed = seen.error
+    shown = int(trial.so_far - trial.prompt)
+    trial.lost = max(0, len(calm) - len(seen.tokens)) if not seen.error else 0
+    trial.repeated = max(0, len(seen.tokens) - len(calm))
+    # What was shown before the fault must be what would have been; in an exact replay all of it.
+    upto = len(calm) if mode == "exact" else shown
+    trial.changed = sum(a != b for a, b in zip(seen.tokens[:upto], calm[:upto], strict=False))
+    trial.identical = seen.tokens == calm
+    trial.stall_ms = seen.stall_ms()
+
+
+class Load:
+    """Other sessions, one after the other, from a few clients."""
+
+    def __init__(self, fleet: Fleet, clients: int, prompt: list[int]) -> None:
+        self._stop = threading.Event()
+        self.errors: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(fleet, prompt[: 20 + 10 * i])) for i in range(clients)
+        ]
+
+    def _run(self, fleet: Fleet, prompt: list[int]) -> None:
+        while not self._stop.is_set():
+            seen = ask(fleet.agents["exact"].api, prompt, LOAD_TOKENS)
+            if seen.error:
+                self.errors.append(seen.error)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def run(trials: int, seed: int, clients: int, only: dict[str, str], stages: int = 5) -> list[Trial]:
+    """All trials, one after the other, on one fleet."""
+    rng = Random(seed)
+    store = the_store()
+    text = prompt_ids(store, max(PROMPTS))
+    done: list[Trial] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = stack.enter_context(fleet(store, folder, stages, {}))
+        kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
+        if running.lan is None:
+            sys.stderr.write("no network namespaces: no partitions and no cut streams\n")
+        calm = {p: _calm(running, text[:p]) for p in PROMPTS}
+        plans = [(m, k, v) for m in ("exact", "fast") for k in kinds for v in VICTIMS]
+        plans = [
+            p
+            for p in plans
+            if all(only.get(n, x) == x for n, x in zip(("mode", "kind", "victim"), p, strict=True))
+        ]
+        if clients:
+            stack.enter_context(Load(running, clients, text))
+        for i in range(trials):
+            if i % len(plans) == 0:
+                rng.shuffle(plans)
+            mode, kind, victim = plans[i % len(plans)]
+            trial = _try(running, mode, kind, victim, text, calm, rng)
+            trial.loaded = clients > 0
+            done.append(trial)
+            sys.stderr.write(_line(i + 1, trials, trial) + "\n")
+    return done
+
+
+def _calm(running: Fleet, prompt: list[int]) -> list[str]:
+    seen = ask(running.agents["exact"].api, prompt, ANSWER)
+    if seen.error or len(seen.tokens) != ANSWER:
+        raise SystemExit(f"the undisturbed answer failed: {seen.error or len(seen.tokens)}")
+    return seen.tokens
+
+
+def _try(
+    running: Fleet,
+    mode: str,
+    kind: str,
+    victim: str,
+    text: list[int],
+    calm: dict[int, list[str]],
+    rng: Random,
+) -> Trial:
+    prompt = rng.choice(PROMPTS)
+    at = rng.randrange(4, ANSWER - AFTER)
+    trial = Trial(mode, kind, victim, prompt, prompt + at)
+    broken: list[str] = []
+
+    def fault(session: str) -> None:
+        broken.extend(victims(running, mode, session, victim))
+        break_(running, kind, broken)
+
+    seen = ask(running.agents[mode].api, text[:prompt], ANSWER, at, fault)
+    judge(trial, seen, calm[prompt], mode)
+    if seen.session:
+        recoveries = running.session(mode, seen.session)["recoveries"]
+        trial.rungs = tuple(r["rung"] for r in recoveries)
+        trial.detect_ms = max(0.0, trial.stall_ms - sum(r["stalled_ms"] for r in recoveries))
+    mend(running, kind, broken)
+    return trial
+
+
+def _line(number: int, count: int, t: Trial) -> str:
+    verdict = t.failed or f"lost {t.lost} repeated {t.repeated} changed {t.changed}"
+    same = "identical" if t.identical else "differs"
+    return (
+        f"{number:4}/{count} {t.mode:5} {t.kind:9} {t.victim:6} {t.prompt:4}+{t.so_far - t.prompt:<4} "
+        f"stall {t.stall_ms:7.0f} ms (bound {t.bound_ms:4.0f}, seen after {t.detect_ms:4.0f}) "
+        f"{'/'.join(t.rungs) or 'untouched':10} {verdict} {same}"
+    )
+
+
+def summary(trials: list[Trial]) -> dict[str, Any]:
+    """The figures, by the names under which they are asked for."""
+    kills = [t for t in trials if t.kind == "kill" and t.victim != "two" and not t.failed and not t.loaded]
+    frozen = [t for t in trials if t.kind in ("freeze", "partition") and not t.failed and t.rungs]
+    exact = [t for t in trials if t.mode == "exact"]
+
+    def over(mode: str) -> float | None:
+        ratios = [t.stall_ms / t.bound_ms for t in kills if t.mode == mode]
+        return round(median(ratios), 3) if ratios else None
+
+    return {
+        "trials": len(trials),
+        "tokens_lost": sum(t.lost for t in trials),
+        "tokens_repeated": sum(t.repeated for t in trials),
+        "tokens_changed": sum(t.changed for t in trials),
+        "generations_failed": sum(bool(t.failed) for t in trials),
+        "identical_exact": round(sum(t.identical for t in exact) / len(exact), 4) if exact else None,
+        "stall_over_bound_p50_warm_fast": over("fast"),
+        "stall_over_bound_p50_warm_exact": over("exact"),
+        "freeze_detect_ms_p50": round(median(t.detect_ms for t in frozen), 1) if frozen else None,
+    }
+
+
+def table(trials: list[Trial]) -> str:
+    """Stalls by mode, fault and victim."""
+    lines = [f"{'mode':6} {'fault':10} {'victim':7} {'n':>3} {'p50':>7} {'p95':>7} {'max':>7} ms   rungs"]
+    groups: dict[tuple[str, str, str], list[Trial]] = {}
+    for t in trials:
+        groups.setdefault((t.mode, t.kind, t.victim), []).append(t)
+    for (mode, kind, victim), members in sorted(groups.items()):
+        stalls = sorted(t.stall_ms for t in members)
+        p95 = stalls[min(len(stalls) - 1, int(0.95 * len(stalls)))]
+        rungs = Counter(r for t in members for r in (t.rungs or ("untouched",)))
+        said = ", ".join(f"{k} {v}" for k, v in rungs.most_common())
+        lines.append(
+            f"{mode:6} {kind:10} {victim:7} {len(members):3} {median(stalls):7.0f} {p95:7.0f} {stalls[-1]:7.0f}      {said}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=0, help="others that ask meanwhile")
+    parser.add_argument("--mode", choices=("exact", "fast"))
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--victim", choices=VICTIMS)
+    parser.add_argument("--json", action="store_true", help="last line: one JSON object")
+    said = parser.parse_args()
+    only = {n: getattr(said, n) for n in ("mode", "kind", "victim") if getattr(said, n)}
+    trials = run(said.trials, said.seed, said.clients, only, said.stages)
+    print(table(trials))
+    figures = summary(trials)
+    print(json.dumps(figures) if said.json else "\n".join(f"{k:34} {v}" for k, v in figures.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,127 @@
+"""A few stages, two replicas of each, and ingresses that host nothing; on a network whose cables can be pulled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.shard_maker import make_shard
+from tests.agents import AgentProcess, start_agent, until
+from tests.chaos.client import MODEL
+from tests.lan import Lan, refused
+
+LAYERS = 30
+REPLICAS = 2
+PORT, API = "7070", "7080"
+CONTEXT = "1152"
+_BACK_S = 60.0
+
+
+def cuts(stages: int) -> list[tuple[int, int]]:
+    """Layer ranges of about equal length."""
+    return [(LAYERS * i // stages, LAYERS * (i + 1) // stages) for i in range(stages)]
+
+
+@dataclass
+class Fleet:
+    """Agents by name: ``exact`` and ``fast`` are ingresses, ``s0a`` is the first replica of stage 0."""
+
+    folder: Path
+    home: str
+    lan: Lan | None
+    stages: int = 5
+    threads: str = "2"
+    settings: dict[str, str] = field(default_factory=dict)
+    agents: dict[str, AgentProcess] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        hosts = [f"s{i}{'ab'[r]}" for r in range(REPLICAS) for i in range(self.stages)]
+        return ["exact", "fast", *hosts]
+
+    def place(self, name: str) -> int:
+        return self.names.index(name) + 1
+
+    def start(self, name: str) -> AgentProcess:
+        """Start an agent, or start it again on the same data directory."""
+        settings = {"home": self.home, "log_level": "info", **self.settings}
+        if name[0] == "s":
+            start, end = cuts(self.stages)[int(name[1])]
+            settings |= {"shards": f"{MODEL}:{start}-{end}", "threads": self.threads, "slots": "6"}
+            settings |= {"context": CONTEXT}
+        else:
+            settings["replay"] = name
+        if self.lan is not None:
+            host = self.lan.v4(self.place(name))
+            settings |= {"host": host, "port": PORT, "api_host": host, "api_port": API}
+        first = self.agents.get("exact")
+        if first is not None and name != "exact":
+            settings["peers"] = first.address
+        elif name == "exact" and "fast" in self.agents:
+            settings["peers"] = self.agents["fast"].address
+        prefix = self.lan.prefix(self.place(name)) if self.lan is not None else ()
+        started = start_agent(self.folder / name, prefix, None, **settings)
+        started.prefix = ()  # this process is on the same network
+        self.agents[name] = started
+        return started
+
+    def by_node(self, node: str) -> str:
+        return next(name for name, agent in self.agents.items() if agent.node == node)
+
+    def session(self, ingress: str, session: str) -> dict[str, Any]:
+        """The trace of a session."""
+        url = f"http://{self.agents[ingress].api}/mesh/v1/sessions/{session}"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+    def whole(self) -> bool:
+        """Whether both ingresses see every replica serving on a node that answers."""
+        wanted = self.stages * REPLICAS
+        for ingress in ("exact", "fast"):
+            try:
+                nodes = self.agents[ingress].report()["nodes"]
+            except OSError:
+                return False
+            alive = [n for n in nodes if n["state"] == "alive" and n.get("reachable", True)]
+            if sum(r["state"] == "serving" for n in alive for r in n["replicas"]) != wanted:
+                return False
+        return True
+
+    def wait_whole(self) -> None:
+        until(self.whole, _BACK_S, "the fleet does not come back")
+        time.sleep(0.3)
+
+
+@contextmanager
+def fleet(store: ModelStore, folder: Path, stages: int, settings: dict[str, str]) -> Iterator[Fleet]:
+    """A running fleet; on loopback, without cables, where no namespaces can be had."""
+    for start, end in cuts(stages):
+        make_shard(store, MODEL, start, end, "int8")
+    lan = None if refused() else Lan(f"mesh{os.getpid()}c", 2 + stages * REPLICAS, us=True)
+    made = Fleet(folder, str(store.root.parent), lan, stages, settings=settings)
+    try:
+        if lan is not None:
+            lan.build()
+        for name in made.names:
+            made.start(name)
+        made.wait_whole()
+        yield made
+    finally:
+        for agent in made.agents.values():
+            with suppress(ProcessLookupError):
+                agent.process.send_signal(signal.SIGCONT)
+                agent.process.terminate()
+        for agent in made.agents.values():
+            agent.end()
+        if lan is not None:
+            lan.remove()
