@@ -25,20 +25,22 @@ class Runtime(Protocol):
     provider: str
     """What computes, e.g. ``CPUExecutionProvider``, and is told to peers."""
 
-    def decode(self, slot: int, positions: Sequence[int], inputs: NDArray[Any]) -> NDArray[Any]:
+    def decode(
+        self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
+    ) -> NDArray[Any]:
         """One step of the sessions in slots ``slot``, ``slot + 1``, ... at their ``positions``.
 
         ``inputs``: int64 ``[batch]`` tokens for a first shard, float32 ``[batch, width]`` otherwise.
-        Returns float32 ``[batch, width]``, or logits ``[batch, vocabulary]`` of a last shard. The
-        result is overwritten by the next run.
+        Returns float32 ``[batch, width]``, or logits ``[batch, vocabulary]`` of a last shard, which leaves its
+        head out and returns nothing to read where ``logits`` is false. The result is overwritten by the next run.
         """
         ...
 
-    def prefill(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
         """A chunk of one session from ``position`` on.
 
         ``inputs``: int64 ``[steps]`` or float32 ``[steps, width]``. Returns float32 ``[steps, width]``,
-        or of a last shard the logits ``[1, vocabulary]`` after the chunk's last step.
+        or of a last shard the logits ``[1, vocabulary]`` after the chunk's last step, as in ``decode``.
         """
         ...
 

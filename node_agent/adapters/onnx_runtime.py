@@ -48,7 +48,7 @@ class _Binding:
             if info.first
             else np.zeros((batch, steps, info.model.width), dtype=np.float32)
         )
-        self.rows = np.array([steps - 1] if rows == 1 else range(steps), dtype=np.int64)
+        self.rows = np.arange(steps - rows, steps, dtype=np.int64)
         self.output = (
             np.zeros((batch, len(self.rows), info.model.vocabulary), dtype=np.float32)
             if info.last
@@ -91,30 +91,32 @@ class OnnxShard:
         start, end = manifest.layers
         shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
         self.cache = [(_pages(shape), _pages(shape)) for _ in range(end - start)]
-        self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+        self._bindings: OrderedDict[tuple[int, int, int], _Binding] = OrderedDict()
 
-    def _decode_binding(self, slot: int, batch: int) -> _Binding:
-        key = (slot, batch)
+    def _decode_binding(self, slot: int, batch: int, rows: int) -> _Binding:
+        key = (slot, batch, rows)
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = _Binding(self, slot, batch, 1, 1)
+            binding = self._bindings[key] = _Binding(self, slot, batch, 1, rows)
             if len(self._bindings) > _BINDINGS_KEPT:
                 self._bindings.popitem(last=False)
         else:
             self._bindings.move_to_end(key)
         return binding
 
-    def decode(self, slot: int, positions: Sequence[int], inputs: NDArray[Any]) -> NDArray[Any]:
-        binding = self._decode_binding(slot, len(positions))
+    def decode(
+        self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
+    ) -> NDArray[Any]:
+        binding = self._decode_binding(slot, len(positions), int(logits))
         binding.seqlens[:] = positions
         binding.total[()] = max(positions) + 1
         binding.inputs[:, 0] = inputs
         self.session.run_with_iobinding(binding.io)
-        result: NDArray[Any] = binding.output[:, 0]
+        result: NDArray[Any] = binding.output[:, 0] if binding.output.shape[1] else binding.output
         return result
 
-    def prefill(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
-        return self._chunk(slot, position, inputs, rows=1)
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
+        return self._chunk(slot, position, inputs, rows=int(logits))
 
     def logits_of_all(self, slot: int, position: int, tokens: NDArray[Any]) -> NDArray[Any]:
         """Logits after every step of a chunk, float32 ``[steps, vocabulary]``: to measure perplexity."""

@@ -194,10 +194,12 @@ class Replica:
         """Outputs by row: activations ``[length, width]``, a ``Token`` or ``None``."""
         live = list(run.live)
         _, _, first = live[0]
+        # The head of a last shard is half of its step; what is replayed samples nothing.
+        logits = any(frame.sample for _, _, frame in live)
         if first.length > 1:
-            result = self.runtime.prefill(run.slot, run.positions[0], first.payload)
+            result = self.runtime.prefill(run.slot, run.positions[0], first.payload, logits)
         else:
-            result = self.runtime.decode(run.slot, run.positions, self._gather(run))
+            result = self.runtime.decode(run.slot, run.positions, self._gather(run), logits)
         if not self.runtime.info.last:
             result = result.copy()
             if first.length > 1:
@@ -237,7 +239,8 @@ class Replica:
         if first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9)
         else:
-            self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
+            if not self.runtime.info.last or any(frame.sample for _, _, frame in run.live):
+                self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
             self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
         results = []
         for i, session, frame in run.live:

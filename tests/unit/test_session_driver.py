@@ -46,10 +46,10 @@ class CountingRuntime:
             logits[row, (position + 1) % 90] = 1.0
         return logits
 
-    def decode(self, slot: int, positions: Sequence[int], inputs: Any) -> Any:
+    def decode(self, slot: int, positions: Sequence[int], inputs: Any, logits: bool = True) -> Any:
         return self._logits(positions)
 
-    def prefill(self, slot: int, position: int, inputs: Any) -> Any:
+    def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> Any:
         return self._logits([position + len(inputs) - 1])
 
     def release(self, slot: int) -> None:
