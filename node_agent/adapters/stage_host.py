@@ -204,18 +204,18 @@ class StageHost:
             self.hops.open(opened.session, shard, wanted)
         resent = max(opened.replayed, wanted - opened.position)
         placed.upstream.reply(_answer(placed, wanted, opened.short, resent))
-        self._resend(placed)
+        self._loop.call_soon(self._resend, placed)
         placed.replica.dispatch()
 
     def _resend(self, placed: _Placed) -> None:
-        """Replay the hop log to the next stage, as far as there is credit."""
+        """Replay the hop log to the next stage, as far as there is credit: a frame a turn of the loop."""
         order = placed.order
         session = placed.replica.book.sessions.get(order.session)
         route = order.route
         if session is None or session.order is not order or not isinstance(route, LayeredRoute):
             return
         address = route.stages[order.stage + 1].address
-        while session.resending is not None and session.credit > 0:
+        if session.resending is not None and session.credit > 0:
             start = session.resending
             payload = self._logged(session, placed.replica.book.shard.digest)
             if payload is None:
@@ -229,6 +229,7 @@ class StageHost:
             if address != self.address:
                 self._note_sent([frame])
             self.deliver(address, [frame])
+            self._loop.call_soon(self._resend, placed)
 
     def _logged(self, session: StageSession, shard: Digest) -> NDArray[np.float32] | None:
         """The frame of the hop log where the replay stands: as it first ran, or several in one."""
