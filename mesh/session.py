@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost
 from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
@@ -226,6 +226,8 @@ class Session:
         self._lost: MeshError | None = None
         self._lost_ns = self._asked_ns = 0
         self._avoid: set[NodeId] = set()
+        self._left: LayeredRoute | None = None
+        """The route of the epoch before."""
         self._history = order.prompt
         """What goes through the stages before the first token of this epoch is sampled."""
 
@@ -317,6 +319,8 @@ class Session:
         self._story.append(type(event).__name__)
         if self.ended:
             return []
+        if isinstance(event, HopLost) and self.state is State.REPLAYING:
+            event = self._still(event)
         if isinstance(event, Opened | Refused | Ack | Sampled | HopLost) and event.epoch != self.epoch:
             return []
         if self.state is State.REROUTING and isinstance(event, Opened | Ack):
@@ -362,6 +366,16 @@ class Session:
         self.state, self._asked_ns = State.REROUTING, now
         return [NeedRoute(frozenset(self._avoid))]
 
+    def _still(self, event: HopLost) -> HopLost:
+        """Late news of the epoch before count when the node that is lost is on the new route as well."""
+        left, route = self._left, self.route.stages
+        if event.epoch.counter + 1 != self.epoch.counter or left is None:
+            return event
+        stage = left.stages[event.stage] if 0 <= event.stage < len(left.stages) else None
+        if stage not in route or event.cause not in (Cause.SILENT, Cause.STREAM_BROKEN):
+            return event
+        return replace(event, epoch=self.epoch, stage=route.index(stage))
+
     def _start_cold(self, now: int) -> list[Effect]:
         """A stage kept nothing after all: the whole prompt then, on the same route."""
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
@@ -375,7 +389,7 @@ class Session:
             if i >= len(route.stages) or route.stages[i] != stage
         }
         closing = [self._close_one(i, stage, "the session moved") for i, stage in left.items()]
-        self.route = route
+        self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         self.state, self.rung, self.replayed = State.REPLAYING, None, 0
         # What is left of the old route is told last: nobody waits for it.

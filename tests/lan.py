@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
-_IP, _TCP = 0x0800, 6
+_ALL, _IP, _TCP = 0x0003, 0x0800, 6
 _RST = 0x04
 _CUT_WITHIN_S = 3.0
+_SEEN_WITHIN_S = 0.1
 
 
 def ip(*words: str) -> None:
@@ -66,7 +67,7 @@ class Lan:
         ip("-n", self.hub, "link", "set", f"p{i}", "master", "br0")
 
     def reset_streams(self, i: int, port: int) -> None:
-        """Break the TCP streams that lead to a port of a namespace: both ends see a reset."""
+        """Break the TCP streams that lead to a port of a namespace, as a router that forgot them would."""
         command = [sys.executable, "-m", "tests.lan", f"p{i}", str(port)]
         subprocess.run(["ip", "netns", "exec", self.hub, *command], check=True, timeout=20)
 
@@ -108,41 +109,43 @@ def _reset(ethernet: bytes, source: bytes, target: bytes, ports: tuple[int, int]
 
 
 def _break(interface: str, port: int) -> None:
-    """Watch one side of a cable and answer each packet of a stream to ``port`` with a reset for either end."""
+    """Watch a cable and send resets to its namespace for the streams to ``port`` there, each as the answer to one of
+    its packets, until a reset of its own is seen for what still comes: then it has closed the stream."""
     until = time.monotonic() + _CUT_WITHIN_S
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_IP)) as sock:
+    streams: dict[tuple[bytes, int], bool] = {}
+    begin = 0.0
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL)) as sock:
         sock.bind((interface, 0))
         sock.settimeout(0.2)
-        broken: set[tuple[bytes, int]] = set()
-        while time.monotonic() < until:
+        while time.monotonic() < until and not (streams and all(streams.values())):
             try:
                 packet, _ = sock.recvfrom(65_536)
             except TimeoutError:
-                if broken:
-                    return
                 continue
-            if packet[23] != _TCP:
+            if packet[12:14] != _IP.to_bytes(2, "big") or packet[23] != _TCP:
                 continue
             size = (packet[14] & 15) * 4
             segment = packet[14 + size :]
             ports: tuple[int, int] = struct.unpack_from("!HH", segment)
-            sequence, answer = struct.unpack_from("!II", segment, 4)
-            flags = segment[13]
-            if port not in ports or flags & 7:
+            if port not in ports:
                 continue
+            from_it = ports[0] == port
             source, target = packet[26:30], packet[30:34]
-            payload = struct.unpack_from("!H", packet, 16)[0] - size - (segment[12] >> 4) * 4
-            ours = (source, ports[0]) if ports[1] == port else (target, ports[1])
-            if ours in broken:
+            stream = (target, ports[1]) if from_it else (source, ports[0])
+            flags = segment[13]
+            if flags & _RST and from_it:
+                streams[stream] = True
+            begin = begin or time.monotonic()
+            if stream not in streams and time.monotonic() < begin + _SEEN_WITHIN_S:
+                streams[stream] = False
+            if flags & 7 or streams.get(stream, True):
                 continue
-            broken.add(ours)
-            ahead, back = packet[:12], packet[6:12] + packet[:6]
-            # The receiver expects what follows this packet; the sender what it acknowledged.
-            for _ in range(2):
-                sock.send(_reset(back, target, source, ports[::-1], answer))
-                sock.send(_reset(ahead, source, target, ports, sequence + payload))
-            if time.monotonic() > until - _CUT_WITHIN_S + 0.3 and broken:
-                return
+            sequence, answer = struct.unpack_from("!II", segment, 4)
+            payload = struct.unpack_from("!H", packet, 16)[0] - size - (segment[12] >> 4) * 4
+            if from_it:  # it has acknowledged so far
+                sock.send(_reset(packet[6:12] + packet[:6], target, source, ports[::-1], answer))
+            else:
+                sock.send(_reset(packet[:12], source, target, ports, sequence + payload))
 
 
 if __name__ == "__main__":

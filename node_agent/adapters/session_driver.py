@@ -207,9 +207,9 @@ class SessionDriver:
     def _step(self, handle: SessionHandle, event: Event) -> None:
         try:
             now = time.monotonic_ns()
-            if isinstance(event, HopLost | Refused) and handle.session.state is not State.REROUTING:
-                handle.trace.lost(_why(event), now)
             effects = handle.session.handle(event, now)
+            if isinstance(event, HopLost | Refused) and any(isinstance(e, NeedRoute) for e in effects):
+                handle.trace.lost(_why(event), now)
             for effect in effects:
                 if isinstance(effect, EmitToken):
                     going = handle.session.state is not State.REROUTING

@@ -475,7 +475,10 @@ class StageHost:
     def _beacon(self) -> None:
         busy: dict[int, tuple[Upstream, Replica]] = {}
         for placed in self._placed.values():
-            if placed.upstream is not self._local and placed.replica.working:
+            session = placed.replica.book.sessions.get(placed.order.session)
+            # Whoever waits for the next stage's answer says so, or it would be taken for silent itself.
+            waits = session is not None and not session.told
+            if placed.upstream is not self._local and (waits or placed.replica.working):
                 busy[id(placed.upstream)] = (placed.upstream, placed.replica)
         for upstream, replica in busy.values():
             upstream.reply(Beacon(replica.runs, replica.book.queued))
