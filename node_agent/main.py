@@ -408,6 +408,9 @@ class Agent:
             metrics.sessions.labels(*labels).set(replica.sessions)
             metrics.kv_reserved.labels(*labels).set(replica.kv_reserved_bytes)
             metrics.kv_budget.labels(*labels).set(replica.kv_budget_bytes)
+        if self.host.hops is not None:
+            metrics.hop_log.labels(self.node_id).set(self.host.hops.bytes)
+            metrics.hop_log_written.labels(self.node_id).set(self.host.hops.written)
         states = [m.fact.state for m in self.view.membership.members.values()]
         for state in MemberState:
             metrics.members.labels(self.node_id, state.name.lower()).set(states.count(state))

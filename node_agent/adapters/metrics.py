@@ -95,6 +95,12 @@ class AgentMetrics:
         self.hop_log = Gauge(
             "mesh_hop_log_bytes", "Activations kept for replay", ("node_id",), registry=self.registry
         )
+        self.hop_log_written = Gauge(
+            "mesh_hop_log_written_bytes",
+            "Activations written to the hop log since the start",
+            ("node_id",),
+            registry=self.registry,
+        )
         self.hop_log_absent = Counter(
             "mesh_hop_log_absent",
             "Hop logs that were dropped: no room, a slow or broken disk",
