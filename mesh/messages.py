@@ -26,6 +26,7 @@ class Cause(enum.Enum):
     STALE_EPOCH = 8
     DRAINING = 9
     NO_CACHE = 10
+    TAKEN_OVER = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class Open:
     exact: bool = False
     resume: SessionId | None = None
     """A closed session that the stages kept: this one takes its KV cache over up to ``position``."""
+    request: bytes = b""
+    """For the last stage's token log: what another ingress needs to go on with the session (rule R6)."""
+    expires_ms: int = 0
+    """Of that log, milliseconds since the epoch."""
 
     @property
     def asks(self) -> bool:
@@ -163,4 +168,20 @@ class HopLost:
     position: int = 0
 
 
-Message = Open | Opened | Refused | list[Frame] | list[Sampled] | list[Ack] | Beacon | Close | HopLost
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """Owner to witness: a copy of the token log, where the last stage shares the owner's node (rule R6). The first
+    of a session, at position 0, carries prompt and request."""
+
+    session: SessionId
+    epoch: Epoch
+    position: int
+    tokens: tuple[Token, ...]
+    expires_ms: int = 0
+    prompt: tuple[int, ...] = ()
+    request: bytes = b""
+
+
+Message = (
+    Witness | Open | Opened | Refused | list[Frame] | list[Sampled] | list[Ack] | Beacon | Close | HopLost
+)

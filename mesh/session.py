@@ -32,7 +32,7 @@ import enum
 from collections import deque
 from dataclasses import dataclass, replace
 
-from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost
+from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost, Unavailable
 from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Stage, Token
 
@@ -195,19 +195,31 @@ class SessionOrder:
     """Ask the stages to keep the KV cache when it ends well."""
     resume: tuple[SessionId, int] | None = None
     """A session that the route's stages kept, and how many of the prompt's positions it shares."""
+    request: bytes = b""
+    """What another ingress needs to go on with it; opaque here, for the last stage's token log (rule R6)."""
+    expires_ms: int = 0
+    """Of that log, milliseconds since the epoch."""
 
 
 class Session:
     """One generation with its route, owned by this node."""
 
     def __init__(
-        self, order: SessionOrder, route: LayeredRoute, owner: NodeId, address: Address, now: int
+        self,
+        order: SessionOrder,
+        route: LayeredRoute,
+        owner: NodeId,
+        address: Address,
+        now: int,
+        taken: tuple[Epoch, tuple[int, ...]] | None = None,
     ) -> None:
+        """``taken``: it was begun by another owner, or before a restart; the epoch to open and the tokens that
+        were generated."""
         self.order, self.route = order, route
-        self.epoch = Epoch(1, owner)
+        self.epoch, generated = taken or (Epoch(1, owner), ())
         self.address = address
         self.state = State.PREFILL
-        self.generated: list[int] = []
+        self.generated = list(generated)
         self.finish: Finish | None = None
         self.kept = False
         """Its stages were asked to keep what they computed."""
@@ -243,7 +255,19 @@ class Session:
 
     def start(self, now: int) -> list[Effect]:
         """Open the route and send the first chunks."""
+        if self.generated:
+            self.state = State.REPLAYING
+            done = self._complete()
+            if done is not None:
+                return self._finish(done)
         return self._open(now, self.order.resume)
+
+    def _complete(self) -> Finish | None:
+        """Whether the last token ends the answer."""
+        if self.generated[-1] in self.order.stop_tokens:
+            return Finish.STOP
+        full = len(self.order.prompt) + len(self.generated) >= self.positions
+        return Finish.LENGTH if full else None
 
     def _open(self, now: int, resume: tuple[SessionId, int] | None = None) -> list[Effect]:
         order = self.order
@@ -268,6 +292,8 @@ class Session:
             sampling=order.sampling,
             exact=order.exact,
             resume=kept,
+            request=order.request,
+            expires_ms=order.expires_ms,
         )
         self._sent, self._acked, self._held = position, position, None
         self._in_flight.clear()
@@ -339,6 +365,9 @@ class Session:
                 return self._resume(now)
             case Tick():
                 return self._tick(now)
+            case Refused(cause=Cause.TAKEN_OVER, reason=reason):
+                self.state = State.FAILED
+                return [Ended(error=Unavailable(f"another agent goes on with this session: {reason}"))]
             case Refused(cause=Cause.NO_CACHE):
                 return self._start_cold(now)
             case Refused(stage=stage):
@@ -443,10 +472,9 @@ class Session:
         self._progress_ns = now
         self.generated.append(token.token)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
-        if token.token in self.order.stop_tokens:
-            return written + self._finish(Finish.STOP, _NATURAL)
-        if len(self.order.prompt) + len(self.generated) >= self.positions:
-            return written + self._finish(Finish.LENGTH, _NATURAL)
+        done = self._complete()
+        if done is not None:
+            return written + self._finish(done, _NATURAL)
         if rerouting:
             return written  # sampled before the loss; the next route goes on from it
         if self._paused:

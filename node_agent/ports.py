@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from mesh.types import Epoch, NodeId, SessionId, ShardInfo, Token
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mesh.types import SessionId, ShardInfo
+NO_EPOCH = Epoch(0, NodeId(""))
 
 
 class Runtime(Protocol):
@@ -53,21 +56,46 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class LoggedSession:
+    """What a token log holds of a session: ``tokens`` up to the first gap or damaged record; ``request`` is what
+    an ingress needs to go on with it, ``epoch`` that of the owner that wrote last, or took it over since."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    epoch: Epoch
+    request: bytes = b""
+
+
 class TokenLog(Protocol):
-    """The tokens of sessions, kept before a client sees them (rule R6).
+    """The tokens of sessions, kept before a client sees them (rule R6), by their owner, and by the last stage or
+    a witness for when the owner's node is lost.
 
     ``expires_at`` is in seconds since the epoch. Every method raises ``OSError`` when the store
     cannot do it.
     """
 
-    def begin(self, session: SessionId, prompt: Sequence[int], expires_at: float) -> None: ...
-
-    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
-        """Keep ``tokens`` at ``position`` and on; returns when a killed process would not lose them."""
+    def begin(
+        self,
+        session: SessionId,
+        prompt: Sequence[int],
+        expires_at: float,
+        epoch: Epoch = NO_EPOCH,
+        request: bytes = b"",
+    ) -> None:
+        """A session, or a later epoch of one; tokens that are there stay."""
         ...
 
-    def read(self, session: SessionId) -> tuple[list[int], list[int]] | None:
-        """Prompt and generated tokens up to the first gap or damaged record; ``None`` if unknown."""
+    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
+        """Keep tokens at their positions; returns when a killed process would not lose them."""
+        ...
+
+    def read(self, session: SessionId) -> LoggedSession | None:
+        """``None`` if unknown."""
+        ...
+
+    def take(self, session: SessionId, expected: Epoch, wanted: Epoch) -> bool:
+        """Change the owner if it is still the ``expected`` one (rule R1)."""
         ...
 
     def forget(self, session: SessionId) -> None: ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import zip_longest
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,6 +23,7 @@ from mesh.messages import (
     Opened,
     Refused,
     Sampled,
+    Witness,
 )
 from mesh.types import (
     Address,
@@ -79,6 +82,19 @@ def encode(message: Message) -> Iterator[pb.Packet]:
                     cause=_cause(message.cause),
                     reason=message.reason,
                     retry_after_ms=message.retry_after_ms,
+                )
+            )
+        case Witness():
+            yield pb.Packet(
+                witness=pb.Witness(
+                    session=_session(message.session),
+                    epoch=_epoch(message.epoch),
+                    position=message.position,
+                    tokens=[t.token for t in message.tokens],
+                    logprobs=[nan if t.logprob is None else t.logprob for t in message.tokens],
+                    expires_unix_ms=message.expires_ms,
+                    prompt=message.prompt,
+                    request=message.request,
                 )
             )
         case Beacon():
@@ -236,6 +252,8 @@ def _open(order: Open) -> pb.Open:
         ),
         exact=order.exact,
         resume=_session(order.resume) if order.resume else b"",
+        request=order.request,
+        expires_unix_ms=order.expires_ms,
     )
 
 
@@ -312,6 +330,17 @@ class Decoder:
                 return Close(
                     read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep, c.alone
                 )
+            case "witness":
+                w = packet.witness
+                return Witness(
+                    read_session(w.session),
+                    _read_epoch(w.epoch),
+                    w.position,
+                    read_tokens(w.position, w.tokens, w.logprobs),
+                    w.expires_unix_ms,
+                    tuple(w.prompt),
+                    w.request,
+                )
             case "hop_lost":
                 h = packet.hop_lost
                 return HopLost(
@@ -379,6 +408,16 @@ def _frame(head: pb.FrameHead, payload: NDArray[Any]) -> Frame:
         payload,
         head.stage,
         tuple(head.times),
+    )
+
+
+def read_tokens(position: int, tokens: Iterable[int], logprobs: Iterable[float]) -> tuple[Token, ...]:
+    """Tokens from a position on; a log-probability of NaN is none."""
+    pairs = zip_longest(tokens, logprobs, fillvalue=nan)
+    return tuple(
+        Token(position + i, int(token), None if isnan(logprob) else logprob)
+        for i, (token, logprob) in enumerate(pairs)
+        if not isnan(token)
     )
 
 
@@ -450,4 +489,6 @@ def _read_open(order: pb.Open) -> Open:
         ),
         exact=order.exact,
         resume=read_session(order.resume) if order.resume else None,
+        request=order.request,
+        expires_ms=order.expires_unix_ms,
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from math import nan
 from typing import Any
 
 import grpc
 
+from mesh.adapters.codec import read_session
 from mesh.adapters.membership_codec import valid_address
-from mesh.errors import InputError, MeshError, StaleTerm
+from mesh.errors import InputError, MeshError, PeerError, StaleTerm
 from mesh.types import Address, PolicyVersion
 from node_agent.adapters.records import node_record, read_term, replica_record
 from node_agent.adapters.replicas import Promise, ReplicaManager, ShardKey
+from node_agent.adapters.takeover import Takeovers, read_epoch, write_epoch
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.cluster import Node
@@ -28,7 +31,9 @@ class AgentService(rpc.AgentServicer):
         know: Callable[[list[Address], str], None],
         replicas: ReplicaManager,
         policy: Callable[[], tuple[PolicyVersion, str]],
+        takeovers: Takeovers,
     ) -> None:
+        self._takeovers = takeovers
         self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
         self._policy = policy
         self._waiters: set[asyncio.Event] = set()
@@ -108,6 +113,27 @@ class AgentService(rpc.AgentServicer):
         except StaleTerm as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.ReleaseShardReply()
+
+    async def TakeOver(self, request: pb.TakeOverRequest, context: Any) -> pb.TakeOverReply:  # noqa: N802
+        await self._admit(request.cluster, context)
+        try:
+            session = read_session(request.session)
+        except PeerError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise AssertionError from None  # abort does not return
+        wanted = read_epoch(request.wanted) if request.HasField("wanted") else None
+        known, taken = self._takeovers.answer(session, read_epoch(request.expected), wanted)
+        if known is None:
+            return pb.TakeOverReply()
+        return pb.TakeOverReply(
+            found=True,
+            taken=taken,
+            epoch=write_epoch(known.epoch),
+            request=known.request,
+            prompt=known.prompt,
+            tokens=[t.token for t in known.tokens],
+            logprobs=[nan if t.logprob is None else t.logprob for t in known.tokens],
+        )
 
     async def GetPolicy(self, request: pb.PolicyRequest, context: Any) -> pb.PolicyDocument:  # noqa: N802
         await self._admit(request.cluster, context)

@@ -9,9 +9,8 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -23,6 +22,7 @@ from node_agent.adapters.control_loop import ControlLoop, check_version
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.ingress.answer import Choice, Envelope, error_body, error_of, usage_of
+from node_agent.ingress.resumption import event_id, parse_event_id
 from node_agent.ingress.schema import Generation, parse_chat, parse_completion
 from node_agent.ingress.text import TextAssembler
 
@@ -47,7 +47,10 @@ class Job:
         handles: list[SessionHandle],
         prompt_tokens: int,
         cached_tokens: int = 0,
+        seen: int = 0,
     ) -> None:
+        """``seen``: tokens that the client has already; what they gave is not sent again."""
+        self.seen = seen
         self.generation, self.envelope = generation, envelope
         self.cached_tokens = cached_tokens
         self.choices, self.handles, self.prompt_tokens = choices, handles, prompt_tokens
@@ -99,7 +102,9 @@ class Job:
             piece, stopped = choice.push(token)
             if stopped:
                 break
-            if piece or self.logprobs:
+            if choice.tokens <= self.seen:
+                choice.skip()
+            elif piece or self.logprobs:
                 yield piece, None
         else:
             piece, stopped = choice.flush()
@@ -109,7 +114,16 @@ class Job:
         yield piece, choice.finish
 
 
-Start = Callable[[Generation, str], Awaitable[Job]]
+class Jobs(Protocol):
+    """Starts what clients ask for; raises ``MeshError`` with what to say."""
+
+    async def start(self, generation: Generation, class_name: str = "") -> Job: ...
+
+    async def resume(self, event: str) -> Job: ...
+
+    def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]: ...
+
+
 CLASS_HEADER = "X-Mesh-Class"
 
 
@@ -118,16 +132,15 @@ class HttpApi:
 
     def __init__(
         self,
-        start: Start,
+        jobs: Jobs,
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
-        explain: Callable[[str, str, str], dict[str, Any]],
         control: ControlLoop,
         driver: SessionDriver,
         metrics: AgentMetrics,
         before_metrics: Callable[[], None],
     ) -> None:
-        self._start, self._models, self._nodes, self._explain = start, models, nodes, explain
+        self._jobs, self._models, self._nodes = jobs, models, nodes
         self._control = control
         self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
         self._runner: web.AppRunner | None = None
@@ -144,7 +157,9 @@ class HttpApi:
         app.router.add_get("/mesh/v1/plan", self._plan)
         app.router.add_post("/mesh/v1/plan", self._plan)
         app.router.add_put("/mesh/v1/policy", self._apply)
+        app.router.add_get("/mesh/v1/sessions", self._sessions)
         app.router.add_get("/mesh/v1/sessions/{id}", self._session)
+        app.router.add_get("/mesh/v1/sessions/{id}/stream", self._resume)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/health", self._health)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
@@ -200,7 +215,7 @@ class HttpApi:
         return await self._generate(request, parse_completion(await request.read()))
 
     async def _generate(self, request: web.Request, generation: Generation) -> web.StreamResponse:
-        job = await self._start(generation, request.headers.get(CLASS_HEADER, ""))
+        job = await self._jobs.start(generation, request.headers.get(CLASS_HEADER, ""))
         try:
             if generation.stream:
                 return await self._stream(request, job)
@@ -208,6 +223,20 @@ class HttpApi:
                 pass
             choices = [job.envelope.message(c, job.logprobs) for c in job.choices]
             return _json(job.envelope.whole(choices, job.usage()))
+        finally:
+            job.stop()
+
+    async def _resume(self, request: web.Request) -> web.StreamResponse:
+        """A stream that broke off goes on after the event that is named."""
+        session = request.match_info["id"]
+        event = request.headers.get("Last-Event-ID", request.query.get("last_event_id", session))
+        if parse_event_id(event)[0] != parse_event_id(session)[0]:
+            raise RequestError(
+                f"Last-Event-ID {event!r} is not of session {session!r}", param="Last-Event-ID"
+            )
+        job = await self._jobs.resume(event)
+        try:
+            return await self._stream(request, job)
         finally:
             job.stop()
 
@@ -222,10 +251,11 @@ class HttpApi:
         opened: set[int] = set()
 
         async def send(choice: Choice, text: str, finish: str | None) -> None:
-            role = generation.chat and choice.index not in opened
+            role = generation.chat and choice.index not in opened and not job.seen
             opened.add(choice.index)
             delta = envelope.delta(choice, text, finish, job.logprobs, role)
-            await _event(response, envelope.chunk([delta], usage))
+            session = job.handles[job.choices.index(choice)].session.order.session
+            await _event(response, envelope.chunk([delta], usage), event_id(session, choice.tokens))
 
         try:
             if first is not None:
@@ -261,7 +291,7 @@ class HttpApi:
     async def _route(self, request: web.Request) -> web.Response:
         query = request.query
         asked = query.get("model", ""), query.get("percentile", "p50"), query.get("class", "")
-        return _json(self._explain(*asked))
+        return _json(self._jobs.explain(*asked))
 
     async def _plan(self, request: web.Request) -> web.Response:
         if request.method == "GET":
@@ -272,6 +302,9 @@ class HttpApi:
     async def _apply(self, request: web.Request) -> web.Response:
         body = await _policy_body(request)
         return _json(self._control.apply(body.policy, body.name, check_version(body.version)))
+
+    async def _sessions(self, request: web.Request) -> web.Response:
+        return _json(self._driver.report())
 
     async def _session(self, request: web.Request) -> web.Response:
         wanted = request.match_info["id"]
@@ -306,10 +339,10 @@ async def _policy_body(request: web.Request) -> _PolicyBody:
         raise RequestError(f"the body is not as it should be: {error}") from None
 
 
-def new_envelope(job_id: SessionId, model: str, chat: bool) -> Envelope:
+def new_envelope(job_id: SessionId, model: str, chat: bool, created: int) -> Envelope:
     """An envelope whose id names the first choice's session."""
     prefix = "chatcmpl-" if chat else "cmpl-"
-    return Envelope(prefix + job_id, int(time.time()), model, chat)
+    return Envelope(prefix + job_id, created, model, chat)
 
 
 def new_choice(index: int, model: Any, stop: tuple[str, ...]) -> Choice:
@@ -321,5 +354,6 @@ def _json(body: Any) -> web.Response:
     return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
 
-async def _event(response: web.StreamResponse, body: Any) -> None:
-    await response.write(b"data: " + msgspec.json.encode(body) + b"\n\n")
+async def _event(response: web.StreamResponse, body: Any, name: str = "") -> None:
+    head = f"id: {name}\n".encode() if name else b""
+    await response.write(head + b"data: " + msgspec.json.encode(body) + b"\n\n")

@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from mesh.types import SessionId
+from mesh.types import Epoch, SessionId, Token
+from node_agent.ports import NO_EPOCH, LoggedSession
+
+
+@dataclass(slots=True)
+class _Kept:
+    prompt: tuple[int, ...]
+    expires_at: float
+    epoch: Epoch
+    request: bytes
+    tokens: dict[int, Token] = field(default_factory=dict)
 
 
 class MemoryTokenLog:
     """``node_agent.ports.TokenLog`` that a restart empties."""
 
     def __init__(self) -> None:
-        self._sessions: dict[SessionId, tuple[list[int], float, dict[int, int]]] = {}
+        self._sessions: dict[SessionId, _Kept] = {}
 
-    def begin(self, session: SessionId, prompt: Sequence[int], expires_at: float) -> None:
-        self._sessions[session] = (list(prompt), expires_at, {})
+    def begin(
+        self,
+        session: SessionId,
+        prompt: Sequence[int],
+        expires_at: float,
+        epoch: Epoch = NO_EPOCH,
+        request: bytes = b"",
+    ) -> None:
+        known = self._sessions.get(session)
+        tokens = known.tokens if known else {}
+        self._sessions[session] = _Kept(tuple(prompt), expires_at, epoch, request, tokens)
 
-    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
+    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
         if session in self._sessions:
-            self._sessions[session][2].update(enumerate(tokens, position))
+            self._sessions[session].tokens.update((t.position, t) for t in tokens)
 
-    def read(self, session: SessionId) -> tuple[list[int], list[int]] | None:
-        if session not in self._sessions:
+    def read(self, session: SessionId) -> LoggedSession | None:
+        known = self._sessions.get(session)
+        if known is None:
             return None
-        prompt, _, kept = self._sessions[session]
-        tokens, position = [], len(prompt)
-        while position in kept:
-            tokens.append(kept[position])
+        tokens, position = [], len(known.prompt)
+        while position in known.tokens:
+            kept = known.tokens[position]
+            tokens.append(Token(position, kept.token, kept.logprob))
             position += 1
-        return list(prompt), tokens
+        return LoggedSession(known.prompt, tuple(tokens), known.epoch, known.request)
+
+    def take(self, session: SessionId, expected: Epoch, wanted: Epoch) -> bool:
+        known = self._sessions.get(session)
+        if known is None or known.epoch != expected:
+            return False
+        known.epoch = wanted
+        return True
 
     def forget(self, session: SessionId) -> None:
         self._sessions.pop(session, None)
 
     def expire(self, now: float) -> Iterable[SessionId]:
-        gone = [s for s, (_, expires_at, _) in self._sessions.items() if expires_at <= now]
+        gone = [s for s, kept in self._sessions.items() if kept.expires_at <= now]
         for session in gone:
             self.forget(session)
         return gone

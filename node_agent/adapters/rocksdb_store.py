@@ -3,8 +3,8 @@
 RocksDB's write-ahead log survives ``kill -9`` but silently drops records after a damaged one, so
 every record carries a CRC and a reader stops at the first gap.
 
-Keys (``a`` is the hop logs'): ``s`` + session (16 bytes) holds expiry and prompt; ``t`` + session + position (big-endian)
-holds one token.
+Keys (``a`` is the hop logs'): ``s`` + session (16 bytes) holds expiry, owner, prompt and request; ``t`` + session +
+position (big-endian) holds one token.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isnan, nan
 from pathlib import Path
 
-from rocksdict import Options, Rdict, ReadOptions, WriteOptions
+import msgspec
+from rocksdict import Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
 from mesh.errors import ConfigError
-from mesh.types import SessionId
+from mesh.types import Epoch, NodeId, SessionId, Token
+from node_agent.ports import NO_EPOCH, LoggedSession
 
-_HEAD = struct.Struct("<dI")
-_RECORD = struct.Struct("<II")
+_TOKEN = struct.Struct("<If")
 _POSITION = struct.Struct(">I")
 _WRITE_BUFFER = 4 << 20
 _LOG_FILES_KEPT = 2
+
+
+class _Head(msgspec.Struct, frozen=True, array_like=True):
+    expires_at: float
+    counter: int
+    owner: str
+    prompt: tuple[int, ...]
+    request: bytes
 
 
 @contextmanager
@@ -52,9 +62,9 @@ class RocksTokenLog:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._db = Rdict(str(folder), options)
-            how = WriteOptions()
-            how.sync = sync
-            self._db.set_write_options(how)
+            self._how = WriteOptions()
+            self._how.sync = sync
+            self._db.set_write_options(self._how)
         except Exception as error:  # rocksdict's own kind
             if "lock" in str(error).lower():
                 raise ConfigError(
@@ -69,34 +79,58 @@ class RocksTokenLog:
         """The database, which hop logs live in as well."""
         return self._db
 
-    def begin(self, session: SessionId, prompt: Sequence[int], expires_at: float) -> None:
-        body = _HEAD.pack(expires_at, len(prompt)) + struct.pack(f"<{len(prompt)}I", *prompt)
+    def begin(
+        self,
+        session: SessionId,
+        prompt: Sequence[int],
+        expires_at: float,
+        epoch: Epoch = NO_EPOCH,
+        request: bytes = b"",
+    ) -> None:
+        self._write_head(session, _Head(expires_at, epoch.counter, epoch.owner, tuple(prompt), request))
+
+    def _write_head(self, session: SessionId, head: _Head) -> None:
+        body = msgspec.msgpack.encode(head)
         with _os_errors():
             self._db[b"s" + bytes.fromhex(session)] = body + struct.pack("<I", zlib.crc32(body))
 
-    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
+    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
         prefix = b"t" + bytes.fromhex(session)
         with _os_errors():
-            for offset, token in enumerate(tokens):
-                key = prefix + _POSITION.pack(position + offset)
-                self._db[key] = _RECORD.pack(token, zlib.crc32(struct.pack("<I", token), position + offset))
+            if len(tokens) == 1:
+                self._db[prefix + _POSITION.pack(tokens[0].position)] = _record(tokens[0])
+                return
+            batch = WriteBatch(raw_mode=True)
+            for token in tokens:
+                batch.put(prefix + _POSITION.pack(token.position), _record(token))
+            self._db.write(batch, self._how)
 
-    def read(self, session: SessionId) -> tuple[list[int], list[int]] | None:
+    def read(self, session: SessionId) -> LoggedSession | None:
         prefix = bytes.fromhex(session)
         with _os_errors():
-            head = self._db.get(b"s" + prefix)
-            prompt = _read_head(head) if isinstance(head, bytes) else None
-            if prompt is None:
+            value = self._db.get(b"s" + prefix)
+            head = _read_head(value) if isinstance(value, bytes) else None
+            if head is None:
                 return None
-            tokens: list[int] = []
-            position = len(prompt[1])
+            tokens: list[Token] = []
+            position = len(head.prompt)
             while isinstance(value := self._db.get(b"t" + prefix + _POSITION.pack(position)), bytes):
                 token = _read_record(value, position)
                 if token is None:
                     break
                 tokens.append(token)
                 position += 1
-            return prompt[1], tokens
+        epoch = Epoch(head.counter, NodeId(head.owner))
+        return LoggedSession(head.prompt, tuple(tokens), epoch, head.request)
+
+    def take(self, session: SessionId, expected: Epoch, wanted: Epoch) -> bool:
+        with _os_errors():
+            value = self._db.get(b"s" + bytes.fromhex(session))
+        head = _read_head(value) if isinstance(value, bytes) else None
+        if head is None or (head.counter, head.owner) != (expected.counter, expected.owner):
+            return False
+        self._write_head(session, msgspec.structs.replace(head, counter=wanted.counter, owner=wanted.owner))
+        return True
 
     def forget(self, session: SessionId) -> None:
         prefix = bytes.fromhex(session)
@@ -111,7 +145,7 @@ class RocksTokenLog:
                 if not isinstance(key, bytes) or not key.startswith(b"s"):
                     break
                 head = _read_head(value) if isinstance(value, bytes) else None
-                if head is None or head[0] <= now:
+                if head is None or head.expires_at <= now:
                     gone.append(SessionId(key[1:].hex()))
         for session in gone:
             self.forget(session)
@@ -122,19 +156,25 @@ class RocksTokenLog:
             self._db.close()
 
 
-def _read_head(value: bytes) -> tuple[float, list[int]] | None:
-    """Expiry and prompt; ``None`` if the record is damaged."""
-    if len(value) < _HEAD.size + 4:
-        return None
+def _read_head(value: bytes) -> _Head | None:
+    """``None`` if the record is damaged."""
     body, check = value[:-4], value[-4:]
-    expires_at, count = _HEAD.unpack_from(body)
-    if struct.pack("<I", zlib.crc32(body)) != check or len(body) != _HEAD.size + 4 * count:
+    if struct.pack("<I", zlib.crc32(body)) != check:
         return None
-    return expires_at, list(struct.unpack_from(f"<{count}I", body, _HEAD.size))
+    try:
+        return msgspec.msgpack.decode(body, type=_Head)
+    except msgspec.MsgspecError:
+        return None
 
 
-def _read_record(value: bytes, position: int) -> int | None:
-    if len(value) != _RECORD.size:
+def _record(token: Token) -> bytes:
+    body = _TOKEN.pack(token.token, nan if token.logprob is None else token.logprob)
+    return body + struct.pack("<I", zlib.crc32(body, token.position))
+
+
+def _read_record(value: bytes, position: int) -> Token | None:
+    body, check = value[:-4], value[-4:]
+    if len(body) != _TOKEN.size or struct.pack("<I", zlib.crc32(body, position)) != check:
         return None
-    token, check = _RECORD.unpack(value)
-    return int(token) if zlib.crc32(struct.pack("<I", token), position) == check else None
+    token, logprob = _TOKEN.unpack(body)
+    return Token(position, int(token), None if isnan(logprob) else float(logprob))

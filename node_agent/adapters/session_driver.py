@@ -7,11 +7,13 @@ import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.messages import Cause, Frame, HopLost, Message, Refused
+from mesh.messages import Cause, Frame, HopLost, Message, Refused, Witness
 from mesh.session import (
     Cancelled,
     ClientBusy,
@@ -32,7 +34,7 @@ from mesh.session import (
     State,
     Tick,
 )
-from mesh.types import Address, Digest, NodeId, SessionId, Token
+from mesh.types import Address, Digest, Epoch, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
@@ -68,6 +70,8 @@ class SessionHandle:
         self.plan, self.replan = plan, replan
         self._driver = driver
         self._waiting: asyncio.Queue[Token | Ended] = asyncio.Queue()
+        self.witness: Address | None = None
+        """Who keeps a copy of the tokens, where the last stage does not."""
         self.pending: deque[Effect] = deque()
         """Effects that wait for the next step to be on its way."""
         self.ended: Ended | None = None
@@ -130,9 +134,16 @@ class SessionDriver:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, order: SessionOrder, plan: RoutePlan, model: str, replan: Replan) -> SessionHandle:
+    def start(
+        self,
+        order: SessionOrder,
+        plan: RoutePlan,
+        model: str,
+        replan: Replan,
+        taken: tuple[Epoch, tuple[Token, ...]] | None = None,
+    ) -> SessionHandle:
         """Begin a session; raises ``Full`` when this ingress runs as many as it may. ``replan`` is asked when
-        a stage is lost or should be left."""
+        a stage is lost or should be left. ``taken``: go on with one that has these tokens, in that epoch."""
         if self.draining:
             raise Unavailable("this agent is draining; ask another", retry_after_s=5)
         if len(self._running) >= self._sessions_max:
@@ -140,7 +151,10 @@ class SessionDriver:
             raise Full(f"this agent runs {len(self._running)} sessions already, its limit")
         now = time.monotonic_ns()
         route = plan.route
-        session = Session(order, route, self._host.node, self._host.address, now)
+        epoch, tokens = taken or (Epoch(1, self._host.node), ())
+        order = replace(order, expires_ms=int((time.time() + self._keep_s) * 1000))
+        known = (epoch, tuple(t.token for t in tokens))
+        session = Session(order, route, self._host.node, self._host.address, now, known)
         trace = SessionTrace(
             order.session,
             model,
@@ -153,9 +167,13 @@ class SessionDriver:
         )
         handle = SessionHandle(self, session, trace, plan, replan)
         try:
-            self._log.begin(order.session, order.prompt, time.time() + self._keep_s)
+            self._log.begin(order.session, order.prompt, order.expires_ms / 1000, epoch, order.request)
+            self._log.append(order.session, tokens)
         except OSError as error:
             raise Unavailable(f"the token log cannot be written: {error}", retry_after_s=5) from error
+        for token in tokens:
+            handle.push(token)
+        self._choose_witness(handle)
         self._running[order.session] = handle
         self.traces[order.session] = trace
         while len(self.traces) > TRACES_KEPT:
@@ -164,6 +182,12 @@ class SessionDriver:
         self._carry_out(handle, session.start(now))
         self._feed()
         return handle
+
+    def let_go(self, session: SessionId) -> None:
+        """End a session that runs here, as its reader asks for it again elsewhere or here."""
+        handle = self._running.get(session)
+        if handle is not None:
+            handle.stop()
 
     def own_sessions(self) -> Counter[tuple[NodeId, Digest]]:
         """How many of our sessions each replica has now: records tell it half a second late."""
@@ -246,6 +270,28 @@ class SessionDriver:
             },
         )
 
+    def report(self) -> list[dict[str, Any]]:
+        """``/mesh/v1/sessions``: those that run, with their routes and epochs."""
+        rows = []
+        for handle in self._running.values():
+            session, trace = handle.session, handle.trace
+            rows.append(
+                {
+                    "session": session.order.session,
+                    "model": trace.model,
+                    "state": session.state.value,
+                    "epoch": session.epoch.counter,
+                    "prompt_tokens": len(session.order.prompt),
+                    "tokens": len(session.generated),
+                    "route": [
+                        {"node": s.node, "layers": [s.layers.start, s.layers.end]}
+                        for s in session.route.stages
+                    ],
+                    "recoveries": len(trace.recoveries),
+                }
+            )
+        return rows
+
     def awaited(self) -> set[Address]:
         """First stages that owe an answer."""
         return {
@@ -315,9 +361,11 @@ class SessionDriver:
                 self._frames.setdefault(first, []).append(frame)
             case KeepToken(token):
                 try:
-                    self._log.append(session.order.session, token.position, (token.token,))
+                    self._log.append(session.order.session, (token,))
                 except OSError as error:
                     self._lose(handle, f"the token log cannot be written: {error}")
+                if handle.witness is not None:
+                    self._host.deliver(handle.witness, self._copy(session, token.position, (token,)))
             case EmitToken(token):
                 handle.push(token)
             case SendOpen(order):
@@ -340,7 +388,36 @@ class SessionDriver:
         handle.plan = plan
         handle.trace.rerouted(plan.route)
         self._step(handle, Rerouted(plan.route))
+        self._choose_witness(handle)
+        order, epoch = handle.session.order, handle.session.epoch
+        try:
+            self._log.begin(order.session, order.prompt, order.expires_ms / 1000, epoch, order.request)
+        except OSError as error:  # the next token will not get past it
+            log.error("the token log cannot be written: %s", error)
         return True
+
+    def _choose_witness(self, handle: SessionHandle) -> None:
+        """Where the last stage is on this node, another keeps a copy of the tokens (rule R6)."""
+        session, here = handle.session, self._host.address
+        before, handle.witness = handle.witness, None
+        stages = session.route.stages
+        if session.ended or stages[-1].address != here or not session.order.request:
+            return
+        others = [s.address for s in stages if s.address != here]
+        others += [n.address for n in self._view().alive() if n.address != here and n.reachable]
+        if not others:
+            return
+        handle.witness = before if before in others else others[0]
+        if handle.witness != before:
+            first = len(session.order.prompt)
+            tokens = tuple(Token(first + i, t) for i, t in enumerate(session.generated))
+            self._host.deliver(handle.witness, self._copy(session, 0, tokens))
+
+    def _copy(self, session: Session, position: int, tokens: tuple[Token, ...]) -> Witness:
+        order = session.order
+        whole = (order.expires_ms, order.prompt, order.request) if position == 0 else (0, (), b"")
+        at = tokens[0].position if tokens else len(order.prompt)
+        return Witness(order.session, session.epoch, at, tokens, *whole)
 
     def _look(self) -> None:
         """Sessions leave stages whose nodes went silent, and those that drain if they can."""

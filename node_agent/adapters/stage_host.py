@@ -28,12 +28,14 @@ from mesh.messages import (
     Opened,
     Refused,
     Sampled,
+    Witness,
 )
-from mesh.types import Address, Digest, LayeredRoute, NodeId, SessionId, Token
+from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Token
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.hop_log import HopLog
 from node_agent.hop_watch import HopWatch
+from node_agent.ports import TokenLog
 from node_agent.stage import Refusal, StageSession
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ BEACON_INTERVAL_S = 0.03
 _MERGED_MAX = 128
 """Positions of a replay's frame when it need not be exact."""
 _TIDY_NS = 1_000_000_000
+_FENCES_KEPT = 4096
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 _HOP_SAMPLES = 32
@@ -90,8 +93,12 @@ class StageHost:
         send: Callable[[Address, Message], None],
         refused: Callable[[str], None],
         hops: HopLog | None = None,
+        tokens: TokenLog | None = None,
     ) -> None:
         self.node, self.address = node, address
+        self._tokens = tokens
+        self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
+        """Owners that took sessions over: what an older one wants is refused."""
         self.hops = hops
         self.watch: HopWatch[Address] = HopWatch()
         self.replicas: dict[Digest, Replica] = {}
@@ -128,6 +135,8 @@ class StageHost:
                 self._open(upstream, message)
             case Close():
                 self._close(message)
+            case Witness():
+                self._witness(message)
             case _:
                 if self.owner is not None:
                     self.owner.on_message(message)
@@ -164,6 +173,11 @@ class StageHost:
                 order, Cause.NO_SHARD, f"the shard {stage.shard[:12]} of layers {stage.layers} is not loaded"
             )
             return
+        fence = self._fences.get(order.session)
+        if fence is not None and order.epoch != fence and order.epoch.counter <= fence.counter:
+            self._refuse(order, Cause.TAKEN_OVER, f"its owner is {fence.owner}")
+            return
+        survived = order.session in replica.book.sessions
         outcome = replica.open(order)
         if isinstance(outcome, Refusal):
             self._refuse(order, outcome.cause, outcome.reason)
@@ -172,6 +186,10 @@ class StageHost:
         self._placed[order.session, order.stage] = placed
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
+        if outcome.last and order.request and order.owner_address != self.address:
+            generated = () if survived else order.generated
+            tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(generated))
+            self._keep(order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens)
         if order.stage + 1 < len(route.stages):
             left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
@@ -181,6 +199,47 @@ class StageHost:
         else:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
+
+    def _keep(
+        self,
+        session: SessionId,
+        epoch: Epoch,
+        expires_ms: int,
+        prompt: tuple[int, ...],
+        request: bytes,
+        tokens: tuple[Token, ...],
+    ) -> None:
+        """Keep a session's tokens for its owner (rule R6). That a copy cannot be kept ends nothing."""
+        if self._tokens is None:
+            return
+        try:
+            if request:
+                self._tokens.begin(session, prompt, expires_ms / 1000, epoch, request)
+            if tokens:
+                self._tokens.append(session, tokens)
+        except OSError as error:
+            log.error("a copy of a session's tokens cannot be kept: %s", error, extra={"session": session})
+
+    def _witness(self, message: Witness) -> None:
+        fence = self._fences.get(message.session)
+        if fence is None or message.epoch >= fence:
+            prompt, request = message.prompt, message.request
+            self._keep(message.session, message.epoch, message.expires_ms, prompt, request, message.tokens)
+
+    def fence(self, session: SessionId, epoch: Epoch) -> None:
+        """Another ingress owns a session from now on: the old one is told, its stages here wait for the new one."""
+        self._fences[session] = epoch
+        while len(self._fences) > _FENCES_KEPT:
+            self._fences.popitem(last=False)
+        now = time.monotonic_ns()
+        for key, placed in self._placed.items():
+            order = placed.order
+            if key[0] != session or order.epoch >= epoch:
+                continue
+            placed.replica.book.orphan(session, now)
+            reason = f"its owner is {epoch.owner}"
+            refused = Refused(session, order.epoch, order.stage, Cause.TAKEN_OVER, reason)
+            self.deliver(order.owner_address, refused)
 
     def _told(self, opened: Opened) -> None:
         """A stage behind ours, or behind the owner, told where it stands: replay to it, tell our own sender."""
@@ -309,6 +368,7 @@ class StageHost:
     def forward(self, rows: list[Computed]) -> None:
         """A run is done: tokens to their owners, activations to the next stages, acks upstream."""
         tokens: dict[Address, list[Sampled]] = {}
+        self._log_tokens(rows)
         frames: dict[Address, list[Frame]] = {}
         for row in rows:
             order = row.session.order
@@ -358,6 +418,13 @@ class StageHost:
             self._loop.call_soon(self._account)
         elif self._timer is None:
             self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
+
+    def _log_tokens(self, rows: list[Computed]) -> None:
+        for row in rows:
+            order = row.session.order
+            if isinstance(row.output, Token) and order.request and order.owner_address != self.address:
+                kept = Token(row.output.position, row.output.token, row.output.logprob)
+                self._keep(order.session, order.epoch, order.expires_ms, (), b"", (kept,))
 
     def _shard_of(self, session: StageSession) -> Digest:
         route = session.order.route

@@ -39,6 +39,12 @@ class Choice:
         self.text.append(text)
         return text, self.assembler.stopped
 
+    def skip(self) -> None:
+        """The client has the tokens since the last chunk already."""
+        self.offset += sum(
+            len(self.model.name_of(t.token).decode("utf-8", "replace")) for t in self.take_pending()
+        )
+
     def take_pending(self) -> list[Token]:
         """Tokens since the last chunk."""
         taken, self.pending = self.pending, []

@@ -41,6 +41,93 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 Global___ReplicaState: typing_extensions.TypeAlias = ReplicaState
 
 @typing.final
+class SessionEpoch(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNTER_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
+    counter: builtins.int
+    owner: builtins.str
+    def __init__(
+        self,
+        *,
+        counter: builtins.int = ...,
+        owner: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counter", b"counter", "owner", b"owner"]) -> None: ...
+
+Global___SessionEpoch: typing_extensions.TypeAlias = SessionEpoch
+
+@typing.final
+class TakeOverRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    EXPECTED_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    cluster: builtins.str
+    session: builtins.bytes
+    @property
+    def expected(self) -> Global___SessionEpoch: ...
+    @property
+    def wanted(self) -> Global___SessionEpoch: ...
+    def __init__(
+        self,
+        *,
+        cluster: builtins.str = ...,
+        session: builtins.bytes = ...,
+        expected: Global___SessionEpoch | None = ...,
+        wanted: Global___SessionEpoch | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["expected", b"expected", "wanted", b"wanted"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "expected", b"expected", "session", b"session", "wanted", b"wanted"]) -> None: ...
+
+Global___TakeOverRequest: typing_extensions.TypeAlias = TakeOverRequest
+
+@typing.final
+class TakeOverReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: builtins.int
+    TAKEN_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    PROMPT_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    found: builtins.bool
+    taken: builtins.bool
+    request: builtins.bytes
+    @property
+    def epoch(self) -> Global___SessionEpoch:
+        """the owner's, after this call"""
+
+    @property
+    def prompt(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """NaN: none was asked for"""
+
+    def __init__(
+        self,
+        *,
+        found: builtins.bool = ...,
+        taken: builtins.bool = ...,
+        epoch: Global___SessionEpoch | None = ...,
+        request: builtins.bytes = ...,
+        prompt: collections.abc.Iterable[builtins.int] | None = ...,
+        tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "logprobs", b"logprobs", "prompt", b"prompt", "request", b"request", "taken", b"taken", "tokens", b"tokens"]) -> None: ...
+
+Global___TakeOverReply: typing_extensions.TypeAlias = TakeOverReply
+
+@typing.final
 class WatchRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

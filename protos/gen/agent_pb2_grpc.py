@@ -54,6 +54,11 @@ class AgentStub(object):
                 request_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
                 response_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
                 _registered_method=True)
+        self.TakeOver = channel.unary_unary(
+                '/inference_mesh.v1.Agent/TakeOver',
+                request_serializer=protos_dot_gen_dot_agent__pb2.TakeOverRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_agent__pb2.TakeOverReply.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/inference_mesh.v1.Agent/GetPolicy',
                 request_serializer=protos_dot_gen_dot_agent__pb2.PolicyRequest.SerializeToString,
@@ -96,6 +101,14 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeOver(self, request, context):
+        """What the agent's token log holds of a session; with `wanted`, its owner is changed first if it still is
+        `expected` (rule R1), and the old one's epochs are refused from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPolicy(self, request, context):
         """The policy that the agent knows.
         """
@@ -125,6 +138,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ReleaseShard,
                     request_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.FromString,
                     response_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.SerializeToString,
+            ),
+            'TakeOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeOver,
+                    request_deserializer=protos_dot_gen_dot_agent__pb2.TakeOverRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_agent__pb2.TakeOverReply.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -240,6 +258,33 @@ class Agent(object):
             '/inference_mesh.v1.Agent/ReleaseShard',
             protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
             protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_mesh.v1.Agent/TakeOver',
+            protos_dot_gen_dot_agent__pb2.TakeOverRequest.SerializeToString,
+            protos_dot_gen_dot_agent__pb2.TakeOverReply.FromString,
             options,
             channel_credentials,
             insecure,

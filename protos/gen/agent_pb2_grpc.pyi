@@ -89,6 +89,22 @@ _AgentReleaseShardType = typing_extensions.TypeVar(
     ],
 )
 
+_AgentTakeOverType = typing_extensions.TypeVar(
+    '_AgentTakeOverType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.TakeOverRequest,
+        protos.gen.agent_pb2.TakeOverReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.TakeOverRequest,
+        protos.gen.agent_pb2.TakeOverReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.TakeOverRequest,
+        protos.gen.agent_pb2.TakeOverReply,
+    ],
+)
+
 _AgentGetPolicyType = typing_extensions.TypeVar(
     '_AgentGetPolicyType',
     grpc.UnaryUnaryMultiCallable[
@@ -105,7 +121,7 @@ _AgentGetPolicyType = typing_extensions.TypeVar(
     ],
 )
 
-class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType, _AgentReleaseShardType, _AgentGetPolicyType]):
+class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType, _AgentReleaseShardType, _AgentTakeOverType, _AgentGetPolicyType]):
     @typing.overload
     def __init__(self: AgentStub[
         grpc.UnaryStreamMultiCallable[
@@ -123,6 +139,10 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
         grpc.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.ReleaseShardRequest,
             protos.gen.agent_pb2.ReleaseShardReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.TakeOverRequest,
+            protos.gen.agent_pb2.TakeOverReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.PolicyRequest,
@@ -149,6 +169,10 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
             protos.gen.agent_pb2.ReleaseShardReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.TakeOverRequest,
+            protos.gen.agent_pb2.TakeOverReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.PolicyRequest,
             protos.gen.agent_pb2.PolicyDocument,
         ],
@@ -171,6 +195,11 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
     ReleaseShard: _AgentReleaseShardType
     """Ends a scheduler's lease."""
 
+    TakeOver: _AgentTakeOverType
+    """What the agent's token log holds of a session; with `wanted`, its owner is changed first if it still is
+    `expected` (rule R1), and the old one's epochs are refused from then on.
+    """
+
     GetPolicy: _AgentGetPolicyType
     """The policy that the agent knows."""
 
@@ -190,6 +219,10 @@ AgentAsyncStub: typing_extensions.TypeAlias = AgentStub[
     grpc.aio.UnaryUnaryMultiCallable[
         protos.gen.agent_pb2.ReleaseShardRequest,
         protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.TakeOverRequest,
+        protos.gen.agent_pb2.TakeOverReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         protos.gen.agent_pb2.PolicyRequest,
@@ -234,6 +267,16 @@ class AgentServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.gen.agent_pb2.ReleaseShardReply, collections.abc.Awaitable[protos.gen.agent_pb2.ReleaseShardReply]]:
         """Ends a scheduler's lease."""
+
+    @abc.abstractmethod
+    def TakeOver(
+        self,
+        request: protos.gen.agent_pb2.TakeOverRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.gen.agent_pb2.TakeOverReply, collections.abc.Awaitable[protos.gen.agent_pb2.TakeOverReply]]:
+        """What the agent's token log holds of a session; with `wanted`, its owner is changed first if it still is
+        `expected` (rule R1), and the old one's epochs are refused from then on.
+        """
 
     @abc.abstractmethod
     def GetPolicy(

@@ -51,6 +51,8 @@ class _CauseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     CAUSE_DRAINING: _Cause.ValueType  # 9
     CAUSE_NO_CACHE: _Cause.ValueType  # 10
     """the session to resume is not kept here any more"""
+    CAUSE_TAKEN_OVER: _Cause.ValueType  # 11
+    """another ingress owns the session now (R1)"""
 
 class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
 
@@ -72,6 +74,8 @@ CAUSE_STALE_EPOCH: Cause.ValueType  # 8
 CAUSE_DRAINING: Cause.ValueType  # 9
 CAUSE_NO_CACHE: Cause.ValueType  # 10
 """the session to resume is not kept here any more"""
+CAUSE_TAKEN_OVER: Cause.ValueType  # 11
+"""another ingress owns the session now (R1)"""
 Global___Cause: typing_extensions.TypeAlias = Cause
 
 @typing.final
@@ -90,7 +94,6 @@ class Packet(google.protobuf.message.Message):
     CLOSE_FIELD_NUMBER: builtins.int
     HOP_LOST_FIELD_NUMBER: builtins.int
     WITNESS_FIELD_NUMBER: builtins.int
-    TAKE_OVER_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
     @property
@@ -115,8 +118,6 @@ class Packet(google.protobuf.message.Message):
     def hop_lost(self) -> Global___HopLost: ...
     @property
     def witness(self) -> Global___Witness: ...
-    @property
-    def take_over(self) -> Global___TakeOver: ...
     def __init__(
         self,
         *,
@@ -132,11 +133,10 @@ class Packet(google.protobuf.message.Message):
         close: Global___Close | None = ...,
         hop_lost: Global___HopLost | None = ...,
         witness: Global___Witness | None = ...,
-        take_over: Global___TakeOver | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "take_over", b"take_over", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "welcome", "open", "opened", "refused", "frames", "tokens", "acks", "beacon", "close", "hop_lost", "witness", "take_over"] | None: ...
+    def HasField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acks", b"acks", "beacon", b"beacon", "close", b"close", "frames", b"frames", "hello", b"hello", "hop_lost", b"hop_lost", "kind", b"kind", "open", b"open", "opened", b"opened", "refused", b"refused", "tokens", b"tokens", "welcome", b"welcome", "witness", b"witness"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "welcome", "open", "opened", "refused", "frames", "tokens", "acks", "beacon", "close", "hop_lost", "witness"] | None: ...
 
 Global___Packet: typing_extensions.TypeAlias = Packet
 
@@ -376,6 +376,8 @@ class Open(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     EXACT_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    EXPIRES_UNIX_MS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     position: builtins.int
     """r"""
@@ -392,6 +394,10 @@ class Open(google.protobuf.message.Message):
     """a replay keeps the frames' first shapes (R3)"""
     resume: builtins.bytes
     """a closed session whose KV cache is taken over up to `position`"""
+    request: builtins.bytes
+    """for the last stage's token log: what another ingress needs to go on (R6)"""
+    expires_unix_ms: builtins.int
+    """of that log"""
     @property
     def epoch(self) -> Global___Epoch: ...
     @property
@@ -421,9 +427,11 @@ class Open(google.protobuf.message.Message):
         sampling: Global___Sampling | None = ...,
         exact: builtins.bool = ...,
         resume: builtins.bytes = ...,
+        request: builtins.bytes = ...,
+        expires_unix_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch", "route", b"route", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "window", b"window"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "expires_unix_ms", b"expires_unix_ms", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "request", b"request", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "window", b"window"]) -> None: ...
 
 Global___Open: typing_extensions.TypeAlias = Open
 
@@ -810,7 +818,9 @@ Global___HopLost: typing_extensions.TypeAlias = HopLost
 
 @typing.final
 class Witness(google.protobuf.message.Message):
-    """Owner -> witness: a copy of the token log, where the last stage shares the owner's node (R6)."""
+    """Owner -> witness: a copy of the token log, where the last stage shares the owner's node (R6). The first of a
+    session carries prompt and request, the others tokens from `position` on.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -819,13 +829,23 @@ class Witness(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     EXPIRES_UNIX_MS_FIELD_NUMBER: builtins.int
+    PROMPT_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     position: builtins.int
     expires_unix_ms: builtins.int
+    request: builtins.bytes
     @property
     def epoch(self) -> Global___Epoch: ...
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def prompt(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """NaN: none was asked for"""
+
     def __init__(
         self,
         *,
@@ -834,34 +854,11 @@ class Witness(google.protobuf.message.Message):
         position: builtins.int = ...,
         tokens: collections.abc.Iterable[builtins.int] | None = ...,
         expires_unix_ms: builtins.int = ...,
+        prompt: collections.abc.Iterable[builtins.int] | None = ...,
+        request: builtins.bytes = ...,
+        logprobs: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expires_unix_ms", b"expires_unix_ms", "position", b"position", "session", b"session", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expires_unix_ms", b"expires_unix_ms", "logprobs", b"logprobs", "position", b"position", "prompt", b"prompt", "request", b"request", "session", b"session", "tokens", b"tokens"]) -> None: ...
 
 Global___Witness: typing_extensions.TypeAlias = Witness
-
-@typing.final
-class TakeOver(google.protobuf.message.Message):
-    """New ingress -> holder of the token log: compare-and-set of the owner (R1)."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    SESSION_FIELD_NUMBER: builtins.int
-    EXPECTED_FIELD_NUMBER: builtins.int
-    WANTED_FIELD_NUMBER: builtins.int
-    session: builtins.bytes
-    @property
-    def expected(self) -> Global___Epoch: ...
-    @property
-    def wanted(self) -> Global___Epoch: ...
-    def __init__(
-        self,
-        *,
-        session: builtins.bytes = ...,
-        expected: Global___Epoch | None = ...,
-        wanted: Global___Epoch | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["expected", b"expected", "wanted", b"wanted"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["expected", b"expected", "session", b"session", "wanted", b"wanted"]) -> None: ...
-
-Global___TakeOver: typing_extensions.TypeAlias = TakeOver

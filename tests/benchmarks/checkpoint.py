@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from mesh.types import Digest, SessionId
+from mesh.types import Digest, SessionId, Token
 from node_agent.adapters.frame_store import RocksFrames
 from node_agent.adapters.local_mesh import temporary_mesh
 from node_agent.adapters.rocksdb_store import RocksTokenLog
@@ -74,7 +74,7 @@ def growth(sessions: int) -> dict[str, float]:
                 hops.open(session, shard, 0)
                 hops.append(session, shard, 0, np.ones((64, _WIDTH), dtype=np.float32))
             for position in range(64, 64 + length):
-                log.append(session, position, (7,))
+                log.append(session, (Token(position, 7),))
                 for shard in shards:
                     hops.append(session, shard, position, row)
             tokens += length + 64

@@ -12,10 +12,20 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import ConfigError
-from mesh.types import SessionId
+from mesh.types import Epoch, NodeId, SessionId, Token
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.rocksdb_store import RocksTokenLog
-from node_agent.ports import TokenLog
+from node_agent.ports import LoggedSession, TokenLog
+
+
+def toks(position: int, *ids: int) -> list[Token]:
+    return [Token(position + i, t) for i, t in enumerate(ids)]
+
+
+def kept(log: TokenLog, session: SessionId) -> tuple[list[int], list[int]] | None:
+    found = log.read(session)
+    return None if found is None else (list(found.prompt), [t.token for t in found.tokens])
+
 
 A, B = SessionId("aa" * 16), SessionId("ab" + "00" * 15)
 
@@ -29,26 +39,26 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TokenLog]:
 
 def test_tokens_come_back_in_order(log: TokenLog) -> None:
     log.begin(A, [1, 2, 3], 100.0)
-    log.append(A, 3, [7])
-    log.append(A, 4, [8, 9])
-    assert log.read(A) == ([1, 2, 3], [7, 8, 9])
+    log.append(A, toks(3, 7))
+    log.append(A, toks(4, 8, 9))
+    assert kept(log, A) == ([1, 2, 3], [7, 8, 9])
     assert log.read(B) is None
 
 
 def test_reading_stops_at_a_gap(log: TokenLog) -> None:
     log.begin(A, [1], 100.0)
-    log.append(A, 1, [7])
-    log.append(A, 3, [9])
-    assert log.read(A) == ([1], [7])
+    log.append(A, toks(1, 7))
+    log.append(A, toks(3, 9))
+    assert kept(log, A) == ([1], [7])
 
 
 def test_forgetting_one_session_leaves_its_neighbours(log: TokenLog) -> None:
     for session in (A, B):
         log.begin(session, [1], 100.0)
-        log.append(session, 1, [7])
+        log.append(session, toks(1, 7))
     log.forget(A)
     assert log.read(A) is None
-    assert log.read(B) == ([1], [7])
+    assert kept(log, B) == ([1], [7])
 
 
 def test_expired_sessions_go_and_live_ones_stay(log: TokenLog) -> None:
@@ -59,15 +69,33 @@ def test_expired_sessions_go_and_live_ones_stay(log: TokenLog) -> None:
     assert log.read(B) is not None
 
 
+def test_r1_whoever_takes_a_session_over_must_know_its_owner(log: TokenLog) -> None:
+    first, second = Epoch(3, NodeId("n-a")), Epoch(4, NodeId("n-b"))
+    log.begin(A, [1, 2], 100.0, first, b"request")
+    log.append(A, [Token(2, 7, -0.5)])
+    assert log.read(A) == LoggedSession((1, 2), (Token(2, 7, -0.5),), first, b"request")
+    assert not log.take(A, Epoch(2, NodeId("n-a")), second)
+    assert not log.take(B, first, second)
+    assert log.take(A, first, second)
+    assert not log.take(A, first, Epoch(4, NodeId("n-c"))), "it comes second"
+    assert log.read(A) == LoggedSession((1, 2), (Token(2, 7, -0.5),), second, b"request")
+    # A later epoch's begin keeps what is there.
+    log.begin(A, [1, 2], 100.0, Epoch(5, NodeId("n-b")), b"request")
+    found = log.read(A)
+    assert found is not None
+    assert len(found.tokens) == 1
+
+
 def test_what_was_appended_survives_kill_9(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from mesh.types import Token
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 log = RocksTokenLog(Path({str(tmp_path / "tokens")!r}))
 log.begin({A!r}, [1, 2], 1e12)
 for i in range(100000):
-    log.append({A!r}, 2 + i, [i])
+    log.append({A!r}, [Token(2 + i, i)])
     print(i, flush=True)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
@@ -79,20 +107,20 @@ for i in range(100000):
                 os.kill(process.pid, signal.SIGKILL)
                 break
     log = RocksTokenLog(tmp_path / "tokens")
-    kept = log.read(A)
-    assert kept is not None
-    assert len(kept[1]) > last
-    assert kept[1] == list(range(len(kept[1])))
+    found = log.read(A)
+    assert found is not None
+    assert len(found.tokens) > last
+    assert [t.token for t in found.tokens] == list(range(len(found.tokens)))
     log.close()
 
 
 def test_a_damaged_record_ends_the_reading(tmp_path: Path) -> None:
     log = RocksTokenLog(tmp_path / "tokens")
     log.begin(A, [1], 100.0)
-    log.append(A, 1, [7, 8, 9])
+    log.append(A, toks(1, 7, 8, 9))
     key = b"t" + bytes.fromhex(A) + (2).to_bytes(4, "big")
     log._db[key] = b"\0" * 8
-    assert log.read(A) == ([1], [7])
+    assert kept(log, A) == ([1], [7])
     log._db[b"s" + bytes.fromhex(A)] = b"junk"
     assert log.read(A) is None
     log.close()

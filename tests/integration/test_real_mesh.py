@@ -315,8 +315,9 @@ def test_tokens_are_in_the_log_of_the_agent_that_owned_them(starter: Starter, tm
     assert kept is not None
     store = ModelStore(default_home())
     text = TextModel(store.card(MODEL), store.tokenizer_json(MODEL))
-    assert b"".join(map(text.bytes_of, kept[1])).decode() == answer.choices[0].message.content
-    assert len(kept[1]) == answer.usage.completion_tokens
+    tokens = [t.token for t in kept.tokens]
+    assert b"".join(map(text.bytes_of, tokens)).decode() == answer.choices[0].message.content
+    assert len(tokens) == answer.usage.completion_tokens
 
 
 def test_a_killed_stage_that_nobody_can_replace_is_an_error_and_not_a_hang(starter: Starter) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
 from mesh.session import Finish, Session, SessionOrder
-from mesh.types import LayeredRoute, NodeId, SessionId, Stage
+from mesh.types import LayeredRoute, NodeId, SessionId, Stage, Token
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import BRIEF_MAX_NS, Replica
@@ -64,10 +64,10 @@ class FailingTokenLog(MemoryTokenLog):
 
     fails_at = -1
 
-    def append(self, session: SessionId, position: int, tokens: Sequence[int]) -> None:
-        if position == self.fails_at:
+    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
+        if tokens and tokens[0].position == self.fails_at:
             raise OSError("no space left on device")
-        super().append(session, position, tokens)
+        super().append(session, tokens)
 
 
 class Bench:
@@ -119,7 +119,7 @@ def test_every_position_comes_once_in_order_and_is_in_the_log(step_s: float) -> 
         assert handle.finish is Finish.LENGTH
         kept = bench.log.read(handle.session.order.session)
         assert kept is not None
-        assert kept[1] == [p % 90 for p in range(10, 40)]
+        assert [t.token for t in kept.tokens] == [p % 90 for p in range(10, 40)]
         assert not bench.replica.book.sessions
         assert len(bench.driver) == 0
 

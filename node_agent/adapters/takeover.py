@@ -1,0 +1,129 @@
+"""Sessions change hands: what this node's token log holds for others, and claiming what others hold.
+
+The holder of a token log is the arbiter (rule R1): it changes a session's owner by compare-and-set, refuses the
+old owner's epochs from then on, and tells it, so that its stream ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from mesh.adapters.codec import read_tokens
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
+from mesh.errors import RequestError, Unavailable
+from mesh.types import Address, Epoch, NodeId, SessionId
+from node_agent.ports import NO_EPOCH, LoggedSession, TokenLog
+from protos.gen import agent_pb2 as pb
+from protos.gen import agent_pb2_grpc as rpc
+from scheduler.cluster import ClusterSnapshot
+
+log = logging.getLogger(__name__)
+
+_ASK_S = 1.5
+_ASKED_MAX = 64
+"""Peers that are asked for a session: more than ever hold one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    holder: Address | None
+    """``None`` is this node."""
+    session: LoggedSession
+
+
+class Takeovers:
+    """``fence(session, epoch)`` is called when somebody else becomes the owner of a session that we serve."""
+
+    def __init__(
+        self,
+        cluster: str,
+        node: NodeId,
+        tokens: TokenLog,
+        view: Callable[[], ClusterSnapshot],
+        fence: Callable[[SessionId, Epoch], None],
+    ) -> None:
+        self._cluster, self._node, self._log = cluster, node, tokens
+        self._view, self._fence = view, fence
+
+    def answer(
+        self, session: SessionId, expected: Epoch | None, wanted: Epoch | None
+    ) -> tuple[LoggedSession | None, bool]:
+        """What our log holds; with ``wanted`` whether its owner was changed."""
+        taken = False
+        try:
+            if expected is not None and wanted is not None and wanted > expected:
+                taken = self._log.take(session, expected, wanted)
+                if taken:
+                    self._fence(session, wanted)
+            return self._log.read(session), taken
+        except OSError as error:
+            log.error("the token log cannot be read: %s", error)
+            return None, False
+
+    async def claim(self, session: SessionId) -> tuple[LoggedSession, Epoch]:
+        """Become the owner of a session: what is known of it, and the epoch to open. Raises ``RequestError`` where
+        nobody knows it, ``Unavailable`` where another claim came first."""
+        found = await self._find(session)
+        if not found:
+            raise RequestError(
+                f"no session {session} is known here or to the peers that answer; it may have expired",
+                code="not_found",
+                status=404,
+            )
+        best = max(found, key=lambda f: (f.session.epoch, len(f.session.tokens)))
+        wanted = Epoch(best.session.epoch.counter + 1, self._node)
+        answers = [await self._take(each, session, wanted) for each in found]
+        # Whoever knew the last owner decides; older copies follow.
+        newest = [
+            ok for each, ok in zip(found, answers, strict=True) if each.session.epoch == best.session.epoch
+        ]
+        if not all(newest):
+            raise Unavailable(f"session {session} was just taken over by another agent", retry_after_s=1)
+        return best.session, wanted
+
+    async def _find(self, session: SessionId) -> list[_Found]:
+        ours, _ = self.answer(session, None, None)
+        found = [_Found(None, ours)] if ours is not None else []
+        peers = [n.address for n in self._view().alive() if n.id != self._node][:_ASKED_MAX]
+        answers = await asyncio.gather(*(self._ask(a, session, None, None) for a in peers))
+        for address, (known, _) in zip(peers, answers, strict=True):
+            if known is not None:
+                found.append(_Found(address, known))
+        return found
+
+    async def _take(self, found: _Found, session: SessionId, wanted: Epoch) -> bool:
+        if found.holder is None:
+            return self.answer(session, found.session.epoch, wanted)[1]
+        return (await self._ask(found.holder, session, found.session.epoch, wanted))[1]
+
+    async def _ask(
+        self, address: Address, session: SessionId, expected: Epoch | None, wanted: Epoch | None
+    ) -> tuple[LoggedSession | None, bool]:
+        request = pb.TakeOverRequest(cluster=self._cluster, session=bytes.fromhex(session))
+        if expected is not None and wanted is not None:
+            request.expected.CopyFrom(write_epoch(expected))
+            request.wanted.CopyFrom(write_epoch(wanted))
+        try:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                reply = await rpc.AgentStub(channel).TakeOver(request, timeout=_ASK_S)
+        except grpc.aio.AioRpcError as error:
+            log.debug("%s does not say what it knows of a session: %s", address, error.details())
+            return None, False
+        if not reply.found:
+            return None, False
+        prompt = tuple(reply.prompt)
+        tokens = read_tokens(len(prompt), reply.tokens, reply.logprobs)
+        return LoggedSession(prompt, tokens, read_epoch(reply.epoch), reply.request), reply.taken
+
+
+def write_epoch(epoch: Epoch) -> pb.SessionEpoch:
+    return pb.SessionEpoch(counter=epoch.counter, owner=epoch.owner)
+
+
+def read_epoch(epoch: pb.SessionEpoch) -> Epoch:
+    return Epoch(epoch.counter, NodeId(epoch.owner)) if epoch.counter else NO_EPOCH
