@@ -26,11 +26,11 @@ from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from mesh.adapters.grpc_links import SERVER_OPTIONS, Identity, LinkPool, LinkServer
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS, SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import open_socket
 from mesh.discovery import Discovery
-from mesh.errors import ConfigError, MeshError
+from mesh.errors import ConfigError, MeshError, RequestError, Unavailable
 from mesh.gossip import MemberState
 from mesh.profiles import PROFILES
 from mesh.types import Address, SessionId
@@ -57,7 +57,7 @@ from node_agent.hop_log import HopLog
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
-from protos.gen import agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
+from protos.gen import agent_pb2, agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
 from scheduler.routing import models_served
 
@@ -75,6 +75,7 @@ _SPEED_AFTER_S = 4.0
 """Shards are loaded by then, and the first answer is not held up by our measuring."""
 _FIRST_LINKS_S = 3.0
 _GRACE_S = 0.5
+_RPC_S = 5.0
 _BEHIND_BYTES = 64 << 20
 """Activations that may wait for the disk."""
 _COLLECT_AFTER = 10_000
@@ -104,6 +105,7 @@ class Agent:
         self._started_monotonic = time.monotonic_ns()
         self._told: Node | None = None
         self._twin: Address | None = None
+        self._drained = False
         self._discovery: list[Discovery] = []
         self._discovering: list[asyncio.Task[None]] = []
 
@@ -145,6 +147,7 @@ class Agent:
         await server.start()
         api = HttpApi(
             self.generator,
+            self.drain_node,
             self.list_models,
             self.list_nodes,
             self.control,
@@ -251,6 +254,7 @@ class Agent:
             self.replicas,
             lambda: (self.policies.version, self.policies.text),
             self.takeovers,
+            self.drain,
         )
         self.health = HealthServicer()
         self._discovery = discovery_of(config)
@@ -306,6 +310,31 @@ class Agent:
         async for _ in self.replicas.hold(key, "settings"):
             pass
 
+    def drain(self, on: bool) -> tuple[int, int]:
+        """Hand the sessions at our replicas over and take no new ones, or serve again; how many stages of
+        sessions are still here, and how many sessions we own."""
+        if on != self._drained:
+            self._drained = on
+            log.warning("this node is drained" if on else "this node serves again")
+            self._announce()
+        return self.host.stages, len(self.driver)
+
+    async def drain_node(self, wanted: str, on: bool) -> dict[str, Any]:
+        """Drain a node of the mesh, which may be this one, by id or name."""
+        nodes = [n for n in self.view.snapshot.alive() if wanted in (n.id, n.name)]
+        if len(nodes) != 1:
+            known = ", ".join(sorted(n.name for n in self.view.snapshot.alive()))
+            what = "no node that is alive" if not nodes else f"the name of {len(nodes)} nodes, use an id"
+            raise RequestError(f"{wanted!r} is {what} (alive: {known})", param="node", status=404)
+        request = agent_pb2.DrainRequest(cluster=self.config.cluster, undo=not on)
+        try:
+            async with grpc.aio.insecure_channel(nodes[0].address, QUIET_CHANNEL_OPTIONS) as channel:
+                reply = await agent_pb2_grpc.AgentStub(channel).Drain(request, timeout=_RPC_S)
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"{wanted} does not answer: {error.details()}", retry_after_s=1) from error
+        told = {"node": nodes[0].id, "drained": on, "stages": reply.stages, "sessions": reply.sessions}
+        return told
+
     async def _drain(self) -> None:
         """Refuse what is new; give what runs its time, sessions that others own included."""
         self.driver.draining = True
@@ -328,7 +357,7 @@ class Agent:
         return self.own.record(
             self.replicas,
             self._models_here,
-            self.driver.draining,
+            self.driver.draining or self._drained,
             max(terms, default=None),
             self.policies.version,
             self.driver.learner.learned,

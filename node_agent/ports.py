@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mesh.types import Epoch, NodeId, SessionId, ShardInfo, Token
+from mesh.types import Epoch, LayeredRoute, NodeId, SessionId, ShardInfo, Token
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,6 +65,8 @@ class LoggedSession:
     tokens: tuple[Token, ...]
     epoch: Epoch
     request: bytes = b""
+    route: LayeredRoute | None = None
+    """Of that epoch: its stages may still have what they computed."""
 
 
 class TokenLog(Protocol):
@@ -82,6 +84,7 @@ class TokenLog(Protocol):
         expires_at: float,
         epoch: Epoch = NO_EPOCH,
         request: bytes = b"",
+        route: LayeredRoute | None = None,
     ) -> None:
         """A session, or a later epoch of one; tokens that are there stay."""
         ...

@@ -129,6 +129,11 @@ class StageBook:
         return len(self._slots)
 
     @property
+    def live(self) -> int:
+        """Sessions that are fed: those that wait for a later epoch go when somebody needs the room."""
+        return sum(not s.orphan_ns for s in self.sessions.values())
+
+    @property
     def queued(self) -> int:
         """Frames that wait, all sessions together."""
         return sum(len(s.queue) for s in self.sessions.values())

@@ -15,7 +15,7 @@ from mesh.errors import InputError, MeshError, PeerError, StaleTerm
 from mesh.types import Address, PolicyVersion
 from node_agent.adapters.records import node_record, read_term, replica_record
 from node_agent.adapters.replicas import Promise, ReplicaManager, ShardKey
-from node_agent.adapters.takeover import Takeovers, read_epoch, write_epoch
+from node_agent.adapters.takeover import Takeovers, read_epoch, write_epoch, write_route
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.cluster import Node
@@ -32,7 +32,9 @@ class AgentService(rpc.AgentServicer):
         replicas: ReplicaManager,
         policy: Callable[[], tuple[PolicyVersion, str]],
         takeovers: Takeovers,
+        drain: Callable[[bool], tuple[int, int]],
     ) -> None:
+        self._drain = drain
         self._takeovers = takeovers
         self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
         self._policy = policy
@@ -114,6 +116,11 @@ class AgentService(rpc.AgentServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.ReleaseShardReply()
 
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:  # noqa: N802
+        await self._admit(request.cluster, context)
+        stages, sessions = self._drain(not request.undo)
+        return pb.DrainReply(stages=stages, sessions=sessions)
+
     async def TakeOver(self, request: pb.TakeOverRequest, context: Any) -> pb.TakeOverReply:  # noqa: N802
         await self._admit(request.cluster, context)
         try:
@@ -133,6 +140,7 @@ class AgentService(rpc.AgentServicer):
             prompt=known.prompt,
             tokens=[t.token for t in known.tokens],
             logprobs=[nan if t.logprob is None else t.logprob for t in known.tokens],
+            route=write_route(known.route),
         )
 
     async def GetPolicy(self, request: pb.PolicyRequest, context: Any) -> pb.PolicyDocument:  # noqa: N802

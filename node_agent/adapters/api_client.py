@@ -5,19 +5,29 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import time
 import urllib.parse
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from mesh.errors import InputError, RequestError, Unavailable
 
 DEFAULT_API = "http://127.0.0.1:8080"
 _TIMEOUT_S = 600.0
+RESUME_S = 30.0
+"""How long a stream that broke off is asked for again."""
+_RESUME_EVERY_S = 0.3
 
 
 def api_base(flag: str | None) -> str:
-    """Base URL from ``--api``, ``MESH_API`` or the default port."""
-    base = (flag or os.environ.get("MESH_API") or DEFAULT_API).rstrip("/")
+    """Base URLs from ``--api``, ``MESH_API`` or the default port: one, or several with commas between them."""
+    told = flag or os.environ.get("MESH_API") or DEFAULT_API
+    return ",".join(_base_url(one.strip()) for one in told.split(","))
+
+
+def _base_url(base: str) -> str:
+    base = base.rstrip("/")
     parts = urllib.parse.urlsplit(base if "//" in base else f"http://{base}")
     try:
         port = parts.port
@@ -28,11 +38,15 @@ def api_base(flag: str | None) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
 
 
+class _Broken(Exception):
+    """A stream ended before its answer."""
+
+
 class ApiClient:
-    """Calls of one agent's API. Raises ``Unavailable`` when it does not answer."""
+    """Calls of one agent's API, or of the first of several. Raises ``Unavailable`` when it does not answer."""
 
     def __init__(self, base: str, timeout_s: float = _TIMEOUT_S) -> None:
-        self._base, self._timeout_s = base, timeout_s
+        self._bases, self._timeout_s = base.split(","), timeout_s
 
     def get(self, path: str) -> Any:
         """A JSON document."""
@@ -51,10 +65,40 @@ class ApiClient:
             connection.close()
 
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Chunks of a streamed chat completion; raises the error that the agent sends."""
-        connection, response = self._request("POST", "/v1/chat/completions", {**body, "stream": True})
+        """Chunks of a streamed chat completion; raises the error that the agent sends. Where the agent is lost in
+        mid-answer, the stream goes on there or at another of ours, for ``RESUME_S``."""
+        asked: tuple[str, str, Any, str] = ("POST", "/v1/chat/completions", {**body, "stream": True}, "")
+        last, deadline, others = "", 0.0, cycle(self._bases)
+        while True:
+            try:
+                for event, chunk in self._events(*asked, last):
+                    last, deadline = event, 0.0
+                    yield chunk
+                return
+            except _Broken as error:
+                deadline = deadline or time.monotonic() + RESUME_S
+                if not last or time.monotonic() >= deadline:
+                    raise Unavailable(str(error)) from error
+            except RequestError as error:
+                # Whoever does not know the session has not heard of the loss yet, or has no copy.
+                if not deadline or error.status != http.client.NOT_FOUND or time.monotonic() >= deadline:
+                    raise
+            except Unavailable:
+                if not deadline or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_RESUME_EVERY_S)
+            asked = ("GET", f"/mesh/v1/sessions/{last.split(':')[0]}/stream", None, next(others))
+
+    def _events(
+        self, method: str, path: str, body: Any, base: str, last: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Event ids and chunks up to the end of a stream; raises ``_Broken`` where it ends before."""
+        headers = {"Last-Event-ID": last} if last else {}
+        connection, response = self._request(method, path, body, base, headers)
         try:
             for line in response:
+                if line.startswith(b"id: "):
+                    last = line[4:].decode().strip()
                 if not line.startswith(b"data: "):
                     continue
                 data = line[6:].strip()
@@ -63,27 +107,34 @@ class ApiClient:
                 chunk = json.loads(data)
                 if "error" in chunk:
                     raise Unavailable(chunk["error"]["message"])
-                yield chunk
-            raise Unavailable(f"{self._base} ended the stream before the answer was whole")
+                yield last, chunk
+            raise _Broken("the agent ended the stream before the answer was whole")
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"the connection to {self._base} broke: {error}") from error
+            raise _Broken(f"the connection broke: {error}") from error
         finally:
             connection.close()
 
     def _request(
-        self, method: str, path: str, body: Any
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        base: str = "",
+        headers: dict[str, str] | None = None,
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        parts = urllib.parse.urlsplit(self._base)
+        base = base or self._bases[0]
+        parts = urllib.parse.urlsplit(base)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.netloc, timeout=self._timeout_s)
         data = None if body is None else json.dumps(body)
         try:
-            connection.request(method, parts.path + path, data, {"Content-Type": "application/json"})
+            kind_of_body = {"Content-Type": "application/json"}
+            connection.request(method, parts.path + path, data, {**kind_of_body, **(headers or {})})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise Unavailable(
-                f"no agent answers at {self._base} ({error}); start a mesh with 'mesh up', or name one with --api"
+                f"no agent answers at {base} ({error}); start a mesh with 'mesh up', or name one with --api"
             ) from error
         if response.status >= http.client.BAD_REQUEST:
             try:

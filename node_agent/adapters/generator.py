@@ -6,6 +6,7 @@ The shell of the ingress: what is decided here is decided by pure files, over th
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from dataclasses import replace
@@ -36,6 +37,8 @@ from node_agent.route_report import route_report
 from scheduler.cost import Percentile
 from scheduler.policy import ClassPolicy
 from scheduler.routing import Group, Kept, RoutePlan, Router, RouteRequest, models_served
+
+log = logging.getLogger(__name__)
 
 _LONG_TEXT = 4096
 _TOKENS_EXPECTED = 256
@@ -131,7 +134,15 @@ class Generator:
         name, seen = parse_event_id(event)
         session = SessionId(name)
         self.driver.let_go(session)
+        begin = time.monotonic()
         known, epoch = await self._takeovers.claim(session)
+        log.info(
+            "took a session over at epoch %d with %d tokens, in %.0f ms",
+            epoch.counter,
+            len(known.tokens),
+            (time.monotonic() - begin) * 1000,
+            extra={"session": session},
+        )
         check_seen(session, seen, known.tokens)
         record = read_record(known.request)
         generation, group = record.generation, record.group
@@ -142,7 +153,13 @@ class Generator:
         )
         order = replace(order, keep=False, request=known.request)
         plan = self.plan(
-            generation.model, order, rules, draw=secrets.randbits(62) + 1, pin=group, done=len(known.tokens)
+            generation.model,
+            order,
+            rules,
+            draw=secrets.randbits(62) + 1,
+            pin=group,
+            done=len(known.tokens),
+            holds=known.route,
         )
         replan = partial(self._replan, generation.model, rules)
         handle = self.driver.start(order, plan, generation.model, replan, (epoch, known.tokens))
@@ -244,10 +261,12 @@ class Generator:
         kept: tuple[KeptSession, int] | None = None,
         runs: Session | None = None,
         done: int = 0,
+        holds: LayeredRoute | None = None,
     ) -> RoutePlan:
-        """The route of a request on our latest snapshot, or of a session that ``runs`` or has ``done`` tokens
-        from here on; raises ``NoRoute``."""
+        """The route of a request on our latest snapshot, or of a session that ``runs``, or has ``done`` tokens
+        and may be held by the stages of ``holds``, from here on; raises ``NoRoute``."""
         done = len(runs.generated) if runs else done
+        holds = runs.route if runs else holds
         percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
         request = RouteRequest(
             model,
@@ -261,7 +280,7 @@ class Generator:
             tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) + done if order else 0,
             steps=done if order and order.exact else 0,
-            holding=frozenset((s.node, s.shard) for s in runs.route.stages) if done and runs else frozenset(),
+            holding=frozenset((s.node, s.shard) for s in holds.stages) if done and holds else frozenset(),
             chunk=self.config.chunk,
             own=self.driver.own_sessions(),
             ours_told=self.driver.ours_told,

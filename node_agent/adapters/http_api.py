@@ -133,6 +133,7 @@ class HttpApi:
     def __init__(
         self,
         jobs: Jobs,
+        drain: Callable[[str, bool], Awaitable[dict[str, Any]]],
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
         control: ControlLoop,
@@ -140,6 +141,7 @@ class HttpApi:
         metrics: AgentMetrics,
         before_metrics: Callable[[], None],
     ) -> None:
+        self._drain = drain
         self._jobs, self._models, self._nodes = jobs, models, nodes
         self._control = control
         self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
@@ -153,6 +155,7 @@ class HttpApi:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/mesh/v1/nodes", self._list_nodes)
+        app.router.add_post("/mesh/v1/drain", self._drain_node)
         app.router.add_get("/mesh/v1/route", self._route)
         app.router.add_get("/mesh/v1/plan", self._plan)
         app.router.add_post("/mesh/v1/plan", self._plan)
@@ -293,6 +296,13 @@ class HttpApi:
         asked = query.get("model", ""), query.get("percentile", "p50"), query.get("class", "")
         return _json(self._jobs.explain(*asked))
 
+    async def _drain_node(self, request: web.Request) -> web.Response:
+        try:
+            body = msgspec.json.decode(await request.read(), type=_DrainBody)
+        except msgspec.MsgspecError as error:
+            raise RequestError(f"the body is not as it should be: {error}") from None
+        return _json(await self._drain(body.node, not body.undo))
+
     async def _plan(self, request: web.Request) -> web.Response:
         if request.method == "GET":
             return _json(await self._control.report())
@@ -322,6 +332,13 @@ class HttpApi:
 
     async def _health(self, request: web.Request) -> web.Response:
         return _json({"status": "draining" if self._driver.draining else "ok", "sessions": len(self._driver)})
+
+
+class _DrainBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``node`` by id or name."""
+
+    node: str
+    undo: bool = False
 
 
 class _PolicyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mesh.types import Epoch, SessionId, Token
+from mesh.types import Epoch, LayeredRoute, SessionId, Token
 from node_agent.ports import NO_EPOCH, LoggedSession
 
 
@@ -15,6 +15,7 @@ class _Kept:
     expires_at: float
     epoch: Epoch
     request: bytes
+    route: LayeredRoute | None
     tokens: dict[int, Token] = field(default_factory=dict)
 
 
@@ -31,10 +32,11 @@ class MemoryTokenLog:
         expires_at: float,
         epoch: Epoch = NO_EPOCH,
         request: bytes = b"",
+        route: LayeredRoute | None = None,
     ) -> None:
         known = self._sessions.get(session)
         tokens = known.tokens if known else {}
-        self._sessions[session] = _Kept(tuple(prompt), expires_at, epoch, request, tokens)
+        self._sessions[session] = _Kept(tuple(prompt), expires_at, epoch, request, route, tokens)
 
     def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
         if session in self._sessions:
@@ -49,7 +51,7 @@ class MemoryTokenLog:
             kept = known.tokens[position]
             tokens.append(Token(position, kept.token, kept.logprob))
             position += 1
-        return LoggedSession(known.prompt, tuple(tokens), known.epoch, known.request)
+        return LoggedSession(known.prompt, tuple(tokens), known.epoch, known.request, known.route)
 
     def take(self, session: SessionId, expected: Epoch, wanted: Epoch) -> bool:
         known = self._sessions.get(session)

@@ -263,7 +263,7 @@ class Replica:
         """Refuse new sessions, wait for the running ones, then drop weights and memory."""
         self.book.draining = True
         deadline = time.monotonic() + timeout_s
-        while self.book.sessions and time.monotonic() < deadline:
+        while self.book.live and time.monotonic() < deadline:
             await asyncio.sleep(_DRAIN_POLL_S)
         for session in list(self.book.sessions.values()):
             self._failed(session, Cause.DRAINING, "the replica was unloaded")

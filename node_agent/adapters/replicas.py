@@ -126,7 +126,7 @@ class ReplicaManager:
             held.info,
             held.state,
             held.reason,
-            len(book.sessions) if book else 0,
+            book.live if book else 0,
             book.slots if book else 0,
             book.capacity if book else 0,
             book.reserved_bytes if book else 0,

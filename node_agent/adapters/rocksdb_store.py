@@ -20,7 +20,7 @@ import msgspec
 from rocksdict import Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
 from mesh.errors import ConfigError
-from mesh.types import Epoch, NodeId, SessionId, Token
+from mesh.types import Epoch, LayeredRoute, NodeId, SessionId, Token
 from node_agent.ports import NO_EPOCH, LoggedSession
 
 _TOKEN = struct.Struct("<If")
@@ -35,6 +35,7 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     owner: str
     prompt: tuple[int, ...]
     request: bytes
+    route: LayeredRoute | None = None
 
 
 @contextmanager
@@ -86,8 +87,10 @@ class RocksTokenLog:
         expires_at: float,
         epoch: Epoch = NO_EPOCH,
         request: bytes = b"",
+        route: LayeredRoute | None = None,
     ) -> None:
-        self._write_head(session, _Head(expires_at, epoch.counter, epoch.owner, tuple(prompt), request))
+        head = _Head(expires_at, epoch.counter, epoch.owner, tuple(prompt), request, route)
+        self._write_head(session, head)
 
     def _write_head(self, session: SessionId, head: _Head) -> None:
         body = msgspec.msgpack.encode(head)
@@ -121,7 +124,7 @@ class RocksTokenLog:
                 tokens.append(token)
                 position += 1
         epoch = Epoch(head.counter, NodeId(head.owner))
-        return LoggedSession(head.prompt, tuple(tokens), epoch, head.request)
+        return LoggedSession(head.prompt, tuple(tokens), epoch, head.request, head.route)
 
     def take(self, session: SessionId, expected: Epoch, wanted: Epoch) -> bool:
         with _os_errors():

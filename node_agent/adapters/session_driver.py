@@ -167,7 +167,7 @@ class SessionDriver:
         )
         handle = SessionHandle(self, session, trace, plan, replan)
         try:
-            self._log.begin(order.session, order.prompt, order.expires_ms / 1000, epoch, order.request)
+            self._log.begin(order.session, order.prompt, order.expires_ms / 1000, epoch, order.request, route)
             self._log.append(order.session, tokens)
         except OSError as error:
             raise Unavailable(f"the token log cannot be written: {error}", retry_after_s=5) from error
@@ -391,7 +391,9 @@ class SessionDriver:
         self._choose_witness(handle)
         order, epoch = handle.session.order, handle.session.epoch
         try:
-            self._log.begin(order.session, order.prompt, order.expires_ms / 1000, epoch, order.request)
+            self._log.begin(
+                order.session, order.prompt, order.expires_ms / 1000, epoch, order.request, plan.route
+            )
         except OSError as error:  # the next token will not get past it
             log.error("the token log cannot be written: %s", error)
         return True

@@ -120,6 +120,11 @@ class StageHost:
         books = ((placed.replica.book, key[0]) for key, placed in self._placed.items())
         return any(i in book.sessions and not book.sessions[i].orphan_ns for book, i in books)
 
+    @property
+    def stages(self) -> int:
+        """Stages of sessions that are fed here."""
+        return sum(replica.book.live for replica in self.replicas.values())
+
     # -- messages in ---------------------------------------------------------------------------
 
     def received(self, upstream: Upstream, message: Message) -> None:
@@ -189,7 +194,9 @@ class StageHost:
         if outcome.last and order.request and order.owner_address != self.address:
             generated = () if survived else order.generated
             tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(generated))
-            self._keep(order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens)
+            self._keep(
+                order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens, route
+            )
         if order.stage + 1 < len(route.stages):
             left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
@@ -208,13 +215,14 @@ class StageHost:
         prompt: tuple[int, ...],
         request: bytes,
         tokens: tuple[Token, ...],
+        route: LayeredRoute | None = None,
     ) -> None:
         """Keep a session's tokens for its owner (rule R6). That a copy cannot be kept ends nothing."""
         if self._tokens is None:
             return
         try:
             if request:
-                self._tokens.begin(session, prompt, expires_ms / 1000, epoch, request)
+                self._tokens.begin(session, prompt, expires_ms / 1000, epoch, request, route)
             if tokens:
                 self._tokens.append(session, tokens)
         except OSError as error:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
+import msgspec
 
 from mesh.adapters.codec import read_tokens
 from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.errors import RequestError, Unavailable
-from mesh.types import Address, Epoch, NodeId, SessionId
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId
 from node_agent.ports import NO_EPOCH, LoggedSession, TokenLog
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
@@ -118,7 +119,21 @@ class Takeovers:
             return None, False
         prompt = tuple(reply.prompt)
         tokens = read_tokens(len(prompt), reply.tokens, reply.logprobs)
-        return LoggedSession(prompt, tokens, read_epoch(reply.epoch), reply.request), reply.taken
+        route = read_route(reply.route)
+        known = LoggedSession(prompt, tokens, read_epoch(reply.epoch), reply.request, route)
+        return known, reply.taken
+
+
+def write_route(route: LayeredRoute | None) -> bytes:
+    return b"" if route is None else msgspec.json.encode(route)
+
+
+def read_route(data: bytes) -> LayeredRoute | None:
+    """``None`` where there is none, or none that can be read: it is only a hint."""
+    try:
+        return msgspec.json.decode(data, type=LayeredRoute) if data else None
+    except (msgspec.MsgspecError, ValueError):
+        return None
 
 
 def write_epoch(epoch: Epoch) -> pb.SessionEpoch:

@@ -41,6 +41,44 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
 Global___ReplicaState: typing_extensions.TypeAlias = ReplicaState
 
 @typing.final
+class DrainRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    cluster: builtins.str
+    undo: builtins.bool
+    def __init__(
+        self,
+        *,
+        cluster: builtins.str = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "undo", b"undo"]) -> None: ...
+
+Global___DrainRequest: typing_extensions.TypeAlias = DrainRequest
+
+@typing.final
+class DrainReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGES_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    stages: builtins.int
+    """of others' sessions and its own, still at its replicas"""
+    sessions: builtins.int
+    """that it owns as an ingress"""
+    def __init__(
+        self,
+        *,
+        stages: builtins.int = ...,
+        sessions: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sessions", b"sessions", "stages", b"stages"]) -> None: ...
+
+Global___DrainReply: typing_extensions.TypeAlias = DrainReply
+
+@typing.final
 class SessionEpoch(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -96,9 +134,12 @@ class TakeOverReply(google.protobuf.message.Message):
     PROMPT_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    ROUTE_FIELD_NUMBER: builtins.int
     found: builtins.bool
     taken: builtins.bool
     request: builtins.bytes
+    route: builtins.bytes
+    """JSON; of that epoch"""
     @property
     def epoch(self) -> Global___SessionEpoch:
         """the owner's, after this call"""
@@ -121,9 +162,10 @@ class TakeOverReply(google.protobuf.message.Message):
         prompt: collections.abc.Iterable[builtins.int] | None = ...,
         tokens: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+        route: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "logprobs", b"logprobs", "prompt", b"prompt", "request", b"request", "taken", b"taken", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "logprobs", b"logprobs", "prompt", b"prompt", "request", b"request", "route", b"route", "taken", b"taken", "tokens", b"tokens"]) -> None: ...
 
 Global___TakeOverReply: typing_extensions.TypeAlias = TakeOverReply
 

@@ -54,6 +54,11 @@ class AgentStub(object):
                 request_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
                 response_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/inference_mesh.v1.Agent/Drain',
+                request_serializer=protos_dot_gen_dot_agent__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_agent__pb2.DrainReply.FromString,
+                _registered_method=True)
         self.TakeOver = channel.unary_unary(
                 '/inference_mesh.v1.Agent/TakeOver',
                 request_serializer=protos_dot_gen_dot_agent__pb2.TakeOverRequest.SerializeToString,
@@ -101,6 +106,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Sessions leave the agent's replicas and nothing new comes, until it is undone; nothing is unloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TakeOver(self, request, context):
         """What the agent's token log holds of a session; with `wanted`, its owner is changed first if it still is
         `expected` (rule R1), and the old one's epochs are refused from then on.
@@ -138,6 +150,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ReleaseShard,
                     request_deserializer=protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.FromString,
                     response_serializer=protos_dot_gen_dot_agent__pb2.ReleaseShardReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_gen_dot_agent__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_agent__pb2.DrainReply.SerializeToString,
             ),
             'TakeOver': grpc.unary_unary_rpc_method_handler(
                     servicer.TakeOver,
@@ -258,6 +275,33 @@ class Agent(object):
             '/inference_mesh.v1.Agent/ReleaseShard',
             protos_dot_gen_dot_agent__pb2.ReleaseShardRequest.SerializeToString,
             protos_dot_gen_dot_agent__pb2.ReleaseShardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_mesh.v1.Agent/Drain',
+            protos_dot_gen_dot_agent__pb2.DrainRequest.SerializeToString,
+            protos_dot_gen_dot_agent__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,22 @@ _AgentReleaseShardType = typing_extensions.TypeVar(
     ],
 )
 
+_AgentDrainType = typing_extensions.TypeVar(
+    '_AgentDrainType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.DrainRequest,
+        protos.gen.agent_pb2.DrainReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.DrainRequest,
+        protos.gen.agent_pb2.DrainReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.DrainRequest,
+        protos.gen.agent_pb2.DrainReply,
+    ],
+)
+
 _AgentTakeOverType = typing_extensions.TypeVar(
     '_AgentTakeOverType',
     grpc.UnaryUnaryMultiCallable[
@@ -121,7 +137,7 @@ _AgentGetPolicyType = typing_extensions.TypeVar(
     ],
 )
 
-class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType, _AgentReleaseShardType, _AgentTakeOverType, _AgentGetPolicyType]):
+class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardType, _AgentReleaseShardType, _AgentDrainType, _AgentTakeOverType, _AgentGetPolicyType]):
     @typing.overload
     def __init__(self: AgentStub[
         grpc.UnaryStreamMultiCallable[
@@ -139,6 +155,10 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
         grpc.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.ReleaseShardRequest,
             protos.gen.agent_pb2.ReleaseShardReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.DrainRequest,
+            protos.gen.agent_pb2.DrainReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.TakeOverRequest,
@@ -169,6 +189,10 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
             protos.gen.agent_pb2.ReleaseShardReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            protos.gen.agent_pb2.DrainRequest,
+            protos.gen.agent_pb2.DrainReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             protos.gen.agent_pb2.TakeOverRequest,
             protos.gen.agent_pb2.TakeOverReply,
         ],
@@ -195,6 +219,9 @@ class AgentStub(typing.Generic[_AgentWatchType, _AgentJoinType, _AgentHoldShardT
     ReleaseShard: _AgentReleaseShardType
     """Ends a scheduler's lease."""
 
+    Drain: _AgentDrainType
+    """Sessions leave the agent's replicas and nothing new comes, until it is undone; nothing is unloaded."""
+
     TakeOver: _AgentTakeOverType
     """What the agent's token log holds of a session; with `wanted`, its owner is changed first if it still is
     `expected` (rule R1), and the old one's epochs are refused from then on.
@@ -219,6 +246,10 @@ AgentAsyncStub: typing_extensions.TypeAlias = AgentStub[
     grpc.aio.UnaryUnaryMultiCallable[
         protos.gen.agent_pb2.ReleaseShardRequest,
         protos.gen.agent_pb2.ReleaseShardReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.gen.agent_pb2.DrainRequest,
+        protos.gen.agent_pb2.DrainReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         protos.gen.agent_pb2.TakeOverRequest,
@@ -267,6 +298,14 @@ class AgentServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.gen.agent_pb2.ReleaseShardReply, collections.abc.Awaitable[protos.gen.agent_pb2.ReleaseShardReply]]:
         """Ends a scheduler's lease."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: protos.gen.agent_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.gen.agent_pb2.DrainReply, collections.abc.Awaitable[protos.gen.agent_pb2.DrainReply]]:
+        """Sessions leave the agent's replicas and nothing new comes, until it is undone; nothing is unloaded."""
 
     @abc.abstractmethod
     def TakeOver(

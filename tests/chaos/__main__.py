@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from tests.benchmarks.common import prompt_ids, the_store
-from tests.chaos.client import Stream, ask
+from tests.chaos.client import Stream, ask, resume
 from tests.chaos.faults import KINDS, NEED_A_LAN, VICTIMS, break_, mend, victims
 from tests.chaos.fleet import Fleet, fleet
 
@@ -29,6 +29,8 @@ ANSWER = 220
 AFTER = 24
 """Tokens that come after a fault, at least."""
 LOAD_TOKENS = 60
+READ_TIMEOUT_S = 2.0
+RESUME_WITHIN_S = 30.0
 
 
 @dataclass
@@ -105,7 +107,7 @@ def run(trials: int, seed: int, clients: int, only: dict[str, str], stages: int 
     text = prompt_ids(store, max(PROMPTS))
     done: list[Trial] = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path("/tmp/chaosdbg")
         running = stack.enter_context(fleet(store, folder, stages, {}))
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
@@ -155,9 +157,18 @@ def _try(
         broken.extend(victims(running, mode, session, victim))
         break_(running, kind, broken)
 
-    seen = ask(running.agents[mode].api, text[:prompt], ANSWER, at, fault)
+    patience = READ_TIMEOUT_S if victim == "ingress" else 90
+    seen = ask(running.agents[mode].api, text[:prompt], ANSWER, at, fault, timeout_s=patience)
+    if victim == "ingress":
+        # Its reader turns to the other one; a freeze or a pulled cable it has to notice first.
+        other = {"exact": "fast", "fast": "exact"}[mode]
+        until = time.monotonic() + RESUME_WITHIN_S
+        while not seen.finish and time.monotonic() < until:
+            resume(running.agents[other].api, seen)
+            time.sleep(0.05)
+        mode = other
     judge(trial, seen, calm[prompt], mode)
-    if seen.session:
+    if seen.session and victim != "ingress":
         recoveries = running.session(mode, seen.session)["recoveries"]
         trial.rungs = tuple(r["rung"] for r in recoveries)
         trial.detect_ms = max(0.0, trial.stall_ms - sum(r["stalled_ms"] for r in recoveries))
@@ -177,7 +188,11 @@ def _line(number: int, count: int, t: Trial) -> str:
 
 def summary(trials: list[Trial]) -> dict[str, Any]:
     """The figures, by the names under which they are asked for."""
-    kills = [t for t in trials if t.kind == "kill" and t.victim != "two" and not t.failed and not t.loaded]
+    kills = [
+        t
+        for t in trials
+        if t.kind == "kill" and t.victim not in ("two", "ingress") and not t.failed and not t.loaded
+    ]
     frozen = [t for t in trials if t.kind in ("freeze", "partition") and not t.failed and t.rungs]
     exact = [t for t in trials if t.mode == "exact"]
 

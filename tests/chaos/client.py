@@ -23,6 +23,7 @@ class Stream:
     tokens: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     session: str = ""
+    last_id: str = ""
     error: str = ""
     finish: str = ""
     fault_at: float = 0.0
@@ -47,6 +48,7 @@ def ask(
     fault: Callable[[str], None] = lambda session: None,
     stop: threading.Event | None = None,
     headers: dict[str, str] | None = None,
+    timeout_s: float = 90,
     **more: Any,
 ) -> Stream:
     """Stream a completion; ``fault(session)`` is called in a thread of its own when token ``at`` has come."""
@@ -61,21 +63,41 @@ def ask(
         **more,
     }
     seen = Stream()
+    _read(api, "POST", "/v1/completions", body, headers or {}, seen, at, fault, stop, timeout_s)
+    return seen
+
+
+def resume(api: str, seen: Stream) -> None:
+    """Read on where a stream broke off."""
+    seen.error = ""
+    path = f"/mesh/v1/sessions/{seen.last_id.split(':')[0]}/stream"
+    _read(api, "GET", path, None, {"Last-Event-ID": seen.last_id}, seen)
+
+
+def _read(
+    api: str,
+    method: str,
+    path: str,
+    body: Any,
+    headers: dict[str, str],
+    seen: Stream,
+    at: int = -1,
+    fault: Callable[[str], None] = lambda session: None,
+    stop: threading.Event | None = None,
+    timeout_s: float = 90,
+) -> None:
     host, port = api.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=90)
     breaker: threading.Thread | None = None
     try:
-        connection.request(
-            "POST",
-            "/v1/completions",
-            json.dumps(body),
-            {"Content-Type": "application/json", **(headers or {})},
-        )
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
         if answer.status != http.client.OK:
             seen.error = answer.read().decode()
-            return seen
+            return
         while (line := answer.readline()) and not (stop and stop.is_set()):
+            if line.startswith(b"id: "):
+                seen.last_id = line[4:].decode().strip()
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                 continue
             event = json.loads(line[6:])
@@ -83,6 +105,8 @@ def ask(
                 seen.error = json.dumps(event["error"])
                 continue
             now = time.monotonic()
+            if not seen.session and connection.sock is not None:
+                connection.sock.settimeout(timeout_s)
             seen.session = event["id"]
             for choice in event["choices"]:
                 new = (choice.get("logprobs") or {}).get("tokens", [])
@@ -99,4 +123,3 @@ def ask(
         connection.close()
         if breaker is not None:
             breaker.join()
-    return seen

@@ -9,11 +9,13 @@ from tests.chaos.fleet import PORT, Fleet
 
 KINDS = ("kill", "freeze", "cut", "partition")
 NEED_A_LAN = ("cut", "partition")
-VICTIMS = ("first", "middle", "last", "two")
+VICTIMS = ("first", "middle", "last", "two", "ingress")
 
 
 def victims(fleet: Fleet, ingress: str, session: str, victim: str) -> list[str]:
     """Names of the agents to break: of the route that the session is on now."""
+    if victim == "ingress":
+        return [ingress]
     stages = fleet.session(ingress, session)["stages"]
     last = len(stages) - 1
     places = {"first": [0], "middle": [last // 2], "last": [last], "two": [0, (last + 1) // 2]}[victim]

@@ -456,7 +456,7 @@ def test_a_taken_port_is_named() -> None:
                 str(port),
                 other,
                 "0",
-                "--token-log",
+                "--log",
                 "off",
             ]
             answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
