@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from mesh.types import Address, Epoch, Route, Sampling, SessionId, Token
+from mesh.types import Address, Epoch, Route, Sampling, SessionId, Stage, Token
 
 WIRE_VERSION = 1
 FEATURES = 0
@@ -56,6 +56,20 @@ class Open:
     """For the last stage's token log: what another ingress needs to go on with the session (rule R6)."""
     expires_ms: int = 0
     """Of that log, milliseconds since the epoch."""
+    standbys: tuple[Stage | None, ...] = ()
+    """Of each stage, a replica that is fed the same frames and sends nothing; empty: none at all."""
+    standby: bool = False
+    """The receiver is the standby of its stage."""
+
+    @property
+    def here(self) -> Stage | None:
+        """The receiver: ``None`` where the order makes no sense."""
+        places = self.standbys if self.standby else getattr(self.route, "stages", ())
+        return places[self.stage] if self.stage < len(places) else None
+
+    def standby_of(self, stage: int) -> Stage | None:
+        """Who is fed what a stage is fed."""
+        return self.standbys[stage] if stage < len(self.standbys) else None
 
     @property
     def asks(self) -> bool:

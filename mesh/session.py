@@ -112,6 +112,9 @@ class Rerouted:
     route: LayeredRoute
 
 
+Standbys = tuple[Stage | None, ...]
+
+
 Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick | Rerouted
 
 
@@ -212,10 +215,13 @@ class Session:
         address: Address,
         now: int,
         taken: tuple[Epoch, tuple[int, ...]] | None = None,
+        standbys: Standbys = (),
     ) -> None:
         """``taken``: it was begun by another owner, or before a restart; the epoch to open and the tokens that
         were generated."""
         self.order, self.route = order, route
+        self.standbys = standbys
+        """Replicas that are fed what their stages are fed, by place; they have all or nothing."""
         self.epoch, generated = taken or (Epoch(1, owner), ())
         self.address = address
         self.state = State.PREFILL
@@ -294,6 +300,7 @@ class Session:
             resume=kept,
             request=order.request,
             expires_ms=order.expires_ms,
+            standbys=self.standbys,
         )
         self._sent, self._acked, self._held = position, position, None
         self._in_flight.clear()
@@ -418,6 +425,13 @@ class Session:
             if i >= len(route.stages) or route.stages[i] != stage
         }
         closing = [self._close_one(i, stage, "the session moved") for i, stage in left.items()]
+        kept = tuple(
+            s if s is not None and i < len(route.stages) and _stands_by(s, i, route, self._avoid) else None
+            for i, s in enumerate(self.standbys)
+        )
+        gone = [(i, s) for i, s in enumerate(self.standbys) if s and not kept[i] and s not in route.stages]
+        closing += [self._close_one(i, s, "the session moved") for i, s in gone]
+        self.standbys = kept
         self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         self.state, self.rung, self.replayed = State.REPLAYING, None, 0
@@ -429,7 +443,8 @@ class Session:
 
     def _close_all(self, reason: str) -> list[Effect]:
         """Every stage for itself: where one is lost, nobody passes a close on."""
-        return [self._close_one(i, stage, reason) for i, stage in enumerate(self.route.stages)]
+        places = [*enumerate(self.route.stages), *enumerate(self.standbys)]
+        return [self._close_one(i, stage, reason) for i, stage in places if stage is not None]
 
     def _prefill(self) -> list[Effect]:
         prompt, chunk = self._history, self.order.chunk
@@ -525,6 +540,12 @@ class Session:
     def _close(self, reason: str, keep: bool) -> Effect:
         close = Close(self.order.session, self.epoch, reason, keep=keep)
         return SendClose(close, self.route.stages[0].address)
+
+
+def _stands_by(stage: Stage, place: int, route: LayeredRoute, lost: set[NodeId]) -> bool:
+    """Whether a standby goes on as one: it is not in the route now, whose cut is the same, and not lost."""
+    others = stage not in route.stages and stage.node not in lost
+    return others and route.stages[place].layers == stage.layers
 
 
 def _stage_name(route: LayeredRoute, index: int) -> str:

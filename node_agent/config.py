@@ -124,6 +124,10 @@ class AgentConfig:
         "auto",
         "How a session that lost a stage is brought back. exact: step by step as it first ran, so that its text is what it would have been. fast: in large chunks. auto: exact where the text is fixed (temperature 0 or a seed).",
     )
+    recovery: str = setting(
+        "warm",
+        "warm: when a stage is lost, the stage before replays to another replica. hot: another replica of every stage computes all along and takes over at once, for requests that come in here; a policy can ask for it by model or class.",
+    )
     prefix_cache: str = setting(
         "auto",
         "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
@@ -151,6 +155,7 @@ _CHOICES = {
     "mdns": ("on", "off"),
     "scheduler": ("on", "off"),
     "prefix_cache": ("auto", "on", "off"),
+    "recovery": ("warm", "hot"),
     "replay": ("auto", "exact", "fast"),
     "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),

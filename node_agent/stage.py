@@ -26,6 +26,9 @@ from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
+STANDBY_WINDOW = 512
+"""Frames that a standby may be behind: nobody waits for its acknowledgements."""
+NOTHING_ONWARD = 1 << 30
 KEPT_NS = 600_000_000_000
 _GAP_MAX = 1
 GATHER_MAX_NS = 50_000_000
@@ -182,7 +185,8 @@ class StageBook:
             queued_to=order.position if order.resume else 0,
             credit=order.window,
             machines=_machines(order),
-            told=self.shard.last or not order.asks,
+            told=self.shard.last or order.standby or not order.asks,
+            onward=NOTHING_ONWARD if order.standby else 0,
         )
         self._slots[slot] = session
         self.sessions[order.session] = session
@@ -246,15 +250,22 @@ class StageBook:
             return Refusal(Cause.STALE_EPOCH, f"the session is at epoch {session.order.epoch.counter}")
         if order.positions > session.order.positions:
             return Refusal(Cause.FULL, "a new epoch cannot take more positions than the first")
+        # What a standby has not got round to is as good in the new epoch: its frames are the same.
+        behind = [f for f in session.queue if order.standby and f.position + f.length <= order.position]
         session.order = order
         session.position = session.queued_to = min(session.position, order.position)
         session.queue.clear()
+        for frame in behind if not session.running else ():
+            frame.epoch = order.epoch
+            session.queue.append(frame)
+            session.queued_to = frame.position + frame.length
         session.unacknowledged.clear()
         session.credit = order.window
         session.running = False
         session.sampled.clear()
-        session.told = self.shard.last or not order.asks
-        session.onward, session.resending, session.orphan_ns = 0, None, 0
+        session.told = self.shard.last or order.standby or not order.asks
+        session.onward = NOTHING_ONWARD if order.standby else 0
+        session.resending, session.orphan_ns = None, 0
         return session
 
     def told(self, session_id: SessionId, epoch: Epoch, position: int, logged_from: int | None) -> int | None:
@@ -299,7 +310,7 @@ class StageBook:
                 Cause.BAD_FRAME,
                 f"frame [{frame.position}, {end}) came where position {session.queued_to} was due",
             )
-        if len(session.queue) >= session.order.window:
+        if len(session.queue) >= (STANDBY_WINDOW if session.order.standby else session.order.window):
             return Refusal(Cause.BAD_FRAME, f"more than {session.order.window} unacknowledged frames")
         session.queue.append(frame)
         session.queued_to = end

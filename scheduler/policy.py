@@ -120,6 +120,11 @@ class ClassPolicy:
     allow: tuple[str, ...] = knob((), "Nodes with one of these labels only. Empty: any.", _labels)
     deny: tuple[str, ...] = knob((), "No node with one of these labels.", _labels)
     percentile: str = knob("p50", "Of latency that routes are chosen by: p50 or p99.", _choice("p50", "p99"))
+    recovery: str = knob(
+        "warm",
+        "When a stage is lost. warm: the stage before replays to another replica. hot: another replica computes every frame as well, and takes over at once; a request then costs twice the computing.",
+        _choice("warm", "hot"),
+    )
     price: tuple[tuple[str, float], ...] = knob(
         (), "Label to time: a stage on such nodes counts so much dearer for each token.", _prices
     )

@@ -238,6 +238,24 @@ def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
     return [_Graph(groups[key], ingress, request, snapshot.at_s) for key in sorted(groups)]
 
 
+def standbys_for(snapshot: ClusterSnapshot, route: LayeredRoute) -> tuple[Stage | None, ...]:
+    """For each stage another replica of its shard, on a node that is not in the route: the least busy, then the
+    fastest. ``None`` where there is none."""
+    taken = {stage.node for stage in route.stages}
+    found: list[Stage | None] = []
+    for stage in route.stages:
+        spare = [
+            (replica.sessions, speed_of(node, replica).weighed, node.id, node.address)
+            for node, replica in serving(snapshot)
+            if replica.shard.digest == stage.shard and node.id not in taken
+        ]
+        best = min(spare, default=None)
+        if best is not None:
+            taken.add(best[2])
+        found.append(Stage(best[2], best[3], stage.layers, stage.shard) if best else None)
+    return tuple(found)
+
+
 def group_of(shard: ShardInfo) -> Group:
     """What a route must have in common."""
     return (shard.model.ref.digest, shard.runtime, shard.quantization)

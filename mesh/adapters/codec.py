@@ -203,19 +203,18 @@ def _ack(ack: Ack) -> pb.Ack:
     )
 
 
-def _layered(route: LayeredRoute) -> pb.LayeredRoute:
-    return pb.LayeredRoute(
-        stages=[
-            pb.Stage(
-                node=s.node,
-                address=s.address,
-                layer_start=s.layers.start,
-                layer_end=s.layers.end,
-                shard=bytes.fromhex(s.shard),
-            )
-            for s in route.stages
-        ]
+def _stage(stage: Stage) -> pb.Stage:
+    return pb.Stage(
+        node=stage.node,
+        address=stage.address,
+        layer_start=stage.layers.start,
+        layer_end=stage.layers.end,
+        shard=bytes.fromhex(stage.shard),
     )
+
+
+def _layered(route: LayeredRoute) -> pb.LayeredRoute:
+    return pb.LayeredRoute(stages=[_stage(s) for s in route.stages])
 
 
 def _route(route: Route) -> pb.Route:
@@ -254,6 +253,8 @@ def _open(order: Open) -> pb.Open:
         resume=_session(order.resume) if order.resume else b"",
         request=order.request,
         expires_unix_ms=order.expires_ms,
+        standbys=[pb.Stage() if s is None else _stage(s) for s in order.standbys],
+        standby=order.standby,
     )
 
 
@@ -435,21 +436,20 @@ def _read_token(item: pb.TokenItem) -> Sampled:
     )
 
 
-def _read_layered(route: pb.LayeredRoute) -> LayeredRoute:
+def _read_stage(s: pb.Stage) -> Stage:
     try:
-        return LayeredRoute(
-            tuple(
-                Stage(
-                    NodeId(s.node),
-                    Address(s.address),
-                    LayerRange(s.layer_start, s.layer_end),
-                    Digest(s.shard.hex()),
-                )
-                for s in route.stages
-            )
-        )
+        layers = LayerRange(s.layer_start, s.layer_end)
     except ValueError as error:
         raise PeerError(f"a route is wrong: {error}") from None
+    return Stage(NodeId(s.node), Address(s.address), layers, Digest(s.shard.hex()))
+
+
+def _read_standbys(stages: Iterable[pb.Stage]) -> tuple[Stage | None, ...]:
+    return tuple(_read_stage(s) if s.node else None for s in stages)
+
+
+def _read_layered(route: pb.LayeredRoute) -> LayeredRoute:
+    return LayeredRoute(tuple(_read_stage(s) for s in route.stages))
 
 
 def _read_open(order: pb.Open) -> Open:
@@ -491,4 +491,6 @@ def _read_open(order: pb.Open) -> Open:
         resume=read_session(order.resume) if order.resume else None,
         request=order.request,
         expires_ms=order.expires_unix_ms,
+        standbys=_read_standbys(order.standbys),
+        standby=order.standby,
     )

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from mesh.errors import InputError, MeshError, NoRoute, RequestError
-from mesh.session import Session, SessionOrder
+from mesh.session import Session, SessionOrder, Standbys
 from mesh.types import Digest, LayeredRoute, NodeId, Sampling, SessionId
 from node_agent.adapters.http_api import Job, new_choice, new_envelope
 from node_agent.adapters.model_store import ModelStore
@@ -36,7 +36,15 @@ from node_agent.prefixes import KeptSession
 from node_agent.route_report import route_report
 from scheduler.cost import Percentile
 from scheduler.policy import ClassPolicy
-from scheduler.routing import Group, Kept, RoutePlan, Router, RouteRequest, models_served
+from scheduler.routing import (
+    Group,
+    Kept,
+    RoutePlan,
+    Router,
+    RouteRequest,
+    models_served,
+    standbys_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +129,8 @@ class Generator:
                     self.driver.prefixes.take(kept[0].session)
                     cached += plan.resumed
                 replan = partial(self._replan, name, rules)
-                handles.append(self.driver.start(order, plan, str(shape.ref), replan))
+                standbys = self._standbys(plan, rules)
+                handles.append(self.driver.start(order, plan, str(shape.ref), replan, standbys=standbys))
         except MeshError:
             for handle in handles:
                 handle.stop()
@@ -168,6 +177,10 @@ class Generator:
         return Job(
             replace(generation, stream=True), envelope, [choice], [handle], len(known.prompt), seen=seen
         )
+
+    def _standbys(self, plan: RoutePlan, rules: tuple[ClassPolicy, ...]) -> Standbys:
+        hot = self.config.recovery == "hot" or any(r.recovery == "hot" for r in rules)
+        return standbys_for(self.view.snapshot, plan.route) if hot and not plan.resumed else ()
 
     def _exact(self, generation: Generation) -> bool:
         """Whether a replay must bring the same bits."""
@@ -266,7 +279,9 @@ class Generator:
         """The route of a request on our latest snapshot, or of a session that ``runs``, or has ``done`` tokens
         and may be held by the stages of ``holds``, from here on; raises ``NoRoute``."""
         done = len(runs.generated) if runs else done
-        holds = runs.route if runs else holds
+        stages = [*holds.stages] if holds else []
+        if runs:
+            stages = [*runs.route.stages, *(s for s in runs.standbys if s is not None)]
         percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
         request = RouteRequest(
             model,
@@ -280,7 +295,7 @@ class Generator:
             tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) + done if order else 0,
             steps=done if order and order.exact else 0,
-            holding=frozenset((s.node, s.shard) for s in holds.stages) if done and holds else frozenset(),
+            holding=frozenset((s.node, s.shard) for s in stages) if done else frozenset(),
             chunk=self.config.chunk,
             own=self.driver.own_sessions(),
             ours_told=self.driver.ours_told,

@@ -195,7 +195,7 @@ class Replica:
         live = list(run.live)
         _, _, first = live[0]
         # The head of a last shard is half of its step; what is replayed samples nothing.
-        logits = any(frame.sample for _, _, frame in live)
+        logits = any(frame.sample and not s.order.standby for _, s, frame in live)
         if first.length > 1:
             result = self.runtime.prefill(run.slot, run.positions[0], first.payload, logits)
         else:
@@ -207,7 +207,7 @@ class Replica:
             return [result[i : i + 1] if row else None for i, row in enumerate(run.rows)]
         outputs: list[Any] = [None] * len(run.rows)
         for i, session, frame in live:
-            if frame.sample:
+            if frame.sample and not session.order.standby:
                 outputs[i] = self._sample(session, frame, result[i])
         return outputs
 
@@ -239,7 +239,7 @@ class Replica:
         if first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9)
         else:
-            if not self.runtime.info.last or any(frame.sample for _, _, frame in run.live):
+            if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
                 self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
             self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
         results = []

@@ -31,6 +31,7 @@ from mesh.session import (
     SendOpen,
     Session,
     SessionOrder,
+    Standbys,
     State,
     Tick,
 )
@@ -129,6 +130,8 @@ class SessionDriver:
         self.draining = False
         self._loop = asyncio.get_running_loop()
         self._frames: dict[Address, list[Frame]] = {}
+        self._copies: dict[Address, list[Frame]] = {}
+        """For standbys of first stages."""
         self._written_later: list[SessionHandle] = []
 
     def __len__(self) -> int:
@@ -141,6 +144,7 @@ class SessionDriver:
         model: str,
         replan: Replan,
         taken: tuple[Epoch, tuple[Token, ...]] | None = None,
+        standbys: Standbys = (),
     ) -> SessionHandle:
         """Begin a session; raises ``Full`` when this ingress runs as many as it may. ``replan`` is asked when
         a stage is lost or should be left. ``taken``: go on with one that has these tokens, in that epoch."""
@@ -154,7 +158,7 @@ class SessionDriver:
         epoch, tokens = taken or (Epoch(1, self._host.node), ())
         order = replace(order, expires_ms=int((time.time() + self._keep_s) * 1000))
         known = (epoch, tuple(t.token for t in tokens))
-        session = Session(order, route, self._host.node, self._host.address, now, known)
+        session = Session(order, route, self._host.node, self._host.address, now, known, standbys)
         trace = SessionTrace(
             order.session,
             model,
@@ -345,6 +349,10 @@ class SessionDriver:
             for address, batch in frames.items():
                 self._host.note_sent(address, batch)
                 self._host.deliver(address, batch)
+        if self._copies:
+            copies, self._copies = self._copies, {}
+            for address, batch in copies.items():
+                self._host.deliver(address, batch)
         if self._written_later:
             handles, self._written_later = self._written_later, []
             self._loop.call_soon(self._drain_all, handles)
@@ -359,6 +367,9 @@ class SessionDriver:
                 payload = np.array(tokens, dtype=np.int64)
                 frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
                 self._frames.setdefault(first, []).append(frame)
+                standby = session.standbys[0] if session.standbys else None
+                if standby is not None:
+                    self._copies.setdefault(standby.address, []).append(replace(frame))
             case KeepToken(token):
                 try:
                     self._log.append(session.order.session, (token,))
@@ -370,6 +381,9 @@ class SessionDriver:
                 handle.push(token)
             case SendOpen(order):
                 self._host.deliver(first, order)
+                standby = order.standby_of(0)
+                if standby is not None:
+                    self._host.deliver(standby.address, replace(order, standby=True))
             case SendClose(close, address):
                 self._feed()
                 self._host.deliver(address, close)

@@ -171,12 +171,11 @@ class StageHost:
         if not isinstance(route, LayeredRoute):
             self._refuse(order, Cause.NO_SHARD, "this agent opens layer-wise routes only")
             return
-        stage = route.stages[order.stage]
-        replica = self.replicas.get(stage.shard)
-        if stage.node != self.node or replica is None:
-            self._refuse(
-                order, Cause.NO_SHARD, f"the shard {stage.shard[:12]} of layers {stage.layers} is not loaded"
-            )
+        stage = order.here
+        replica = self.replicas.get(stage.shard) if stage else None
+        if stage is None or stage.node != self.node or replica is None:
+            what = f"the shard {stage.shard[:12]} of layers {stage.layers}" if stage else "that stage"
+            self._refuse(order, Cause.NO_SHARD, f"{what} is not loaded")
             return
         fence = self._fences.get(order.session)
         if fence is not None and order.epoch != fence and order.epoch.counter <= fence.counter:
@@ -191,6 +190,8 @@ class StageHost:
         self._placed[order.session, order.stage] = placed
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
+        if order.standby:
+            return
         if outcome.last and order.request and order.owner_address != self.address:
             generated = () if survived else order.generated
             tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(generated))
@@ -201,6 +202,9 @@ class StageHost:
             left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
             self.deliver(route.stages[onward.stage].address, onward)
+            standby = order.standby_of(onward.stage)
+            if standby is not None:
+                self.deliver(standby.address, replace(onward, standby=True))
         elif order.asks:
             upstream.reply(_answer(placed, outcome.position))
         else:
@@ -317,6 +321,8 @@ class StageHost:
 
     def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
         self._count_refused(cause.name.lower())
+        if order.standby:
+            return  # then there is none: the session does without
         self.deliver(order.owner_address, Refused(order.session, order.epoch, order.stage, cause, reason))
 
     def _close(self, close: Close) -> None:
@@ -333,6 +339,9 @@ class StageHost:
         if isinstance(route, LayeredRoute) and order.stage + 1 < len(route.stages):
             onward = Close(order.session, order.epoch, reason, order.stage + 1, keep)
             self.deliver(route.stages[onward.stage].address, onward)
+            standby = order.standby_of(onward.stage)
+            if standby is not None:
+                self.deliver(standby.address, replace(onward, keep=False, alone=True))
 
     def _forget(self, key: Key, placed: _Placed, keep: bool = False) -> None:
         del self._placed[key]
@@ -341,7 +350,9 @@ class StageHost:
         placed.replica.dispatch()
 
     def _report(self, order: Open, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
-        """Tell the owner (rule R1); it closes the session everywhere."""
+        """Tell the owner (rule R1)."""
+        if order.standby:
+            return
         lost = HopLost(order.session, order.epoch, stage, cause, detail, position)
         self.deliver(order.owner_address, lost)
 
@@ -378,6 +389,7 @@ class StageHost:
         tokens: dict[Address, list[Sampled]] = {}
         self._log_tokens(rows)
         frames: dict[Address, list[Frame]] = {}
+        copies: dict[Address, list[Frame]] = {}
         for row in rows:
             order = row.session.order
             route = order.route
@@ -398,23 +410,27 @@ class StageHost:
                     continue  # the next stage has it
                 if known > 0:
                     position, output = row.session.onward, output[known:]
-                frames.setdefault(address, []).append(
-                    Frame(
-                        order.session,
-                        order.epoch,
-                        position,
-                        len(output),
-                        row.frame.sample,
-                        output,
-                        stage,
-                        (*row.frame.times, row.queue_us, row.compute_us, hop_us),
-                    )
+                frame = Frame(
+                    order.session,
+                    order.epoch,
+                    position,
+                    len(output),
+                    row.frame.sample,
+                    output,
+                    stage,
+                    (*row.frame.times, row.queue_us, row.compute_us, hop_us),
                 )
+                frames.setdefault(address, []).append(frame)
+                standby = order.standby_of(stage)
+                if standby is not None:
+                    copies.setdefault(standby.address, []).append(frame)
         for address, batch in tokens.items():
             self.deliver(address, batch)
         for address, onward in frames.items():
             if address != self.address:
                 self._note_sent(onward)
+            self.deliver(address, onward)
+        for address, onward in copies.items():
             self.deliver(address, onward)
         self._computed.extend(rows)
         if self.hops is not None:
@@ -435,9 +451,9 @@ class StageHost:
                 self._keep(order.session, order.epoch, order.expires_ms, (), b"", (kept,))
 
     def _shard_of(self, session: StageSession) -> Digest:
-        route = session.order.route
-        assert isinstance(route, LayeredRoute)
-        return route.stages[session.order.stage].shard
+        here = session.order.here
+        assert here is not None
+        return here.shard
 
     def _note_sent(self, frames: list[Frame]) -> None:
         now = time.monotonic_ns()
@@ -466,6 +482,9 @@ class StageHost:
             placed = self._placed.get((order.session, order.stage))
             if placed is None or row.frame.epoch != order.epoch:
                 continue  # of an epoch that is over
+            if order.standby:
+                placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
+                continue
             placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
             held_us = (now - row.frame.arrived_ns) // 1000
             end = row.frame.position + row.frame.length
@@ -564,7 +583,9 @@ class StageHost:
         for placed in self._placed.values():
             order, route = placed.order, placed.order.route
             session = placed.replica.book.sessions.get(order.session)
-            if session is None or session.last or session.orphan_ns or not isinstance(route, LayeredRoute):
+            if session is None or session.last or session.orphan_ns or order.standby:
+                continue
+            if not isinstance(route, LayeredRoute):
                 continue
             if session.unacknowledged or not session.told:
                 owing.add(route.stages[order.stage + 1].address)

@@ -378,6 +378,8 @@ class Open(google.protobuf.message.Message):
     RESUME_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     EXPIRES_UNIX_MS_FIELD_NUMBER: builtins.int
+    STANDBYS_FIELD_NUMBER: builtins.int
+    STANDBY_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     position: builtins.int
     """r"""
@@ -398,6 +400,8 @@ class Open(google.protobuf.message.Message):
     """for the last stage's token log: what another ingress needs to go on (R6)"""
     expires_unix_ms: builtins.int
     """of that log"""
+    standby: builtins.bool
+    """the receiver is the standby of its stage"""
     @property
     def epoch(self) -> Global___Epoch: ...
     @property
@@ -410,6 +414,10 @@ class Open(google.protobuf.message.Message):
     def generated(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def sampling(self) -> Global___Sampling: ...
+    @property
+    def standbys(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """Of each stage, a replica that is fed the same frames and sends nothing; a stage without a node is none."""
+
     def __init__(
         self,
         *,
@@ -429,9 +437,11 @@ class Open(google.protobuf.message.Message):
         resume: builtins.bytes = ...,
         request: builtins.bytes = ...,
         expires_unix_ms: builtins.int = ...,
+        standbys: collections.abc.Iterable[Global___Stage] | None = ...,
+        standby: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch", "route", b"route", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "expires_unix_ms", b"expires_unix_ms", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "request", b"request", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "window", b"window"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "expires_unix_ms", b"expires_unix_ms", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "request", b"request", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "standby", b"standby", "standbys", b"standbys", "window", b"window"]) -> None: ...
 
 Global___Open: typing_extensions.TypeAlias = Open
 

@@ -21,6 +21,8 @@ from tests.lan import Lan, refused
 
 LAYERS = 30
 REPLICAS = 2
+INGRESSES = ("exact", "fast", "hot")
+"""How a session that came in there is brought back."""
 PORT, API = "7070", "7080"
 CONTEXT = "1152"
 _BACK_S = 60.0
@@ -33,7 +35,7 @@ def cuts(stages: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Fleet:
-    """Agents by name: ``exact`` and ``fast`` are ingresses, ``s0a`` is the first replica of stage 0."""
+    """Agents by name: ``exact``, ``fast`` and ``hot`` are ingresses, ``s0a`` is the first replica of stage 0."""
 
     folder: Path
     home: str
@@ -46,7 +48,7 @@ class Fleet:
     @property
     def names(self) -> list[str]:
         hosts = [f"s{i}{'ab'[r]}" for r in range(REPLICAS) for i in range(self.stages)]
-        return ["exact", "fast", *hosts]
+        return [*INGRESSES, *hosts]
 
     def place(self, name: str) -> int:
         return self.names.index(name) + 1
@@ -59,7 +61,8 @@ class Fleet:
             settings |= {"shards": f"{MODEL}:{start}-{end}", "threads": self.threads, "slots": "6"}
             settings |= {"context": CONTEXT}
         else:
-            settings["replay"] = name
+            settings |= {"replay": "fast" if name == "fast" else "exact"}
+            settings |= {"recovery": "hot" if name == "hot" else "warm"}
         if self.lan is not None:
             host = self.lan.v4(self.place(name))
             settings |= {"host": host, "port": PORT, "api_host": host, "api_port": API}
@@ -85,9 +88,9 @@ class Fleet:
         return found
 
     def whole(self) -> bool:
-        """Whether both ingresses see every replica serving on a node that answers."""
+        """Whether all ingresses see every replica serving on a node that answers."""
         wanted = self.stages * REPLICAS
-        for ingress in ("exact", "fast"):
+        for ingress in INGRESSES:
             try:
                 nodes = self.agents[ingress].report()["nodes"]
             except OSError:
@@ -107,7 +110,7 @@ def fleet(store: ModelStore, folder: Path, stages: int, settings: dict[str, str]
     """A running fleet; on loopback, without cables, where no namespaces can be had."""
     for start, end in cuts(stages):
         make_shard(store, MODEL, start, end, "int8")
-    lan = None if refused() else Lan(f"mesh{os.getpid()}c", 2 + stages * REPLICAS, us=True)
+    lan = None if refused() else Lan(f"mesh{os.getpid()}c", len(INGRESSES) + stages * REPLICAS, us=True)
     made = Fleet(folder, str(store.root.parent), lan, stages, settings=settings)
     try:
         if lan is not None:
