@@ -38,8 +38,9 @@ from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId
 
 _STORY_KEPT = 24
 _ASK_AGAIN_NS = 100_000_000
-_FORGIVE_NS = 2_000_000_000
-"""A node that was lost is avoided for so long while another route is sought."""
+_AVOIDED_NS, _SILENT_AVOIDED_NS = 300_000_000, 2_000_000_000
+"""For so long a node that was lost is no part of another route: until membership knows, which takes longer for one
+that fell silent. What comes back after that is as good as any other."""
 
 
 class State(enum.Enum):
@@ -243,7 +244,8 @@ class Session:
         self._story: deque[str] = deque(maxlen=_STORY_KEPT)
         self._lost: MeshError | None = None
         self._lost_ns = self._asked_ns = 0
-        self._avoid: set[NodeId] = set()
+        self._avoid: dict[NodeId, int] = {}
+        """Nodes that were lost, and until when no route leads there."""
         self._left: LayeredRoute | None = None
         """The route of the epoch before."""
         self._history = order.prompt
@@ -380,14 +382,14 @@ class Session:
             case Refused(stage=stage):
                 return self._lose(stage, _refusal(event, self.route), now)
             case HopLost(stage=stage):
-                return self._lose(stage, _loss(event, self.route), now)
+                return self._lose(stage, _loss(event, self.route), now, event.cause is Cause.SILENT)
             case Rerouted(route=route):
                 return self._reroute(route, now)
             case Cancelled(finish=finish):
                 return self._finish(finish)
         raise InvalidTransition("session", self.state.value, repr(event), list(self._story))
 
-    def _lose(self, stage: int, error: MeshError, now: int) -> list[Effect]:
+    def _lose(self, stage: int, error: MeshError, now: int, silent: bool = False) -> list[Effect]:
         """A stage is lost, or refuses: ask for another route. The others wait, with what they have."""
         fresh = isinstance(error, Full | NoRoute) and not self.generated and self._lost is None
         if not self.order.recovery_timeout_ns or self.state is State.REROUTING:
@@ -398,9 +400,14 @@ class Session:
         if fresh:
             self._lost_ns = now - self.order.recovery_timeout_ns
         if 0 <= stage < len(self.route.stages):
-            self._avoid.add(self.route.stages[stage].node)
-        self.state, self._asked_ns = State.REROUTING, now
-        return [NeedRoute(frozenset(self._avoid))]
+            for_ns = _SILENT_AVOIDED_NS if silent else _AVOIDED_NS
+            self._avoid[self.route.stages[stage].node] = now + for_ns
+        self.state = State.REROUTING
+        return self._ask(now)
+
+    def _ask(self, now: int) -> list[Effect]:
+        self._asked_ns = now
+        return [NeedRoute(frozenset(node for node, until in self._avoid.items() if until > now))]
 
     def _still(self, event: HopLost) -> HopLost:
         """Late news of the epoch before count when the node that is lost is on the new route as well."""
@@ -434,7 +441,8 @@ class Session:
         self.standbys = kept
         self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
-        self.state, self.rung, self.replayed = State.REPLAYING, None, 0
+        self.state, self.replayed = State.REPLAYING, 0
+        self.rung = None if self.generated else Rung.INGRESS
         # What is left of the old route is told last: nobody waits for it.
         return [*self._open(now), *closing]
 
@@ -483,7 +491,6 @@ class Session:
         if not rerouting:
             self.state = State.DECODE
             self._lost = None
-            self._avoid.clear()
         self._progress_ns = now
         self.generated.append(token.token)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
@@ -515,10 +522,7 @@ class Session:
             if now >= self._lost_ns + self.order.recovery_timeout_ns:
                 return self._fail(self._lost)
             if now >= self._asked_ns + _ASK_AGAIN_NS:
-                self._asked_ns = now
-                # By now it may be back: whoever answers the mesh again may be asked again.
-                forgive = now >= self._lost_ns + _FORGIVE_NS
-                return [NeedRoute(frozenset() if forgive else frozenset(self._avoid))]
+                return self._ask(now)
             return []
         if not self._paused and now >= self._progress_ns + self.order.step_timeout_ns:
             seconds = self.order.step_timeout_ns / 1e9
@@ -542,7 +546,7 @@ class Session:
         return SendClose(close, self.route.stages[0].address)
 
 
-def _stands_by(stage: Stage, place: int, route: LayeredRoute, lost: set[NodeId]) -> bool:
+def _stands_by(stage: Stage, place: int, route: LayeredRoute, lost: dict[NodeId, int]) -> bool:
     """Whether a standby goes on as one: it is not in the route now, whose cut is the same, and not lost."""
     others = stage not in route.stages and stage.node not in lost
     return others and route.stages[place].layers == stage.layers

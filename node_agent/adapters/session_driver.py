@@ -395,9 +395,14 @@ class SessionDriver:
         try:
             plan = handle.replan(handle.session, handle.plan, avoid)
         except NoRoute as error:
-            log.debug("no other route for %s yet: %s", handle.session.order.session, error)
-            if handle.trace.recoveries:
-                handle.trace.recoveries[-1].waited = True
+            recovery = handle.trace.recoveries[-1] if handle.trace.recoveries else None
+            if recovery is None or not recovery.waited:
+                why = recovery.cause if recovery else ""
+                log.warning(
+                    "no other route yet (%s): %s", why, error, extra={"session": handle.session.order.session}
+                )
+            if recovery is not None:
+                recovery.waited = True
             return False
         handle.plan = plan
         handle.trace.rerouted(plan.route)

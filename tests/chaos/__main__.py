@@ -103,14 +103,16 @@ class Load:
             thread.join()
 
 
-def run(trials: int, seed: int, clients: int, only: dict[str, str], stages: int = 5) -> list[Trial]:
+def run(
+    trials: int, seed: int, clients: int, only: dict[str, str], stages: int = 5, keep: Path | None = None
+) -> list[Trial]:
     """All trials, one after the other, on one fleet."""
     rng = Random(seed)
     store = the_store()
     text = prompt_ids(store, max(PROMPTS))
     done: list[Trial] = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         running = stack.enter_context(fleet(store, folder, stages, {}))
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
@@ -166,7 +168,7 @@ def _try(
         # Its reader turns to the other one; a freeze or a pulled cable it has to notice first.
         other = {"exact": "fast", "fast": "exact", "hot": "exact"}[mode]
         until = time.monotonic() + RESUME_WITHIN_S
-        while not seen.finish and time.monotonic() < until:
+        while seen.last_id and not seen.finish and time.monotonic() < until:
             resume(running.agents[other].api, seen)
             time.sleep(0.05)
         mode = other
@@ -244,10 +246,11 @@ def main() -> int:
     parser.add_argument("--mode", choices=INGRESSES)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--victim", choices=VICTIMS)
+    parser.add_argument("--keep", type=Path, help="folder for the agents' data and logs")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     said = parser.parse_args()
     only = {n: getattr(said, n) for n in ("mode", "kind", "victim") if getattr(said, n)}
-    trials = run(said.trials, said.seed, said.clients, only, said.stages)
+    trials = run(said.trials, said.seed, said.clients, only, said.stages, said.keep)
     print(table(trials))
     figures = summary(trials)
     print(json.dumps(figures) if said.json else "\n".join(f"{k:34} {v}" for k, v in figures.items()))
