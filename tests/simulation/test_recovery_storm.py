@@ -356,7 +356,7 @@ def test_r2_r4_r5_no_token_is_lost_repeated_or_changed_in_a_storm(
 ) -> None:
     async def story() -> Storm:
         storm = Storm(7, log_bytes, standbys)
-        await storm.run(sessions=250, every_s=0.05)
+        await storm.run(sessions=150, every_s=0.05)
         return storm
 
     storm = asyncio.run(story())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.errors import Full, NoRoute, PeerError, StageLost
+from mesh.errors import Full, NoRoute, PeerError, StageLost, Unavailable
 from mesh.messages import Ack, Cause, Close, HopLost, Opened, Refused, Sampled
 from mesh.session import (
     Cancelled,
@@ -399,3 +399,72 @@ def test_only_a_natural_end_is_kept() -> None:
     assert closes(decoding(keep=True), Cancelled()) == [False]
     assert closes(decoding(keep=True), Cancelled(Finish.STOP)) == [False]
     assert closes(decoding(), sampled(11, token=99)) == [False]
+
+
+# -- owners and standbys ----------------------------------------------------------------------
+
+
+def test_r1_whoever_takes_a_session_over_opens_a_later_epoch_at_the_last_token() -> None:
+    other = NodeId("n-other")
+    taken = (Epoch(4, other), (7, 8))
+    session = Session(order(**PATIENT), route(2, 4), other, ADDRESS, 0, taken)
+    (opening,) = session.start(0)
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.epoch, opening.order.position) == (Epoch(4, other), 11)
+    answer = Opened(SESSION, Epoch(4, other), 0, 11)
+    assert session.handle(answer, 1) == [SendFrame(11, (8,), True)]
+    assert session.rung is Rung.HOT
+
+
+@pytest.mark.parametrize(("tokens", "finish"), [((7, 99), Finish.STOP), ((7, 7, 7, 7, 7), Finish.LENGTH)])
+def test_a_session_that_was_done_is_only_read(tokens: tuple[int, ...], finish: Finish) -> None:
+    session = Session(order(), route(2, 4), OWNER, ADDRESS, 0, (Epoch(2, OWNER), tokens))
+    effects = session.start(0)
+    assert effects[-1] == Ended(finish=finish)
+    assert not any(isinstance(e, SendOpen) for e in effects)
+
+
+def test_r1_an_owner_that_was_replaced_ends_and_closes_nothing() -> None:
+    session = decoding(**PATIENT)
+    (ended,) = session.handle(Refused(SESSION, EPOCH, 2, Cause.TAKEN_OVER, "its owner is n-other"), 5)
+    assert isinstance(ended, Ended)
+    assert isinstance(ended.error, Unavailable)
+    assert session.state is State.FAILED
+
+
+def test_a_standby_takes_its_stage_and_the_others_stand_by_on() -> None:
+    spare = tuple(
+        replace(s, node=NodeId(f"b{i}"), address=Address(f"10.1.0.{i}:1"))
+        for i, s in enumerate(route(2, 4).stages)
+    )
+    session = Session(order(**PATIENT), route(2, 4), OWNER, ADDRESS, 0, None, spare)
+    first = session.start(0)[0]
+    assert isinstance(first, SendOpen)
+    assert first.order.standbys == spare
+    session.handle(Ack(SESSION, EPOCH, 8), 1)
+    session.handle(sampled(10), 2)
+    session.handle(lost(1), 3)
+    stages = route(2, 4).stages
+    opening, *closes = session.handle(Rerouted(LayeredRoute((stages[0], spare[1], stages[2]))), 4)
+    assert isinstance(opening, SendOpen)
+    assert opening.order.standbys == (spare[0], None, spare[2])
+    assert [e.address for e in closes] == [stages[1].address]  # type: ignore[union-attr]
+    # Its end closes the standbys too.
+    effects = session.handle(Cancelled(), 5)
+    assert {e.address for e in effects if isinstance(e, SendClose)} == {
+        stages[0].address,
+        spare[1].address,
+        stages[2].address,
+        spare[0].address,
+        spare[2].address,
+    }
+
+
+def test_late_news_of_the_epoch_before_count_when_the_node_is_still_on_the_route() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(0), 5)
+    stages = route(2, 4).stages
+    spare = replace(stages[0], node=NodeId("n7"), address=Address("10.0.0.7:7070"))
+    session.handle(Rerouted(LayeredRoute((spare, *stages[1:]))), 6)
+    effects = session.handle(lost(2), 7)
+    assert effects == [NeedRoute(frozenset({NodeId("n0"), NodeId("n2")}))]

@@ -338,3 +338,105 @@ def test_slots_and_memory_add_up_whatever_comes(moves: list[tuple[int, int]]) ->
         assert b.reserved_bytes == 320 * len(taken)
         assert not set(b.freed) & {s.slot for s in b.kept.values()}
         b.freed.clear()
+
+
+# -- recovery ---------------------------------------------------------------------------------
+
+
+def computing(b: StageBook, positions: int, window: int = 64) -> StageSession:
+    """A session that has computed and sent so many positions, one at a time."""
+    session = opened(b, 1, window=window)
+    for position in range(positions):
+        b.accept(frame(position, session=name(1)))
+        computed(b, b.next_run(10**9))
+    b.acknowledged(name(1), session.order.epoch, positions)
+    return session
+
+
+def reopened(b: StageBook, position: int, **changes: object) -> StageSession:
+    return opened(b, 1, window=64, epoch=Epoch(2, OWNER), position=position, **changes)
+
+
+def test_r2_a_stage_computes_nothing_before_the_next_has_told_where_it_stands() -> None:
+    b = book()
+    computing(b, 6)
+    session = reopened(b, 5)
+    assert session.position == 5
+    b.accept(frame(5, session=name(1), epoch=Epoch(2, OWNER)))
+    assert b.next_run(10**9) is None
+    assert b.told(name(1), Epoch(1, OWNER), 5, 0) is None, "an older epoch's answer"
+    assert b.told(name(1), Epoch(2, OWNER), 5, 0) == 5
+    assert b.told(name(1), Epoch(2, OWNER), 5, 0) is None, "an answer counts once"
+    assert computed(b, b.next_run(10**9)) == [(0, 5)]
+
+
+def test_r4_what_the_next_stage_lacks_is_replayed_from_the_log_before_anything_new() -> None:
+    b = book()
+    computing(b, 6)
+    session = reopened(b, 5)
+    assert b.told(name(1), Epoch(2, OWNER), 0, logged_from=0) == 5
+    b.accept(frame(5, session=name(1), epoch=Epoch(2, OWNER)))
+    assert b.next_run(10**9) is None
+    asked = []
+    while session.resending is not None:
+        asked.append(session.resending)
+        b.resent(session, session.resending + 1)
+    assert asked == [0, 1, 2, 3, 4]
+    assert list(session.unacknowledged) == [1, 2, 3, 4, 5]
+    assert computed(b, b.next_run(10**9)) == [(0, 5)]
+
+
+def test_r4_without_a_log_a_stage_asks_for_what_the_next_one_lacks() -> None:
+    for logged_from in (None, 3):
+        b = book()
+        computing(b, 6)
+        session = reopened(b, 5)
+        assert b.told(name(1), Epoch(2, OWNER), 2, logged_from) == 2
+        assert (session.position, session.queued_to, session.resending) == (2, 2, None)
+        assert b.accept(frame(2, session=name(1), epoch=Epoch(2, OWNER))) is None
+
+
+def test_a_new_stage_sends_only_what_the_next_one_lacks() -> None:
+    b = book()
+    session = reopened(b, 5)
+    assert session.position == 0
+    assert b.told(name(1), Epoch(2, OWNER), 4, logged_from=0) == 0
+    for position in range(5):
+        b.accept(frame(position, session=name(1), epoch=Epoch(2, OWNER)))
+        computed(b, b.next_run(10**9))
+    # Credit is spent on what was sent alone.
+    assert list(session.unacknowledged) == [5]
+
+
+def test_a_session_whose_sender_is_lost_waits_unless_somebody_needs_the_room() -> None:
+    b = book(slots=2)
+    computing(b, 6)
+    opened(b, 2)
+    b.orphan(name(1), 7)
+    assert b.live == 1
+    b.accept(frame(6, session=name(1)))
+    assert b.next_run(10**9) is None
+    # It goes on where it was in a later epoch ...
+    assert reopened(b, 6).position == 6
+    assert b.live == 2
+    # ... or makes room.
+    b.orphan(name(1), 8)
+    opened(b, 3)
+    assert set(b.sessions) == {name(2), name(3)}
+    assert isinstance(b.open(opening(session=name(4)), 0), Refusal)
+
+
+def test_a_standby_computes_all_and_sends_nothing() -> None:
+    b = book()
+    session = opened(b, 1, window=1, standby=True)
+    for position in range(20):
+        assert b.accept(frame(position, session=name(1))) is None, "nobody waits for its acknowledgements"
+    for position in range(18):
+        assert computed(b, b.next_run(10**9)) == [(0, position)]
+    assert (session.credit, list(session.unacknowledged)) == (1, [])
+    # In a later epoch it goes on as one, with what it has not got round to; or takes its stage.
+    session = opened(b, 1, window=1, epoch=Epoch(2, OWNER), position=19, standby=True)
+    assert (session.position, session.queued_to, len(session.queue)) == (18, 19, 1)
+    assert computed(b, b.next_run(10**9)) == [(0, 18)]
+    session = opened(b, 1, window=4, epoch=Epoch(3, OWNER), position=19)
+    assert (session.position, session.onward, session.told) == (19, 0, False)
