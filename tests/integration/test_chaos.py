@@ -11,6 +11,7 @@ from tests.chaos.__main__ import run, summary, table
 TRIALS = int(os.environ.get("CHAOS_TRIALS", "20"))
 
 
+@pytest.mark.timeout(600)
 def test_faults_in_mid_answer_cost_no_token(capsys: pytest.CaptureFixture[str]) -> None:
     trials = run(TRIALS, seed=11, clients=0, only={}, stages=3)
     told = summary(trials)
