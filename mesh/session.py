@@ -534,7 +534,12 @@ class Session:
         self.kept = self.order.keep and self.state is State.DECODE and finish in natural
         broken = self.state in (State.REROUTING, State.REPLAYING)
         self.state, self.finish = State.DONE, finish
-        closing = self._close_all(finish.value) if broken else [self._close(finish.value, self.kept)]
+        if broken:
+            return [*self._close_all(finish.value), Ended(finish=finish)]
+        closing = [self._close(finish.value, self.kept)]
+        if self.standbys and self.standbys[0] is not None:
+            # Stages close the standbys of those behind them; nobody but the owner is before the first.
+            closing.append(self._close_one(0, self.standbys[0], finish.value))
         return [*closing, Ended(finish=finish)]
 
     def _fail(self, error: MeshError) -> list[Effect]:

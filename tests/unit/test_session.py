@@ -449,7 +449,13 @@ def test_a_standby_takes_its_stage_and_the_others_stand_by_on() -> None:
     assert isinstance(opening, SendOpen)
     assert opening.order.standbys == (spare[0], None, spare[2])
     assert [e.address for e in closes] == [stages[1].address]  # type: ignore[union-attr]
-    # Its end closes the standbys too.
+    # The end closes the standbys too, the first stage's by the owner.
+    calm = Session(order(), route(2, 4), OWNER, ADDRESS, 0, None, spare)
+    calm.start(0)
+    calm.handle(Ack(SESSION, EPOCH, 8), 1)
+    calm.handle(sampled(10), 2)
+    ends = [e for e in calm.handle(Cancelled(), 3) if isinstance(e, SendClose)]
+    assert [(e.address, e.close.alone) for e in ends] == [(FIRST, False), (spare[0].address, True)]
     effects = session.handle(Cancelled(), 5)
     assert {e.address for e in effects if isinstance(e, SendClose)} == {
         stages[0].address,
