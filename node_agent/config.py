@@ -143,6 +143,12 @@ class AgentConfig:
         low=1,
     )
     keep: float = setting(600.0, "How long a session's tokens are kept.", unit="s", low=0.0)
+    battery_floor: int = setting(
+        0,
+        "Charge below which a discharging node hands its sessions over and takes no new ones. 0: never.",
+        unit="percent",
+        low=0,
+    )
     drain_timeout: float = setting(
         10.0, "How long a stopping agent waits for its sessions.", unit="s", low=0.0
     )

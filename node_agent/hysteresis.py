@@ -91,6 +91,14 @@ def _battery(told: Battery | None, now: Battery | None) -> Battery | None:
     return told if small else now
 
 
+def below_floor(before: bool, now: Battery | None, floor: int) -> bool:
+    """Whether a node hands its sessions over to spare its battery: from ``floor`` percent down while it discharges,
+    until it charges or is well above again."""
+    if now is None or now.charging or not floor:
+        return False
+    return now.percent < floor + (BATTERY_PERCENT if before else 0)
+
+
 def _thermal(told: Thermal | None, now: Thermal | None) -> Thermal | None:
     if told is None or now is None or told.throttled != now.throttled:
         return now

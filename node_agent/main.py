@@ -54,6 +54,7 @@ from node_agent.adapters.stage_host import StageHost
 from node_agent.adapters.takeover import Takeovers
 from node_agent.config import AgentConfig, join_address, parse_shard
 from node_agent.hop_log import HopLog
+from node_agent.hysteresis import below_floor
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
@@ -105,14 +106,20 @@ class Agent:
         self._started_monotonic = time.monotonic_ns()
         self._told: Node | None = None
         self._twin: Address | None = None
-        self._drained = False
+        self._drained = self._battery_low = False
         self._discovery: list[Discovery] = []
         self._discovering: list[asyncio.Task[None]] = []
 
     async def run(self, ready: Callable[[Ready], None]) -> None:
         """Start, call ``ready`` once everything listens, serve until stopped."""
         config = self.config
-        self.identity = node_identity(self.data_dir)
+        try:
+            self.identity = node_identity(self.data_dir)
+        except OSError as error:
+            raise ConfigError(
+                f"the data directory {self.data_dir} cannot be written ({error.strerror}); give a folder of "
+                "this agent's own with --data-dir"
+            ) from error
         self.node_id = self.identity.node
         self.name = config.name or socket.gethostname()
         self.own = OwnRecord(config, self.identity, self.name, self.data_dir)
@@ -357,7 +364,7 @@ class Agent:
         return self.own.record(
             self.replicas,
             self._models_here,
-            self.driver.draining or self._drained,
+            self.driver.draining or self._drained or self._battery_low,
             max(terms, default=None),
             self.policies.version,
             self.driver.learner.learned,
@@ -393,6 +400,7 @@ class Agent:
                 if self.own.look_at_machine():
                     for discovery in self._discovery:
                         discovery.update(self.own.advert())
+                self._spare_battery()
             if machine.members:
                 alone_at = float("inf")
             elif now >= alone_at:
@@ -400,6 +408,19 @@ class Agent:
                 log.info("waiting for peers: %s", self.list_nodes()["waiting_for"])
             self._announce()
             await asyncio.sleep(_LOAD_S)
+
+    def _spare_battery(self) -> None:
+        battery, floor = self.own.capabilities.battery, self.config.battery_floor
+        low = below_floor(self._battery_low, battery, floor)
+        if low != self._battery_low:
+            self._battery_low = low
+            charge = f"{battery.percent} %" if battery else "gone"
+            log.warning(
+                "the battery is at %s, the floor is %d %%: %s",
+                charge,
+                floor,
+                "this node is drained" if low else "this node serves again",
+            )
 
     def _told_of_twin(self, address: Address) -> None:
         self._twin = address

@@ -86,6 +86,12 @@ class AgentMetrics:
             ("node_id", "rung", "cause"),
             registry=self.registry,
         )
+        self.held = Counter(
+            "mesh_recoveries_held",
+            "Changes of route that waited because the budget was spent",
+            ("node_id",),
+            registry=self.registry,
+        )
         self.replayed = Counter(
             "mesh_replayed_positions",
             "Positions that were sent again after a loss",

@@ -62,7 +62,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "free some or set MESH_HOME to another disk"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"{path} cannot be written: {error.strerror}; set MESH_HOME") from error
+            raise InputError(
+                f"{path} cannot be written: {error.strerror}; "
+                "set MESH_HOME, or --data-dir for what an agent keeps of itself"
+            ) from error
         raise
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
 from mesh.messages import Cause, Frame, HopLost, Message, Refused, Witness
+from mesh.retry_budget import RetryBudget
 from mesh.session import (
     Cancelled,
     ClientBusy,
@@ -128,6 +129,7 @@ class SessionDriver:
         self._running: dict[SessionId, SessionHandle] = {}
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
+        self._budget = RetryBudget(sessions_max)
         self._loop = asyncio.get_running_loop()
         self._frames: dict[Address, list[Frame]] = {}
         self._copies: dict[Address, list[Frame]] = {}
@@ -393,6 +395,9 @@ class SessionDriver:
     def _reroute(self, handle: SessionHandle, avoid: frozenset[NodeId]) -> bool:
         """Give a session another route, if there is one now; otherwise it asks again."""
         try:
+            if not self._budget.take(time.monotonic_ns(), len(self._view().alive())):
+                self._metrics.held.labels(self._metrics.node_id).inc()
+                raise NoRoute("this node's budget of recoveries is spent")
             plan = handle.replan(handle.session, handle.plan, avoid)
         except NoRoute as error:
             recovery = handle.trace.recoveries[-1] if handle.trace.recoveries else None
