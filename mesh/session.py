@@ -1,15 +1,6 @@
 """A session as its owner sees it: a pure machine, events in, effects out.
 
-::
-
-                 frames acknowledged           first token
-      start  ->  PREFILL ───────────────────▶  DECODE ──▶ DONE
-                    │                            ▲ │
-                    ├──── hop lost, refused ─────┼─┤
-                    ▼                            │ ▼
-                 REROUTING ──▶ REPLAYING ────────┘     ──▶ FAILED: deadline, or no route in time
-                    ▲              │
-                    └─ lost again ─┘
+Its states and the whole table of transitions are in ``session_states``.
 
 The prompt goes out in chunks, at most ``window`` of them unacknowledged (rule R8); each token
 that comes back is kept in the token log, shown to the client and fed to the first stage. Opening
@@ -28,181 +19,39 @@ when a stage should be left because it drains.
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost, Unavailable
 from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
-from mesh.types import Address, Epoch, LayeredRoute, NodeId, Sampling, SessionId, Stage, Token
+from mesh.session_events import (
+    Cancelled,
+    ClientBusy,
+    ClientReady,
+    Effect,
+    EmitToken,
+    Ended,
+    Event,
+    Finish,
+    KeepToken,
+    NeedRoute,
+    Rerouted,
+    SendClose,
+    SendFrame,
+    SendOpen,
+    SessionOrder,
+    Standbys,
+    Tick,
+)
+from mesh.session_states import TRANSITIONS, Rung, State
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId, Stage, Token
 
+_NATURAL = (Finish.STOP, Finish.LENGTH)
 _STORY_KEPT = 24
 _ASK_AGAIN_NS = 100_000_000
 _AVOIDED_NS, _SILENT_AVOIDED_NS = 300_000_000, 2_000_000_000
 """For so long a node that was lost is no part of another route: until membership knows, which takes longer for one
 that fell silent. What comes back after that is as good as any other."""
-
-
-class State(enum.Enum):
-    """Where a session stands."""
-
-    PREFILL = "prefill"
-    """The prompt is going through the stages; no token yet."""
-    DECODE = "decode"
-    """Tokens are coming, one step at a time."""
-    REROUTING = "rerouting"
-    """A stage is lost; waiting for a route without it."""
-    REPLAYING = "replaying"
-    """A new epoch is open; its stages are given what they lack."""
-    DONE = "done"
-    """Ended as asked: stop token, length, or the client had enough."""
-    FAILED = "failed"
-    """Ended with an error."""
-
-
-class Rung(enum.Enum):
-    """How a session came back: by what its stages still had."""
-
-    HOT = "hot"
-    """Every stage of the new route had everything."""
-    WARM = "warm"
-    """The stage before replayed its hop log to one that was new."""
-    UPSTREAM = "upstream"
-    """Several stages were new; a hop log before them was replayed."""
-    INGRESS = "ingress"
-    """The owner sent the tokens again."""
-
-
-class Finish(enum.Enum):
-    """Why a session is done (OpenAI's finish reasons, and a client that left)."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-
-
-_NATURAL = (Finish.STOP, Finish.LENGTH)
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The client left, or the text layer found a stop string (``finish`` says which)."""
-
-    finish: Finish = Finish.CANCELLED
-
-
-@dataclass(frozen=True, slots=True)
-class ClientBusy:
-    """The client does not read: feed no further tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientReady:
-    """The client reads again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A deadline may have passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rerouted:
-    """Another route is there; also asked for while all is well, to leave a node that drains."""
-
-    route: LayeredRoute
-
-
-Standbys = tuple[Stage | None, ...]
-
-
-Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick | Rerouted
-
-
-@dataclass(frozen=True, slots=True)
-class SendOpen:
-    """Open the route."""
-
-    order: Open
-
-
-@dataclass(frozen=True, slots=True)
-class SendFrame:
-    """``tokens`` from ``position`` on, to the first stage."""
-
-    position: int
-    tokens: tuple[int, ...]
-    sample: bool
-
-
-@dataclass(frozen=True, slots=True)
-class KeepToken:
-    """Write a token to the token log."""
-
-    token: Token
-
-
-@dataclass(frozen=True, slots=True)
-class EmitToken:
-    """Show a token to the client."""
-
-    token: Token
-
-
-@dataclass(frozen=True, slots=True)
-class SendClose:
-    """Close a stage at ``address``, which passes it on down its route."""
-
-    close: Close
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class NeedRoute:
-    """Find a route without these nodes; answer with ``Rerouted``, or not at all: it is asked again."""
-
-    avoid: frozenset[NodeId]
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The last effect of a session: ``finish`` or ``error``."""
-
-    finish: Finish | None = None
-    error: MeshError | None = None
-
-
-Effect = SendOpen | SendFrame | KeepToken | EmitToken | SendClose | NeedRoute | Ended
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOrder:
-    """What a session is asked to do. Times are nanoseconds on the clock of ``now``."""
-
-    session: SessionId
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    tokens_max: int
-    stop_tokens: frozenset[int]
-    positions_max: int
-    """Positions that the model's context holds."""
-    deadline_ns: int
-    chunk: int = 64
-    window: int = 4
-    step_timeout_ns: int = 30_000_000_000
-    recovery_timeout_ns: int = 0
-    """How long a session without a route waits for another one; 0: it fails at once."""
-    exact: bool = False
-    """A replay runs the frames again as they were first run, so that the same bits come out; otherwise it runs
-    large chunks, which is quicker."""
-    keep: bool = False
-    """Ask the stages to keep the KV cache when it ends well."""
-    resume: tuple[SessionId, int] | None = None
-    """A session that the route's stages kept, and how many of the prompt's positions it shares."""
-    request: bytes = b""
-    """What another ingress needs to go on with it; opaque here, for the last stage's token log (rule R6)."""
-    expires_ms: int = 0
-    """Of that log, milliseconds since the epoch."""
 
 
 class Session:
@@ -225,7 +74,7 @@ class Session:
         """Replicas that are fed what their stages are fed, by place; they have all or nothing."""
         self.epoch, generated = taken or (Epoch(1, owner), ())
         self.address = address
-        self.state = State.PREFILL
+        self.state = State.REPLAYING if generated else State.PREFILL
         self.generated = list(generated)
         self.finish: Finish | None = None
         self.kept = False
@@ -261,10 +110,14 @@ class Session:
     def ended(self) -> bool:
         return self.state in (State.DONE, State.FAILED)
 
+    def _go(self, state: State) -> None:
+        if state is not self.state and state not in TRANSITIONS[self.state]:
+            raise InvalidTransition("session", self.state.value, f"going to {state.value}", list(self._story))
+        self.state = state
+
     def start(self, now: int) -> list[Effect]:
         """Open the route and send the first chunks."""
         if self.generated:
-            self.state = State.REPLAYING
             done = self._complete()
             if done is not None:
                 return self._finish(done)
@@ -375,7 +228,7 @@ class Session:
             case Tick():
                 return self._tick(now)
             case Refused(cause=Cause.TAKEN_OVER, reason=reason):
-                self.state = State.FAILED
+                self._go(State.FAILED)
                 return [Ended(error=Unavailable(f"another agent goes on with this session: {reason}"))]
             case Refused(cause=Cause.NO_CACHE):
                 return self._start_cold(now)
@@ -402,7 +255,7 @@ class Session:
         if 0 <= stage < len(self.route.stages):
             for_ns = _SILENT_AVOIDED_NS if silent else _AVOIDED_NS
             self._avoid[self.route.stages[stage].node] = now + for_ns
-        self.state = State.REROUTING
+        self._go(State.REROUTING)
         return self._ask(now)
 
     def _ask(self, now: int) -> list[Effect]:
@@ -441,7 +294,8 @@ class Session:
         self.standbys = kept
         self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
-        self.state, self.replayed = State.REPLAYING, 0
+        self.replayed = 0
+        self._go(State.REPLAYING)
         self.rung = None if self.generated else Rung.INGRESS
         # What is left of the old route is told last: nobody waits for it.
         return [*self._open(now), *closing]
@@ -484,12 +338,12 @@ class Session:
         if token.position < expected:
             return []  # duplicate
         if token.position > expected or self._sent < expected or self._asking:
-            return self._fail(
-                PeerError(f"the last stage sent position {token.position}, expected was {expected}")
-            )
+            awaited = "the next" if token.position == expected else f"position {expected}"
+            why = f"{awaited} was due, and the stages have been fed up to {self._sent}"
+            return self._fail(PeerError(f"the last stage sent position {token.position}: {why}"))
         rerouting = self.state is State.REROUTING
         if not rerouting:
-            self.state = State.DECODE
+            self._go(State.DECODE)
             self._lost = None
         self._progress_ns = now
         self.generated.append(token.token)
@@ -533,7 +387,8 @@ class Session:
         # A stop string is found when the next step is under way already: such a cache is not kept.
         self.kept = self.order.keep and self.state is State.DECODE and finish in natural
         broken = self.state in (State.REROUTING, State.REPLAYING)
-        self.state, self.finish = State.DONE, finish
+        self.finish = finish
+        self._go(State.DONE)
         if broken:
             return [*self._close_all(finish.value), Ended(finish=finish)]
         closing = [self._close(finish.value, self.kept)]
@@ -543,7 +398,7 @@ class Session:
         return [*closing, Ended(finish=finish)]
 
     def _fail(self, error: MeshError) -> list[Effect]:
-        self.state = State.FAILED
+        self._go(State.FAILED)
         return [*self._close_all(str(error)), Ended(error=error)]
 
     def _close(self, reason: str, keep: bool) -> Effect:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mesh.capabilities import Capabilities, Cpu, Disk
 from mesh.messages import Frame, Open
-from mesh.session import SessionOrder
+from mesh.session_events import SessionOrder
 from mesh.types import (
     Address,
     Digest,

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from mesh.errors import InputError, MeshError, NoRoute, RequestError
-from mesh.session import Session, SessionOrder, Standbys
+from mesh.session import Session
+from mesh.session_events import SessionOrder, Standbys
 from mesh.types import Digest, LayeredRoute, NodeId, Sampling, SessionId
 from node_agent.adapters.http_api import Job, new_choice, new_envelope
 from node_agent.adapters.model_store import ModelStore

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from mesh.errors import ConfigError, InputError, MeshError, RequestError
-from mesh.session import Finish
+from mesh.session_events import Finish
 from mesh.types import SessionId
 from node_agent.adapters.control_loop import ControlLoop, check_version
 from node_agent.adapters.metrics import AgentMetrics

@@ -15,7 +15,8 @@ import numpy as np
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
 from mesh.messages import Cause, Frame, HopLost, Message, Refused, Witness
 from mesh.retry_budget import RetryBudget
-from mesh.session import (
+from mesh.session import Session
+from mesh.session_events import (
     Cancelled,
     ClientBusy,
     ClientReady,
@@ -30,12 +31,11 @@ from mesh.session import (
     SendClose,
     SendFrame,
     SendOpen,
-    Session,
     SessionOrder,
     Standbys,
-    State,
     Tick,
 )
+from mesh.session_states import State
 from mesh.types import Address, Digest, Epoch, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.stage_host import StageHost

@@ -17,7 +17,8 @@ import pytest
 
 from mesh.errors import NoRoute
 from mesh.messages import Message
-from mesh.session import Session, SessionOrder, Standbys
+from mesh.session import Session
+from mesh.session_events import SessionOrder, Standbys
 from mesh.types import Address, LayeredRoute, NodeId, SessionId, ShardInfo, Stage
 from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics

@@ -8,7 +8,8 @@ import pytest
 
 from mesh.errors import Full, NoRoute, PeerError, StageLost, Unavailable
 from mesh.messages import Ack, Cause, Close, HopLost, Opened, Refused, Sampled
-from mesh.session import (
+from mesh.session import Session
+from mesh.session_events import (
     Cancelled,
     ClientBusy,
     ClientReady,
@@ -18,14 +19,12 @@ from mesh.session import (
     KeepToken,
     NeedRoute,
     Rerouted,
-    Rung,
     SendClose,
     SendFrame,
     SendOpen,
-    Session,
-    State,
     Tick,
 )
+from mesh.session_states import Rung, State
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, Token
 from tests.builders import ADDRESS, OWNER, SESSION, order, route
 

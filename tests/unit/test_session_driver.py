@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.session import Finish, Session, SessionOrder
+from mesh.session import Session
+from mesh.session_events import Finish, SessionOrder
 from mesh.types import LayeredRoute, NodeId, SessionId, Stage, Token
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
