@@ -168,6 +168,8 @@ class Close:
     """It ended well: keep the KV cache for a session that goes on from it, while there is room."""
     alone: bool = False
     """This stage only: the others go on in a later epoch."""
+    waits: bool = False
+    """No end: the stage before was closed alone, and this epoch is over for those behind it as well."""
 
 
 @dataclass(frozen=True, slots=True)

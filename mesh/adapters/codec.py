@@ -108,6 +108,7 @@ def encode(message: Message) -> Iterator[pb.Packet]:
                     stage=message.stage,
                     keep=message.keep,
                     alone=message.alone,
+                    waits=message.waits,
                 )
             )
         case HopLost():
@@ -329,7 +330,7 @@ class Decoder:
             case "close":
                 c = packet.close
                 return Close(
-                    read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep, c.alone
+                    read_session(c.session), _read_epoch(c.epoch), c.reason, c.stage, c.keep, c.alone, c.waits
                 )
             case "witness":
                 w = packet.witness

@@ -30,12 +30,12 @@ from mesh.messages import (
     Sampled,
     Witness,
 )
-from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Token
+from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Stage, Token
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.hop_log import HopLog
 from node_agent.hop_watch import HopWatch
-from node_agent.ports import TokenLog
+from node_agent.ports import NO_EPOCH, TokenLog
 from node_agent.stage import Refusal, StageSession
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ BEACON_INTERVAL_S = 0.03
 _MERGED_MAX = 128
 """Positions of a replay's frame when it need not be exact."""
 _TIDY_NS = 1_000_000_000
-_FENCES_KEPT = 4096
+_FENCES_KEPT = _CLOSED_KEPT = 4096
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 _HOP_SAMPLES = 32
@@ -99,6 +99,8 @@ class StageHost:
         self._tokens = tokens
         self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
         """Owners that took sessions over: what an older one wants is refused."""
+        self._closed: OrderedDict[Key, Epoch] = OrderedDict()
+        """What was closed: an ``Open`` that a frozen or slow stage passes on later must not bring it back."""
         self.hops = hops
         self.watch: HopWatch[Address] = HopWatch()
         self.replicas: dict[Digest, Replica] = {}
@@ -181,13 +183,20 @@ class StageHost:
         if fence is not None and order.epoch != fence and order.epoch.counter <= fence.counter:
             self._refuse(order, Cause.TAKEN_OVER, f"its owner is {fence.owner}")
             return
+        if order.epoch <= self._closed.get((order.session, order.stage), NO_EPOCH):
+            return
         survived = order.session in replica.book.sessions
         outcome = replica.open(order)
         if isinstance(outcome, Refusal):
             self._refuse(order, outcome.cause, outcome.reason)
             return
         placed = _Placed(replica, self.metrics[stage.shard], upstream, order)
+        before = self._placed.get((order.session, order.stage))
         self._placed[order.session, order.stage] = placed
+        if before is not None and _onward(before.order) != _onward(order):
+            # The owner tells it as well, but may have done so before our Open of that epoch arrived there.
+            left = Close(order.session, before.order.epoch, "the session moved", waits=True)
+            self._pass_close(before.order, left)
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
         if order.standby:
@@ -328,17 +337,24 @@ class StageHost:
     def _close(self, close: Close) -> None:
         key = (close.session, close.stage)
         placed = self._placed.get(key)
+        if close.waits:
+            if placed is not None and close.epoch == placed.order.epoch:
+                self._wait(placed, close.reason)
+            return
+        self._closed[key] = max(close.epoch, self._closed.pop(key, NO_EPOCH))
+        while len(self._closed) > _CLOSED_KEPT:
+            self._closed.popitem(last=False)
         if placed is None or close.epoch < placed.order.epoch:
             return
         self._forget(key, placed, close.keep)
-        if not close.alone:
-            self._pass_close(placed.order, close.reason, close.keep)
+        # Those behind this stage may know nothing of a later epoch: what this one passed on late opened them.
+        self._pass_close(placed.order, replace(close, alone=False, waits=close.alone))
 
-    def _pass_close(self, order: Open, reason: str, keep: bool = False) -> None:
-        route = order.route
-        if isinstance(route, LayeredRoute) and order.stage + 1 < len(route.stages):
-            onward = Close(order.session, order.epoch, reason, order.stage + 1, keep)
-            self.deliver(route.stages[onward.stage].address, onward)
+    def _pass_close(self, order: Open, close: Close) -> None:
+        following = _onward(order)
+        if following is not None and not order.standby:
+            onward = replace(close, epoch=order.epoch, stage=order.stage + 1)
+            self.deliver(following.address, onward)
             standby = order.standby_of(onward.stage)
             if standby is not None:
                 self.deliver(standby.address, replace(onward, keep=False, alone=True))
@@ -378,7 +394,7 @@ class StageHost:
             if refusal is not None:
                 self._forget((frame.session, frame.stage), placed)
                 self._report(placed.order, frame.stage, refusal.cause, refusal.reason)
-                self._pass_close(placed.order, refusal.reason)
+                self._pass_close(placed.order, Close(frame.session, frame.epoch, refusal.reason))
                 continue
             touched[id(placed.replica)] = placed.replica
         for replica in touched.values():
@@ -533,7 +549,6 @@ class StageHost:
         self._lose(address, Cause.STREAM_BROKEN, reason)
 
     def _lose(self, address: Address, cause: Cause, reason: str) -> None:
-        now = time.monotonic_ns()
         for placed in list(self._placed.values()):
             order, route = placed.order, placed.order.route
             if not isinstance(route, LayeredRoute):
@@ -542,15 +557,18 @@ class StageHost:
             if following < len(route.stages) and route.stages[following].address == address:
                 self._report(order, following, cause, reason)
             elif order.owner_address == address and address != self.address:
-                # Nobody is left to hear of it, for now.
-                placed.replica.book.orphan(order.session, now)
+                self._wait(placed, reason)  # nobody is left to hear of it, for now
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
-        now = time.monotonic_ns()
-        for key, placed in self._placed.items():
+        for placed in self._placed.values():
             if placed.upstream is upstream:
-                placed.replica.book.orphan(key[0], now)
+                self._wait(placed, "the stage before was lost")
+
+    def _wait(self, placed: _Placed, why: str) -> None:
+        """Keep a session for a later epoch, here and behind here: its end may have been lost with who is lost."""
+        placed.replica.book.orphan(placed.order.session, time.monotonic_ns())
+        self._pass_close(placed.order, Close(placed.order.session, placed.order.epoch, why, waits=True))
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -607,6 +625,14 @@ class StageHost:
                 self._forget(key, placed)
                 if session is None and self.hops is not None:
                     self.hops.forget(key[0], placed.replica.book.shard.digest)
+
+
+def _onward(order: Open) -> Stage | None:
+    """The stage after the receiver's."""
+    route = order.route
+    if not isinstance(route, LayeredRoute) or order.stage + 1 >= len(route.stages):
+        return None
+    return route.stages[order.stage + 1]
 
 
 def _abandoned(session: StageSession, now: int) -> bool:

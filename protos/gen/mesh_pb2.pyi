@@ -765,6 +765,7 @@ class Close(google.protobuf.message.Message):
     STAGE_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
     ALONE_FIELD_NUMBER: builtins.int
+    WAITS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     reason: builtins.str
     stage: builtins.int
@@ -773,6 +774,8 @@ class Close(google.protobuf.message.Message):
     """its KV cache may be resumed: keep it while nobody else needs the room"""
     alone: builtins.bool
     """this stage only: the others go on in a later epoch"""
+    waits: builtins.bool
+    """the stage before left the session: keep it for a later epoch, which may have come already"""
     @property
     def epoch(self) -> Global___Epoch: ...
     def __init__(
@@ -784,9 +787,10 @@ class Close(google.protobuf.message.Message):
         stage: builtins.int = ...,
         keep: builtins.bool = ...,
         alone: builtins.bool = ...,
+        waits: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["alone", b"alone", "epoch", b"epoch", "keep", b"keep", "reason", b"reason", "session", b"session", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "epoch", b"epoch", "keep", b"keep", "reason", b"reason", "session", b"session", "stage", b"stage", "waits", b"waits"]) -> None: ...
 
 Global___Close: typing_extensions.TypeAlias = Close
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -30,6 +31,10 @@ ANSWER = 220
 AFTER = 24
 """Tokens that come after a fault, at least."""
 LOAD_TOKENS = 60
+LOADED_EVERY = 4
+"""One trial of so many runs beside other sessions, where there are to be any."""
+SATURATING = 8
+PROGRESS_S = 30
 READ_TIMEOUT_S = 2.0
 RESUME_WITHIN_S = 30.0
 
@@ -103,10 +108,25 @@ class Load:
             thread.join()
 
 
+@dataclass
+class Outcome:
+    """All trials, and how often a session left its route while nothing was broken."""
+
+    trials: list[Trial]
+    false_failovers: int
+
+
 def run(
-    trials: int, seed: int, clients: int, only: dict[str, str], stages: int = 5, keep: Path | None = None
-) -> list[Trial]:
-    """All trials, one after the other, on one fleet."""
+    trials: int,
+    seed: int,
+    clients: int,
+    only: dict[str, str],
+    stages: int = 5,
+    keep: Path | None = None,
+    saturation_s: float = 0,
+) -> Outcome:
+    """All trials, one after the other, on one fleet; ``clients`` others ask during every ``LOADED_EVERY``th.
+    Then, for a while, as many sessions as there are slots, and no fault."""
     rng = Random(seed)
     store = the_store()
     text = prompt_ids(store, max(PROMPTS))
@@ -124,17 +144,27 @@ def run(
             for p in plans
             if all(only.get(n, x) == x for n, x in zip(("mode", "kind", "victim"), p, strict=True))
         ]
-        if clients:
-            stack.enter_context(Load(running, clients, text))
         for i in range(trials):
             if i % len(plans) == 0:
                 rng.shuffle(plans)
             mode, kind, victim = plans[i % len(plans)]
-            trial = _try(running, mode, kind, victim, text, calm, rng)
-            trial.loaded = clients > 0
+            loaded = clients > 0 and i % LOADED_EVERY == LOADED_EVERY - 1
+            with Load(running, clients if loaded else 0, text):
+                trial = _try(running, mode, kind, victim, text, calm, rng)
+            trial.loaded = loaded
             done.append(trial)
             sys.stderr.write(_line(i + 1, trials, trial) + "\n")
-    return done
+        return Outcome(done, _saturate(running, text, saturation_s))
+
+
+def _saturate(running: Fleet, text: list[int], seconds: float) -> int:
+    """Failovers while every slot is wanted and nothing is broken."""
+    before, begin = running.failovers(), time.monotonic()
+    with Load(running, SATURATING if seconds else 0, text):
+        while (left := seconds - (time.monotonic() - begin)) > 0:
+            sys.stderr.write(f"saturated, {left:.0f} s left, {running.failovers() - before} failovers\n")
+            time.sleep(min(PROGRESS_S, left))
+    return running.failovers() - before
 
 
 def _calm(running: Fleet, prompt: list[int]) -> list[str]:
@@ -191,8 +221,9 @@ def _line(number: int, count: int, t: Trial) -> str:
     )
 
 
-def summary(trials: list[Trial]) -> dict[str, Any]:
+def summary(outcome: Outcome) -> dict[str, Any]:
     """The figures, by the names under which they are asked for."""
+    trials = outcome.trials
     kills = [
         t
         for t in trials
@@ -217,7 +248,19 @@ def summary(trials: list[Trial]) -> dict[str, Any]:
         "stall_over_bound_p50_warm_fast": over("fast"),
         "stall_over_bound_p50_warm_exact": over("exact"),
         "freeze_detect_ms_p50": round(median(t.detect_ms for t in frozen), 1) if frozen else None,
+        "stall_loaded_over_calm_p50": _loaded_over_calm(trials),
+        "false_failovers": outcome.false_failovers,
     }
+
+
+def _loaded_over_calm(trials: list[Trial]) -> float | None:
+    """Stalls beside other sessions over those without, each against its bound and its own group."""
+    groups: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for t in trials:
+        if not t.failed and t.rungs and t.victim not in ("two", "ingress"):
+            groups.setdefault((t.mode, t.kind), ([], []))[t.loaded].append(t.stall_ms / t.bound_ms)
+    ratios = [r / median(calm) for calm, loaded in groups.values() if calm for r in loaded]
+    return round(median(ratios), 3) if ratios else None
 
 
 def table(trials: list[Trial]) -> str:
@@ -242,7 +285,12 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", type=int, default=5)
-    parser.add_argument("--clients", type=int, default=0, help="others that ask meanwhile")
+    parser.add_argument(
+        "--clients", type=int, default=3, help=f"others that ask, in one trial of {LOADED_EVERY}"
+    )
+    parser.add_argument(
+        "--saturation", type=float, default=0, help="seconds of full load without a fault, at the end"
+    )
     parser.add_argument("--mode", choices=INGRESSES)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--victim", choices=VICTIMS)
@@ -250,9 +298,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     said = parser.parse_args()
     only = {n: getattr(said, n) for n in ("mode", "kind", "victim") if getattr(said, n)}
-    trials = run(said.trials, said.seed, said.clients, only, said.stages, said.keep)
-    print(table(trials))
-    figures = summary(trials)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the network is taken down as well
+    outcome = run(said.trials, said.seed, said.clients, only, said.stages, said.keep, said.saturation)
+    print(table(outcome.trials))
+    figures = summary(outcome)
     print(json.dumps(figures) if said.json else "\n".join(f"{k:34} {v}" for k, v in figures.items()))
     return 0
 

@@ -87,6 +87,15 @@ class Fleet:
             found: dict[str, Any] = json.load(answer)
         return found
 
+    def failovers(self) -> int:
+        """Sessions of any ingress that changed their route so far."""
+        total = 0.0
+        for ingress in INGRESSES:
+            with urllib.request.urlopen(f"http://{self.agents[ingress].api}/metrics", timeout=5) as answer:
+                lines = answer.read().decode().splitlines()
+            total += sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("mesh_failovers_total"))
+        return int(total)
+
     def whole(self) -> bool:
         """Whether all ingresses see every replica serving on a node that answers."""
         wanted = self.stages * REPLICAS

@@ -168,16 +168,17 @@ class Machine:
             return
         target = self.storm.by_address(address)
         if target is None:
-            asyncio.get_running_loop().call_later(_DELAY_S, self.lost, address)
+            asyncio.get_running_loop().call_later(_DELAY_S, self.lost, address, None)
             return
         wire = self.wires.get(address)
         if wire is None or wire.target is not target:
             wire = self.wires[address] = Wire(self.storm, self, target)
         wire.send(message)
 
-    def lost(self, address: Address) -> None:
+    def lost(self, address: Address, who: Machine | None) -> None:
         if self.alive:
-            self.wires.pop(address, None)
+            if address in self.wires and self.wires[address].target is who:
+                del self.wires[address]
             self.host.downstream_lost(address, "gone")
             if self is self.storm.ingress:
                 self.storm.driver.link_lost(address, "gone")
@@ -239,10 +240,17 @@ class Storm:
         self.faults["kill"] += 1
         for other in self.machines.values():
             if other.alive and machine.address in other.wires:
-                self.loop.call_later(self.rng.random() * 0.002, other.lost, machine.address)
+                self.loop.call_later(self.rng.random() * 0.002, other.lost, machine.address, machine)
         for wire in machine.wires.values():
-            if wire.target.alive:
-                self.loop.call_later(self.rng.random() * 0.002, wire.target.host.upstream_lost, wire)
+            self.loop.call_later(self.rng.random() * 0.002, self._ended, wire)
+
+    def _ended(self, wire: Wire) -> None:
+        """The far end of a link hears of its end after everything that came before it."""
+        target = wire.target
+        if target.frozen is not None or target.held:
+            target.held.append((lambda message: target.host.upstream_lost(wire), []))
+        elif target.alive:
+            target.host.upstream_lost(wire)
 
     async def freeze(self, name: str, for_s: float) -> None:
         machine = self.machines[name]
