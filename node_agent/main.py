@@ -231,6 +231,7 @@ class Agent:
             lambda reason: self.metrics.refused.labels(self.node_id, reason).inc(),
             hops,
             token_log,
+            lambda address: self.pool.drop(address),
         )
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(

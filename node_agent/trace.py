@@ -34,6 +34,8 @@ class Recovery:
     replayed: int = 0
     waited: bool = False
     """There was no other route at first: something had to be loaded, or to come back."""
+    opening: bool = False
+    """Nothing was lost: a stage refused the session before its first token."""
 
 
 @dataclass(slots=True)
@@ -61,10 +63,11 @@ class SessionTrace:
     """What the predictions were made with."""
     recoveries: list[Recovery] = field(default_factory=list)
 
-    def lost(self, cause: str, now: int) -> None:
-        """A stage is lost, or about to be left."""
+    def lost(self, cause: str, now: int, refused: bool = False) -> None:
+        """A stage is lost, or about to be left, or ``refused`` the session."""
         if not self.recoveries or self.recoveries[-1].stalled_us:
-            self.recoveries.append(Recovery(cause, str(self.route), self.tokens, now))
+            opening = refused and not self.tokens
+            self.recoveries.append(Recovery(cause, str(self.route), self.tokens, now, opening=opening))
 
     def rerouted(self, route: LayeredRoute) -> None:
         """Another route was taken; stages' times are of it from here on."""
@@ -84,15 +87,15 @@ class SessionTrace:
         """Note a token and the times that it brought along; microseconds that the session stood still for a
         recovery that it ends, else 0. ``going`` is false for a token that was under way when a stage was lost."""
         self.tokens += 1
+        first = self.tokens == 1
+        if first:
+            self.first_ns = now
         stalled_us = 0
         if going and self.recoveries and not self.recoveries[-1].stalled_us:
             stalled_us = self.recoveries[-1].stalled_us = max(1, (now - self.recoveries[-1].at_ns) // 1000)
             self.last_ns = now
             return stalled_us
-        first = self.tokens == 1
-        if first:
-            self.first_ns = now
-        else:
+        if not first:
             self.overheads_us.append((now - self.last_ns) // 1000 - sum(token.times[1::3]))
         self.last_ns = now
         sums = self.first_stages if first else self.stages

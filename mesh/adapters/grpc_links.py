@@ -106,6 +106,7 @@ class _Link:
     def __init__(self, pool: LinkPool, address: Address) -> None:
         self.outbox = _Outbox()
         self.node: NodeId | None = None
+        self.dropped = False
         self._pool, self._address = pool, address
         self.task = asyncio.create_task(self._run(), name=f"link to {address}")
 
@@ -189,11 +190,20 @@ class LinkPool:
         if not link.outbox.put(message):
             link.task.cancel()
 
+    def drop(self, address: Address) -> None:
+        """Forget a link whose peer is silent: what comes next is dialled anew, as TCP would go on waiting for ever
+        longer before it tries again. It is not reported as lost: whoever drops it knows."""
+        link = self._links.pop(address, None)
+        if link is not None:
+            link.dropped = True
+            link.outbox.broken = True
+            link.task.cancel()
+
     def ended(self, address: Address, link: _Link, reason: str) -> None:
         """A link's task is over."""
         if self._links.get(address) is link:
             del self._links[address]
-        if not self._closing:
+        if not self._closing and not link.dropped:
             log.info("link to %s ended: %s", address, reason)
             self._lost(address, reason)
 

@@ -238,8 +238,8 @@ class SessionDriver:
         try:
             now = time.monotonic_ns()
             effects = handle.session.handle(event, now)
-            if isinstance(event, HopLost | Refused) and any(isinstance(e, NeedRoute) for e in effects):
-                handle.trace.lost(_why(event), now)
+            if any(isinstance(e, NeedRoute) for e in effects):
+                handle.trace.lost(_why(event), now, isinstance(event, Refused))
             for effect in effects:
                 if isinstance(effect, EmitToken):
                     going = handle.session.state is not State.REROUTING
@@ -254,6 +254,12 @@ class SessionDriver:
     def _recovered(self, handle: SessionHandle, stalled_us: int) -> None:
         session, recovery = handle.session, handle.trace.recoveries[-1]
         rung = session.rung.value if session.rung else "moved"
+        if recovery.opening:
+            recovery.rung = "opening"
+            log.info(
+                "a session was opened elsewhere: %s", recovery.cause, extra={"session": session.order.session}
+            )
+            return
         recovery.rung = "cold" if recovery.waited else rung
         recovery.replayed = session.replayed
         self.learner.recovered(stalled_us)
@@ -542,6 +548,8 @@ class SessionDriver:
             self._end(handle, Ended(error=Unavailable(reason)))
 
 
-def _why(event: HopLost | Refused) -> str:
-    detail = event.detail if isinstance(event, HopLost) else event.reason
-    return f"{event.cause.name.lower()}: {detail}"
+def _why(event: Event) -> str:
+    match event:
+        case HopLost(cause=cause, detail=detail) | Refused(cause=cause, reason=detail):
+            return f"{cause.name.lower()}: {detail}"
+    return "no_progress: nothing came for as long as a step may take"

@@ -94,7 +94,9 @@ class StageHost:
         refused: Callable[[str], None],
         hops: HopLog | None = None,
         tokens: TokenLog | None = None,
+        drop: Callable[[Address], None] = lambda address: None,
     ) -> None:
+        """``send`` to a peer and ``drop`` the link to one that is silent; ``refused`` counts sessions by reason."""
         self.node, self.address = node, address
         self._tokens = tokens
         self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
@@ -106,7 +108,7 @@ class StageHost:
         self.replicas: dict[Digest, Replica] = {}
         self.metrics: dict[Digest, StageMetrics] = {}
         self.owner: Owner | None = None
-        self._send_remote, self._count_refused = send, refused
+        self._send_remote, self._drop_link, self._count_refused = send, drop, refused
         self._placed: dict[Key, _Placed] = {}
         self._computed: list[Computed] = []
         """Rows not acknowledged yet."""
@@ -611,6 +613,7 @@ class StageHost:
         for address, silent_ns in self.watch.look(owing, now, int(BEACON_INTERVAL_S * 1e9)):
             reason = f"no sign of life for {silent_ns / 1e6:.0f} ms"
             log.warning("%s is silent: %s", address, reason)
+            self._drop_link(address)
             self._lose(address, Cause.SILENT, reason)
             if self.owner is not None:
                 self.owner.silent(address, reason)
