@@ -380,7 +380,10 @@ class Session:
             return []
         if not self._paused and now >= self._progress_ns + self.order.step_timeout_ns:
             seconds = self.order.step_timeout_ns / 1e9
-            return self._lose(-1, StageLost(f"no stage of {self.route} made progress for {seconds:g} s"), now)
+            error = StageLost(f"no stage of {self.route} made progress for {seconds:g} s")
+            # Where the first stage has computed everything and those between said nothing, the token was lost.
+            fed = self.generated and not self._asking and self._acked >= self._sent
+            return self._lose(len(self.route.stages) - 1 if fed else -1, error, now, silent=True)
         return []
 
     def _finish(self, finish: Finish, natural: tuple[Finish, ...] = ()) -> list[Effect]:

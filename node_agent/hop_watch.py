@@ -69,6 +69,12 @@ class HopWatch(Generic[A]):
         """Its link broke: what comes next is another process."""
         self._peers.pop(address, None)
 
+    def rest(self) -> None:
+        """Nobody looks for a while, since nobody owes anything."""
+        self._looked_ns = 0
+        for peer in self._peers.values():
+            peer.since_ns, peer.doubted = 0, False
+
     def look(self, outstanding: Iterable[A], now: int, every_ns: int) -> list[tuple[A, int]]:
         """Those that are silent, and for how long; called every ``every_ns`` with everybody who owes a sign. An
         address that was told is told again only after another whole limit."""

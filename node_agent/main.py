@@ -12,6 +12,8 @@ import gc
 import json
 import logging
 import os
+import random
+import secrets
 import signal
 import socket
 import sys
@@ -28,10 +30,11 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS, SERVER_OPTIONS, Identity, LinkPool, LinkServer
 from mesh.adapters.logs import set_up_logs
-from mesh.adapters.membership_driver import open_socket
+from mesh.adapters.membership_driver import MembershipDriver, open_socket
 from mesh.discovery import Discovery
 from mesh.errors import ConfigError, MeshError, RequestError, Unavailable
 from mesh.gossip import MemberState
+from mesh.membership import Membership
 from mesh.profiles import PROFILES
 from mesh.types import Address, SessionId
 from node_agent.adapters.agent_rpc import AgentService
@@ -46,12 +49,14 @@ from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.own_record import OwnRecord
 from node_agent.adapters.peers import ClusterView
+from node_agent.adapters.planner import RoutePlanner
 from node_agent.adapters.policy_book import PolicyBook
+from node_agent.adapters.record_streams import RecordStreams
 from node_agent.adapters.replicas import ReplicaManager, ShardKey
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver
 from node_agent.adapters.stage_host import StageHost
-from node_agent.adapters.takeover import Takeovers
+from node_agent.adapters.takeover import AskByRpc, Takeovers
 from node_agent.config import AgentConfig, join_address, parse_shard
 from node_agent.hop_log import HopLog
 from node_agent.hysteresis import below_floor
@@ -154,6 +159,7 @@ class Agent:
         await server.start()
         api = HttpApi(
             self.generator,
+            self.planner,
             self.drain_node,
             self.list_models,
             self.list_nodes,
@@ -238,7 +244,10 @@ class Agent:
             self.host, token_log, self.metrics, config.sessions, config.keep, lambda: self.view.snapshot
         )
         self.host.owner = self.driver
-        self.view = ClusterView(config.cluster, self.own.fact(), PROFILES[config.profile], sock)
+        profile = PROFILES[config.profile]
+        machine = Membership(self.own.fact(), profile, random.Random(), time.monotonic_ns())
+        self.membership = MembershipDriver(config.cluster, machine, sock)
+        self.view = ClusterView(self.membership, RecordStreams(config.cluster, profile))
         self.view.on_twin = self._told_of_twin
         self.view.on_record = self.driver.note_record
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
@@ -247,10 +256,18 @@ class Agent:
         )
         self.policies = PolicyBook(self.data_dir, self.node_id)
         self.takeovers = Takeovers(
-            config.cluster, self.node_id, token_log, lambda: self.view.snapshot, self.host.fence
+            self.node_id, token_log, lambda: self.view.snapshot, self.host.fence, AskByRpc(config.cluster)
+        )
+        self.planner = RoutePlanner(
+            config,
+            self.node_id,
+            lambda: self.view.snapshot,
+            self.driver,
+            lambda: self.policies.policy,
+            lambda: secrets.randbits(62) + 1,
         )
         self.generator = Generator(
-            config, self.node_id, self.store, self.view, self.driver, self.policies, self.takeovers
+            config, self.node_id, self.store, self.view, self.driver, self.planner, self.takeovers
         )
         self.control = ControlLoop(
             config, self.node_id, self.view, self.store, self.policies, consul_of(config)
@@ -269,7 +286,7 @@ class Agent:
         self.links = LinkServer(identity, self.host.received, self.host.upstream_lost)
         mesh_pb2_grpc.add_PeerServicer_to_server(self.links, server)
         agent_pb2_grpc.add_AgentServicer_to_server(self.service, server)
-        membership_pb2_grpc.add_MembershipServicer_to_server(self.view.driver, server)
+        membership_pb2_grpc.add_MembershipServicer_to_server(self.membership, server)
         add_HealthServicer_to_server(self.health, server)
         self.api_port = config.api_port
 
@@ -457,7 +474,7 @@ class Agent:
         states = [m.fact.state for m in self.view.membership.members.values()]
         for state in MemberState:
             metrics.members.labels(self.node_id, state.name.lower()).set(states.count(state))
-        driver = self.view.driver
+        driver = self.membership
         for direction, total in (("sent", driver.bytes_sent), ("received", driver.bytes_received)):
             metrics.membership_bytes.labels(self.node_id, direction).set(total)
         for address, count in self.pool.bytes_sent().items():

@@ -81,20 +81,20 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class MembershipDriver(rpc.MembershipServicer):
-    """One machine on a socket. ``changed`` and ``twin`` are called on the event loop."""
+    """One machine on a socket."""
 
     def __init__(
         self,
         cluster: str,
         machine: Membership,
         sock: socket.socket,
-        changed: Callable[[NodeId], None],
-        twin: Callable[[TwinSeen], None],
     ) -> None:
         self.machine = machine
         self.bytes_sent = self.bytes_received = 0
         self._cluster, self._mark = cluster, cluster_mark(cluster)
-        self._sock, self._changed, self._twin = sock, changed, twin
+        self._sock = sock
+        self._changed: Callable[[NodeId], None] = lambda node: None
+        self._twin: Callable[[TwinSeen], None] = lambda seen: None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,6 +102,10 @@ class MembershipDriver(rpc.MembershipServicer):
         self._garbage = 0
         self._loop.add_reader(sock, self._readable)
         self._arm()
+
+    def listen(self, changed: Callable[[NodeId], None], twin: Callable[[TwinSeen], None]) -> None:
+        """Whom to tell of members that changed, and of nodes that are there twice."""
+        self._changed, self._twin = changed, twin
 
     def handle(self, event: Event) -> None:
         """Give the machine an event and do what it asks for."""

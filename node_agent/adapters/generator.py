@@ -11,16 +11,14 @@ import secrets
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from mesh.errors import InputError, MeshError, NoRoute, RequestError
-from mesh.session import Session
-from mesh.session_events import SessionOrder, Standbys
+from mesh.session_events import SessionOrder
 from mesh.types import Digest, LayeredRoute, NodeId, Sampling, SessionId
 from node_agent.adapters.http_api import Job, new_choice, new_envelope
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.peers import ClusterView
-from node_agent.adapters.policy_book import PolicyBook
+from node_agent.adapters.planner import RoutePlanner
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.takeover import Takeovers
 from node_agent.config import AgentConfig
@@ -34,27 +32,13 @@ from node_agent.ingress.resumption import (
 )
 from node_agent.ingress.schema import Generation
 from node_agent.prefixes import KeptSession
-from node_agent.route_report import route_report
-from scheduler.cost import Percentile
-from scheduler.policy import ClassPolicy
 from scheduler.routing import (
-    Group,
-    Kept,
-    RoutePlan,
-    Router,
-    RouteRequest,
     models_served,
-    standbys_for,
 )
 
 log = logging.getLogger(__name__)
 
 _LONG_TEXT = 4096
-_TOKENS_EXPECTED = 256
-"""Of an answer whose length nobody limited."""
-_TOKENS_SOON = 32
-"""Of a session that lost a stage: what goes on soon matters more than what is a little faster later."""
-_ALTERNATIVES = 2
 
 
 class Generator:
@@ -67,14 +51,13 @@ class Generator:
         store: ModelStore,
         view: ClusterView,
         driver: SessionDriver,
-        policies: PolicyBook,
+        planner: RoutePlanner,
         takeovers: Takeovers,
     ) -> None:
         self._takeovers = takeovers
         self.config, self.node_id, self.store, self.view = config, node, store, view
-        self.driver, self.policies = driver, policies
+        self.driver, self.planner = driver, planner
         self._texts: dict[str, TextModel] = {}
-        self._router = Router()
 
     async def start(self, generation: Generation, class_name: str = "") -> Job:
         """Route, tokenize and open a request's sessions; raises ``MeshError`` with what to say.
@@ -95,8 +78,8 @@ class Generator:
                 code="model_not_found",
                 status=404,
             )
-        rules = self._rules(name, class_name)
-        route = self.plan(name, rules=rules).route
+        rules = self.planner.rules(name, class_name)
+        route = self.planner.plan(name, rules=rules).route
         text = await self._text_model(name, shape.ref.digest)
         context = self._context(route, shape.context_max)
         prompts = await self._prompts(text, generation, context)
@@ -113,7 +96,7 @@ class Generator:
                         b"".join(map(text.bytes_of, order.prompt)).decode("utf-8", "replace")
                     )
                 kept = self._kept(generation, shape.ref.digest, order)
-                plan = self.plan(name, order, rules, draw=secrets.randbits(62) + 1, kept=kept)
+                plan = self.planner.plan(name, order, rules, draw=self.planner.draw(), kept=kept)
                 if plan.group is not None:
                     record = SessionRecord(
                         generation,
@@ -129,8 +112,8 @@ class Generator:
                     order = replace(order, resume=(kept[0].session, plan.resumed))
                     self.driver.prefixes.take(kept[0].session)
                     cached += plan.resumed
-                replan = partial(self._replan, name, rules)
-                standbys = self._standbys(plan, rules)
+                replan = partial(self.planner.replan, name, rules)
+                standbys = self.planner.standbys(plan, rules)
                 handles.append(self.driver.start(order, plan, str(shape.ref), replan, standbys=standbys))
         except MeshError:
             for handle in handles:
@@ -157,31 +140,27 @@ class Generator:
         record = read_record(known.request)
         generation, group = record.generation, record.group
         text = await self._text_model(generation.model, group[0])
-        rules = self._rules(generation.model, record.class_name)
+        rules = self.planner.rules(generation.model, record.class_name)
         order = self._order(
             generation, session, known.prompt, record.sampling, record.tokens_max, record.positions_max, text
         )
         order = replace(order, keep=False, request=known.request)
-        plan = self.plan(
+        plan = self.planner.plan(
             generation.model,
             order,
             rules,
-            draw=secrets.randbits(62) + 1,
+            draw=self.planner.draw(),
             pin=group,
             done=len(known.tokens),
             holds=known.route,
         )
-        replan = partial(self._replan, generation.model, rules)
+        replan = partial(self.planner.replan, generation.model, rules)
         handle = self.driver.start(order, plan, generation.model, replan, (epoch, known.tokens))
         envelope = new_envelope(session, generation.model, generation.chat, record.created)
         choice = new_choice(record.sampling.choice, text, generation.stop)
         return Job(
             replace(generation, stream=True), envelope, [choice], [handle], len(known.prompt), seen=seen
         )
-
-    def _standbys(self, plan: RoutePlan, rules: tuple[ClassPolicy, ...]) -> Standbys:
-        hot = self.config.recovery == "hot" or any(r.recovery == "hot" for r in rules)
-        return standbys_for(self.view.snapshot, plan.route) if hot and not plan.resumed else ()
 
     def _exact(self, generation: Generation) -> bool:
         """Whether a replay must bring the same bits."""
@@ -226,101 +205,6 @@ class Generator:
         if told == "off" or (told == "auto" and fixed):
             return None
         return self.driver.prefixes.longest(model, order.prompt)
-
-    def _rules(self, model: str, class_name: str) -> tuple[ClassPolicy, ...]:
-        """What the policy says of a model and of a class of requests; raises ``RequestError``."""
-        policy = self.policies.policy
-        rules: list[ClassPolicy] = []
-        if model in policy.models:
-            rules.append(policy.models[model])
-        if class_name:
-            if class_name not in policy.classes:
-                known = ", ".join(sorted(policy.classes)) or "none"
-                raise RequestError(
-                    f"X-Mesh-Class is {class_name!r}; the policy has these classes: {known}",
-                    param="X-Mesh-Class",
-                )
-            rules.append(policy.classes[class_name])
-        return tuple(rules)
-
-    def _replan(
-        self,
-        model: str,
-        rules: tuple[ClassPolicy, ...],
-        session: Session,
-        before: RoutePlan,
-        avoid: frozenset[NodeId],
-    ) -> RoutePlan:
-        """Another route for a session that runs: of the same model, runtime and quantization (rule R7), and
-        where it pays with the stages that hold its KV cache."""
-        return self.plan(
-            model,
-            session.order,
-            rules,
-            draw=secrets.randbits(62) + 1,
-            avoid=avoid,
-            pin=before.group,
-            runs=session,
-        )
-
-    def plan(
-        self,
-        model: str,
-        order: SessionOrder | None = None,
-        rules: tuple[ClassPolicy, ...] = (),
-        draw: int = 0,
-        percentile: str = "p50",
-        avoid: frozenset[NodeId] = frozenset(),
-        pin: Group | None = None,
-        kept: tuple[KeptSession, int] | None = None,
-        runs: Session | None = None,
-        done: int = 0,
-        holds: LayeredRoute | None = None,
-    ) -> RoutePlan:
-        """The route of a request on our latest snapshot, or of a session that ``runs``, or has ``done`` tokens
-        and may be held by the stages of ``holds``, from here on; raises ``NoRoute``."""
-        done = len(runs.generated) if runs else done
-        stages = [*holds.stages] if holds else []
-        if runs:
-            stages = [*runs.route.stages, *(s for s in runs.standbys if s is not None)]
-        percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
-        request = RouteRequest(
-            model,
-            self.node_id,
-            percentile=Percentile[percentile.upper()],
-            rules=rules,
-            avoid=avoid,
-            pin=pin,
-            kept=Kept(kept[0].route, kept[1]) if kept else None,
-            learned=self.driver.learner.learned,
-            tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
-            prompt=len(order.prompt) + done if order else 0,
-            steps=done if order and order.exact else 0,
-            holding=frozenset((s.node, s.shard) for s in stages) if done else frozenset(),
-            chunk=self.config.chunk,
-            own=self.driver.own_sessions(),
-            ours_told=self.driver.ours_told,
-            positions=len(order.prompt) + order.tokens_max if order else 0,
-            draw=draw,
-            alternatives=_ALTERNATIVES,
-        )
-        return self._router.plan(self.view.snapshot, request)
-
-    def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]:
-        """``/mesh/v1/route``: the route that a request would take now, with every term of its cost."""
-        if model not in models_served(self.view.snapshot):
-            known = ", ".join(sorted(models_served(self.view.snapshot))) or "none"
-            raise RequestError(
-                f"the model {model!r} does not exist here (served: {known})",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
-        if percentile not in ("p50", "p99"):
-            raise RequestError(f"percentile is {percentile!r}; use p50 or p99", param="percentile")
-        names = {n.id: n.name for n in self.view.snapshot.nodes.values()}
-        rules = self._rules(model, class_name)
-        return route_report(self.plan(model, rules=rules, percentile=percentile), names)
 
     def _context(self, route: LayeredRoute, model_context: int) -> int:
         """Positions that every stage of the route has room for."""

@@ -20,6 +20,7 @@ from mesh.session_events import Finish
 from mesh.types import SessionId
 from node_agent.adapters.control_loop import ControlLoop, check_version
 from node_agent.adapters.metrics import AgentMetrics
+from node_agent.adapters.planner import RoutePlanner
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.ingress.answer import Choice, Envelope, error_body, error_of, usage_of
 from node_agent.ingress.resumption import event_id, parse_event_id
@@ -121,8 +122,6 @@ class Jobs(Protocol):
 
     async def resume(self, event: str) -> Job: ...
 
-    def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]: ...
-
 
 CLASS_HEADER = "X-Mesh-Class"
 
@@ -133,6 +132,7 @@ class HttpApi:
     def __init__(
         self,
         jobs: Jobs,
+        routes: RoutePlanner,
         drain: Callable[[str, bool], Awaitable[dict[str, Any]]],
         models: Callable[[], list[dict[str, Any]]],
         nodes: Callable[[], dict[str, Any]],
@@ -141,7 +141,7 @@ class HttpApi:
         metrics: AgentMetrics,
         before_metrics: Callable[[], None],
     ) -> None:
-        self._drain = drain
+        self._drain, self._routes = drain, routes
         self._jobs, self._models, self._nodes = jobs, models, nodes
         self._control = control
         self._driver, self._metrics, self._before_metrics = driver, metrics, before_metrics
@@ -294,7 +294,7 @@ class HttpApi:
     async def _route(self, request: web.Request) -> web.Response:
         query = request.query
         asked = query.get("model", ""), query.get("percentile", "p50"), query.get("class", "")
-        return _json(self._jobs.explain(*asked))
+        return _json(self._routes.explain(*asked))
 
     async def _drain_node(self, request: web.Request) -> web.Response:
         try:

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol
 
-import grpc
-
-from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
-from mesh.adapters.membership_driver import MembershipDriver
+from mesh.clock import Clock
 from mesh.discovery import Sighting
 from mesh.errors import PeerError
-from mesh.gossip import Fact, MemberState
+from mesh.gossip import MemberState
 from mesh.member import Member
 from mesh.membership import Membership
-from mesh.membership_events import Found, Gone, Leave, StreamLost, TwinSeen
-from mesh.profiles import Profile
+from mesh.membership_events import Event, Found, Gone, Leave, StreamLost, TwinSeen
 from mesh.types import Address, NodeId
-from node_agent.adapters.records import read_node
-from protos.gen import agent_pb2 as pb
-from protos.gen import agent_pb2_grpc as rpc
 from scheduler.cluster import ClusterEvent, ClusterSnapshot, Node, NodeForgotten, NodeJudged, NodeSeen
 
 log = logging.getLogger(__name__)
@@ -38,6 +29,27 @@ _RETRY_S = (0.1, 2.0)
 _CONNECT_S = 3.0
 _LEAVE_S = 0.05
 """Time for the goodbyes to leave the machine."""
+
+
+RecordSource = Callable[[Address], AsyncIterator[Node]]
+"""The record of the agent at an address, and again whenever it changes; raises ``PeerError`` with the reason when it ends."""
+
+
+class MachineDriver(Protocol):
+    """What runs a membership machine."""
+
+    @property
+    def machine(self) -> Membership: ...
+
+    def listen(self, changed: Callable[[NodeId], None], twin: Callable[[TwinSeen], None]) -> None:
+        """Whom to tell of members that changed, and of nodes that are there twice."""
+        ...
+
+    def handle(self, event: Event) -> None:
+        """Give the machine an event and do what it asks for."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -50,23 +62,15 @@ class _Watch:
 class ClusterView:
     """Our snapshot. ``on_change`` is called when a member's standing or record changed."""
 
-    def __init__(self, cluster: str, me: Fact, profile: Profile, sock: socket.socket) -> None:
+    def __init__(self, driver: MachineDriver, records: RecordSource, clock: Clock = time) -> None:
         self.snapshot = ClusterSnapshot()
         self.twins: dict[NodeId, Address] = {}
         """Addresses of agents that have another's node id."""
         self.digests: dict[NodeId, str] = {}
         """Capability digests as discovery advertised them."""
-        self._cluster = cluster
+        self.driver, self._records, self._clock = driver, records, clock
         self._watches: dict[NodeId, _Watch] = {}
-        # Now and then, for middleboxes that forget idle streams: membership watches the peer itself.
-        self._options = (
-            *QUIET_CHANNEL_OPTIONS,
-            ("grpc.keepalive_time_ms", profile.sync_interval // 1_000_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-        )
-        machine = Membership(me, profile, random.Random(), time.monotonic_ns())
-        self.driver = MembershipDriver(cluster, machine, sock, self._judged, self._twin)
+        driver.listen(self._judged, self._twin)
         self.on_twin: Callable[[Address], None] = lambda address: None
         self.on_suspicion: Callable[[], None] = lambda: None
         self.on_record: Callable[[Node], None] = lambda node: None
@@ -108,7 +112,7 @@ class ClusterView:
             self.twins.pop(node, None)
             return
         state = member.fact.state
-        self.apply(NodeJudged(node, state, member.reachable, time.monotonic()))
+        self.apply(NodeJudged(node, state, member.reachable, self._clock.monotonic()))
         if state is MemberState.SUSPECT:
             self.on_suspicion()
         log.log(
@@ -155,21 +159,11 @@ class ClusterView:
     async def _watch(self, node: NodeId, address: Address, instance: int) -> None:
         wait_s = _RETRY_S[0]
         while True:
+            reason = "it ended the stream of its record"
             try:
-                async with grpc.aio.insecure_channel(address, self._options) as channel:
-                    stream = rpc.AgentStub(channel).Watch(pb.WatchRequest(cluster=self._cluster))
-                    # The first record must come soon; later ones come when there is news.
-                    async with asyncio.timeout(_CONNECT_S):
-                        record = await stream.read()
-                    while record is not grpc.aio.EOF:
-                        self._seen(node, cast("pb.NodeRecord", record))
-                        wait_s = _RETRY_S[0]
-                        record = await stream.read()
-                reason = "it ended the stream of its record"
-            except TimeoutError:
-                reason = f"no record within {_CONNECT_S:g} s"
-            except grpc.aio.AioRpcError as error:
-                reason = f"{error.code().name.lower()}: {error.details()}"
+                async for record in self._records(address):
+                    self._seen(node, record)
+                    wait_s = _RETRY_S[0]
             except PeerError as error:
                 reason = str(error)
             log.debug("watch of %s at %s: %s", node, address, reason)
@@ -177,17 +171,15 @@ class ClusterView:
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, _RETRY_S[1])
 
-    def _seen(self, node_id: NodeId, record: pb.NodeRecord) -> None:
-        node: Node = read_node(record)
-        if record.cluster != self._cluster:
-            raise PeerError(f"it belongs to cluster {record.cluster!r}, not {self._cluster!r}")
+    def _seen(self, node_id: NodeId, node: Node) -> None:
         if node.id != node_id:
             raise PeerError(f"it says that it is {node.id}, not {node_id}")
-        self.apply(NodeSeen(node, time.monotonic()))
+        now = self._clock.monotonic()
+        self.apply(NodeSeen(node, now))
         self.on_record(node)
         member = self.membership.members.get(node_id)
         if member is not None:
-            self.apply(NodeJudged(node_id, member.fact.state, member.reachable, time.monotonic()))
+            self.apply(NodeJudged(node_id, member.fact.state, member.reachable, now))
 
     # -- the end -------------------------------------------------------------------------------
 

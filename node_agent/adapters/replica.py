@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mesh.clock import Clock
 from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, SessionId, Token
+from node_agent.adapters.compute import Compute, ComputeThread
 from node_agent.ports import Runtime
 from node_agent.sampling import sample
 from node_agent.stage import Refusal, Run, StageBook, StageSession
@@ -63,24 +64,22 @@ class Replica:
         forward: Callable[[list[Computed]], None],
         failed: Callable[[StageSession, Cause, str], None],
         speed: StageSpeed,
+        clock: Clock = time,
+        compute: Compute | None = None,
     ) -> None:
-        self.runtime = runtime
+        self.runtime, self._clock = runtime, clock
+        self.compute = compute or ComputeThread(f"compute {runtime.info.layers}", clock)
         self._speed, self._told = SpeedMeter(speed), speed
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
         self.runs = 0
         self._forward, self._failed = forward, failed
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._busy = False
         self._nested = False
         self._timer: asyncio.TimerHandle | None = None
         self._step_ns = 0
         """Smoothed time of a decode step; 0 until one was measured."""
-        self._thread = threading.Thread(
-            target=self._compute, name=f"compute {runtime.info.layers}", daemon=True
-        )
-        self._thread.start()
 
     @property
     def working(self) -> bool:
@@ -89,17 +88,17 @@ class Replica:
 
     def speed(self) -> StageSpeed:
         """How fast it is, for peers."""
-        self._told = worth_telling(self._told, self._speed.speed(time.monotonic()))
+        self._told = worth_telling(self._told, self._speed.speed(self._clock.monotonic()))
         return self._told
 
     def open(self, order: Open) -> StageSession | Refusal:
-        return self.book.open(order, time.monotonic_ns())
+        return self.book.open(order, self._clock.monotonic_ns())
 
     def accept(self, frame: Frame) -> Refusal | None:
         """Take a frame; ``dispatch`` starts it."""
         refusal = self._check(frame) or self.book.accept(frame)
         if refusal is None:
-            frame.arrived_ns = frame.arrived_ns or time.monotonic_ns()
+            frame.arrived_ns = frame.arrived_ns or self._clock.monotonic_ns()
         return refusal
 
     def _check(self, frame: Frame) -> Refusal | None:
@@ -127,7 +126,7 @@ class Replica:
 
     def close_session(self, session: SessionId, epoch: Epoch | None = None, keep: bool = False) -> bool:
         """End a session; free its slot at once, or keep its KV cache while there is room."""
-        return self.book.close(session, epoch, time.monotonic_ns() if keep else None) is not None
+        return self.book.close(session, epoch, self._clock.monotonic_ns() if keep else None) is not None
 
     def dispatch(self) -> None:
         """Start the next run if the thread is idle."""
@@ -136,7 +135,7 @@ class Replica:
         # Nothing computes now: a freed slot's pages can go before anybody else writes there.
         while self.book.freed:
             self.runtime.release(self.book.freed.pop())
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         run = self.book.next_run(now)
         if run is None:
             until = self.book.gathering_until
@@ -145,7 +144,7 @@ class Replica:
             return
         self._busy = True
         if not self._brief(run):
-            self._jobs.put(run)
+            self.compute.submit(partial(self._attempt, run), partial(self._done, run))
         elif self._nested:
             # Two turns on: the token that led here is shown first, not a whole step later.
             self._loop.call_soon(self._loop.call_soon, self._run_here, run)
@@ -162,27 +161,17 @@ class Replica:
         Such a run is computed on the loop: handing it to the thread and back costs two wake-ups,
         a tenth of a small stage's step. Receiving waits for at most ``BRIEF_MAX_NS``.
         """
-        return 0 < self._step_ns < BRIEF_MAX_NS and run.rows[0] is not None and run.rows[0][1].length == 1
+        known = self.compute.inline and 0 < self._step_ns < BRIEF_MAX_NS
+        return known and run.rows[0] is not None and run.rows[0][1].length == 1
 
     def _run_here(self, run: Run) -> None:
         self._nested = True
         try:
-            started = time.monotonic_ns()
+            started = self._clock.monotonic_ns()
             outcome = self._attempt(run)
-            self._done(run, outcome, started, time.monotonic_ns())
+            self._done(run, outcome, started, self._clock.monotonic_ns())
         finally:
             self._nested = False
-
-    def _compute(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            started = time.monotonic_ns()
-            outcome = self._attempt(job)
-            ended = time.monotonic_ns()
-            try:
-                self._loop.call_soon_threadsafe(self._done, job, outcome, started, ended)
-            except RuntimeError:
-                return  # the loop is closed: we are shutting down
-        self.runtime.close()
 
     def _attempt(self, run: Run) -> list[Any] | Exception:
         try:
@@ -262,10 +251,9 @@ class Replica:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions, wait for the running ones, then drop weights and memory."""
         self.book.draining = True
-        deadline = time.monotonic() + timeout_s
-        while self.book.live and time.monotonic() < deadline:
+        deadline = self._clock.monotonic() + timeout_s
+        while self.book.live and self._clock.monotonic() < deadline:
             await asyncio.sleep(_DRAIN_POLL_S)
         for session in list(self.book.sessions.values()):
             self._failed(session, Cause.DRAINING, "the replica was unloaded")
-        self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await self.compute.close(self.runtime.close)

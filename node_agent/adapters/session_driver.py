@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter, OrderedDict, deque
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mesh.clock import Clock
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
 from mesh.messages import Cause, Frame, HopLost, Message, Refused, Witness
 from mesh.retry_budget import RetryBudget
@@ -117,7 +119,9 @@ class SessionDriver:
         sessions_max: int,
         keep_s: float,
         view: Callable[[], ClusterSnapshot],
+        clock: Clock = time,
     ) -> None:
+        self._clock = clock
         self._host, self._log, self._metrics = host, token_log, metrics
         self._sessions_max, self._keep_s = sessions_max, keep_s
         self._view, self._looked_at = view, ClusterSnapshot()
@@ -129,6 +133,7 @@ class SessionDriver:
         self._running: dict[SessionId, SessionHandle] = {}
         self.traces: OrderedDict[SessionId, SessionTrace] = OrderedDict()
         self.draining = False
+        self._begun = asyncio.Event()
         self._budget = RetryBudget(sessions_max)
         self._loop = asyncio.get_running_loop()
         self._frames: dict[Address, list[Frame]] = {}
@@ -155,10 +160,10 @@ class SessionDriver:
         if len(self._running) >= self._sessions_max:
             self._metrics.refused.labels(self._metrics.node_id, "ingress_full").inc()
             raise Full(f"this agent runs {len(self._running)} sessions already, its limit")
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         route = plan.route
         epoch, tokens = taken or (Epoch(1, self._host.node), ())
-        order = replace(order, expires_ms=int((time.time() + self._keep_s) * 1000))
+        order = replace(order, expires_ms=int((self._clock.time() + self._keep_s) * 1000))
         known = (epoch, tuple(t.token for t in tokens))
         session = Session(order, route, self._host.node, self._host.address, now, known, standbys)
         trace = SessionTrace(
@@ -181,6 +186,7 @@ class SessionDriver:
             handle.push(token)
         self._choose_witness(handle)
         self._running[order.session] = handle
+        self._begun.set()
         self.traces[order.session] = trace
         while len(self.traces) > TRACES_KEPT:
             self.traces.popitem(last=False)
@@ -206,7 +212,7 @@ class SessionDriver:
     def note_record(self, node: Node) -> None:
         """A node told its load: of the sessions that it counts, these are ours, some of which may just have
         ended. What is left is others', and goes on when ours are long gone."""
-        since = time.monotonic() - _RECORD_LAG_S
+        since = self._clock.monotonic() - _RECORD_LAG_S
         while self._left and self._left[0][0] < since:
             self._left.popleft()
         ours = self.own_sessions()
@@ -236,7 +242,7 @@ class SessionDriver:
 
     def _step(self, handle: SessionHandle, event: Event) -> None:
         try:
-            now = time.monotonic_ns()
+            now = self._clock.monotonic_ns()
             effects = handle.session.handle(event, now)
             if any(isinstance(e, NeedRoute) for e in effects):
                 handle.trace.lost(_why(event), now, isinstance(event, Refused))
@@ -401,7 +407,7 @@ class SessionDriver:
     def _reroute(self, handle: SessionHandle, avoid: frozenset[NodeId]) -> bool:
         """Give a session another route, if there is one now; otherwise it asks again."""
         try:
-            if not self._budget.take(time.monotonic_ns(), len(self._view().alive())):
+            if not self._budget.take(self._clock.monotonic_ns(), len(self._view().alive())):
                 self._metrics.held.labels(self._metrics.node_id).inc()
                 raise NoRoute("this node's budget of recoveries is spent")
             plan = handle.replan(handle.session, handle.plan, avoid)
@@ -468,7 +474,7 @@ class SessionDriver:
             if cause is Cause.SILENT:
                 self.handle(session, HopLost(session.order.session, session.epoch, stage, cause, detail))
             elif session.state is State.DECODE:
-                handle.trace.lost(f"{cause.name.lower()}: {detail}", time.monotonic_ns())
+                handle.trace.lost(f"{cause.name.lower()}: {detail}", self._clock.monotonic_ns())
                 if not self._reroute(handle, frozenset()):
                     handle.trace.stayed()
                 self._feed()
@@ -476,7 +482,7 @@ class SessionDriver:
     def _lose(self, handle: SessionHandle, reason: str) -> None:
         """Our own disk failed: no token may reach the client that is not in the log (rule R6)."""
         handle.pending.clear()
-        for effect in handle.session.handle(Cancelled(), time.monotonic_ns()):
+        for effect in handle.session.handle(Cancelled(), self._clock.monotonic_ns()):
             if isinstance(effect, SendClose):
                 self._carry_one(handle, effect)
         self._end(handle, Ended(error=Unavailable(reason, retry_after_s=5)))
@@ -489,7 +495,7 @@ class SessionDriver:
         if session.kept and handle.plan.group:
             tokens = (*order.prompt, *session.generated[:-1])
             self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
-        left = time.monotonic()
+        left = self._clock.monotonic()
         self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
         trace.outcome = ended.finish.value if ended.finish else f"failed: {ended.error}"
@@ -525,21 +531,34 @@ class SessionDriver:
 
     async def run(self) -> None:
         """Deadlines, and tokens of sessions that nobody will ask for again."""
-        swept = time.monotonic()
+        sweep_s = max(1.0, min(60.0, self._keep_s / 4))
+        swept = self._clock.monotonic()
         while True:
-            await asyncio.sleep(TICK_S)
-            self._look()
-            now = time.monotonic_ns()
-            for handle in list(self._running.values()):
-                due = handle.session.next_deadline()
-                if due is not None and now >= due:
-                    self.handle(handle.session, Tick())
-            if time.monotonic() - swept > max(1.0, min(60.0, self._keep_s / 4)):
-                swept = time.monotonic()
+            if self._running:
+                await asyncio.sleep(TICK_S)
+                self._tick()
+            else:
+                await self._idle(sweep_s)
+            if self._clock.monotonic() - swept >= sweep_s:
+                swept = self._clock.monotonic()
                 try:
-                    await asyncio.to_thread(lambda: list(self._log.expire(time.time())))
+                    await asyncio.to_thread(lambda: list(self._log.expire(self._clock.time())))
                 except OSError as error:
                     log.error("the token log cannot be trimmed: %s", error)
+
+    async def _idle(self, at_most_s: float) -> None:
+        self._begun.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self._begun.wait()
+
+    def _tick(self) -> None:
+        self._look()
+        now = self._clock.monotonic_ns()
+        for handle in list(self._running.values()):
+            due = handle.session.next_deadline()
+            if due is not None and now >= due:
+                self.handle(handle.session, Tick())
 
     def stop_all(self, reason: str) -> None:
         """End every session: the agent stops."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mesh.adapters.grpc_links import Upstream
+from mesh.clock import Clock
 from mesh.messages import (
     Ack,
     Beacon,
@@ -95,9 +96,10 @@ class StageHost:
         hops: HopLog | None = None,
         tokens: TokenLog | None = None,
         drop: Callable[[Address], None] = lambda address: None,
+        clock: Clock = time,
     ) -> None:
         """``send`` to a peer and ``drop`` the link to one that is silent; ``refused`` counts sessions by reason."""
-        self.node, self.address = node, address
+        self.node, self.address, self._clock = node, address, clock
         self._tokens = tokens
         self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
         """Owners that took sessions over: what an older one wants is refused."""
@@ -117,6 +119,8 @@ class StageHost:
         self._sent_ns: OrderedDict[tuple[SessionId, int, int], int] = OrderedDict()
         self._hops: dict[Address, deque[int]] = {}
         self._local = _LocalUpstream(self)
+        self._work = asyncio.Event()
+        """There may be something to look after."""
 
     @property
     def busy(self) -> bool:
@@ -153,7 +157,7 @@ class StageHost:
     def replied(self, address: Address, message: Message) -> None:
         """A message came back up a link that we dialled."""
         if address != self.address:
-            self.watch.heard(address, time.monotonic_ns())
+            self.watch.heard(address, self._clock.monotonic_ns())
         if isinstance(message, Opened):
             self._told(message)
         elif isinstance(message, list):
@@ -195,6 +199,7 @@ class StageHost:
         placed = _Placed(replica, self.metrics[stage.shard], upstream, order)
         before = self._placed.get((order.session, order.stage))
         self._placed[order.session, order.stage] = placed
+        self._work.set()
         if before is not None and _onward(before.order) != _onward(order):
             # The owner tells it as well, but may have done so before our Open of that epoch arrived there.
             left = Close(order.session, before.order.epoch, "the session moved", waits=True)
@@ -210,7 +215,7 @@ class StageHost:
                 order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens, route
             )
         if order.stage + 1 < len(route.stages):
-            left_ms = max(1, (outcome.deadline_ns - time.monotonic_ns()) // 1_000_000)
+            left_ms = max(1, (outcome.deadline_ns - self._clock.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
             self.deliver(route.stages[onward.stage].address, onward)
             standby = order.standby_of(onward.stage)
@@ -254,7 +259,7 @@ class StageHost:
         self._fences[session] = epoch
         while len(self._fences) > _FENCES_KEPT:
             self._fences.popitem(last=False)
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         for key, placed in self._placed.items():
             order = placed.order
             if key[0] != session or order.epoch >= epoch:
@@ -321,8 +326,10 @@ class StageHost:
         pieces: list[NDArray[np.float32]] = []
         while position < session.position and (not pieces or count < _MERGED_MAX):
             piece = self.hops.frame(session.order.session, shard, position)
-            if piece is None or position + len(piece) > session.position:
+            if piece is None:
                 return None
+            # A later epoch may have been opened within a frame: what is beyond was computed anew since.
+            piece = piece[: session.position - position]
             if session.order.exact:
                 return piece
             pieces.append(piece)
@@ -385,7 +392,7 @@ class StageHost:
     # -- frames --------------------------------------------------------------------------------
 
     def _frames(self, upstream: Upstream, frames: list[Frame]) -> None:
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         touched: dict[int, Replica] = {}
         for frame in frames:
             placed = self._placed.get((frame.session, frame.stage))
@@ -474,7 +481,7 @@ class StageHost:
         return here.shard
 
     def _note_sent(self, frames: list[Frame]) -> None:
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         for frame in frames:
             self._sent_ns[frame.session, frame.stage, frame.position + frame.length] = now
         while len(self._sent_ns) > _SENT_KEPT:
@@ -493,7 +500,7 @@ class StageHost:
             self._timer.cancel()
             self._timer = None
         rows, self._computed = self._computed, []
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         owed: dict[int, tuple[Upstream, dict[Key, Ack]]] = {}
         for row in rows:
             order = row.session.order
@@ -515,7 +522,7 @@ class StageHost:
     def _acknowledged(self, address: Address, ack: Ack) -> None:
         sent = self._sent_ns.pop((ack.session, ack.stage, ack.position), None)
         if sent is not None:
-            round_us = (time.monotonic_ns() - sent) // 1000
+            round_us = (self._clock.monotonic_ns() - sent) // 1000
             samples = self._hops.setdefault(address, deque(maxlen=_HOP_SAMPLES))
             samples.append(max(0, (round_us - ack.held_us) // 2))
         if ack.stage == 0:
@@ -539,6 +546,7 @@ class StageHost:
 
     def note_sent(self, address: Address, frames: list[Frame]) -> None:
         """The ingress sends frames itself; note when, so that its hop is measured as well."""
+        self._work.set()
         if address != self.address:
             self._note_sent(frames)
 
@@ -569,7 +577,7 @@ class StageHost:
 
     def _wait(self, placed: _Placed, why: str) -> None:
         """Keep a session for a later epoch, here and behind here: its end may have been lost with who is lost."""
-        placed.replica.book.orphan(placed.order.session, time.monotonic_ns())
+        placed.replica.book.orphan(placed.order.session, self._clock.monotonic_ns())
         self._pass_close(placed.order, Close(placed.order.session, placed.order.epoch, why, waits=True))
 
     # -- time ----------------------------------------------------------------------------------
@@ -578,9 +586,14 @@ class StageHost:
         """Beacons while there is work, peers that owe a sign of life, and the end of sessions that are overdue."""
         tidied = 0
         while True:
+            if not (self._placed or self._owing() or any(r.book.kept for r in self.replicas.values())):
+                # A node without work sleeps: wake-ups cost a battery more than sessions that never come.
+                self._work.clear()
+                self.watch.rest()
+                await self._work.wait()
             await asyncio.sleep(BEACON_INTERVAL_S)
             self._beacon()
-            now = time.monotonic_ns()
+            now = self._clock.monotonic_ns()
             self._look(now)
             if now - tidied >= _TIDY_NS:
                 tidied = now
@@ -597,9 +610,12 @@ class StageHost:
         for upstream, replica in busy.values():
             upstream.reply(Beacon(replica.runs, replica.book.queued))
 
+    def _owing(self) -> set[Address]:
+        return self.owner.awaited() if self.owner is not None else set()
+
     def _look(self, now: int) -> None:
         """Report the next stages that are silent (rule R1: the owner decides)."""
-        owing = self.owner.awaited() if self.owner is not None else set()
+        owing = self._owing()
         for placed in self._placed.values():
             order, route = placed.order, placed.order.route
             session = placed.replica.book.sessions.get(order.session)

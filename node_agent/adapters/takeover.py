@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -17,15 +17,17 @@ import msgspec
 from mesh.adapters.codec import read_tokens
 from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.errors import RequestError, Unavailable
+from mesh.gossip import MemberState
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId
 from node_agent.ports import NO_EPOCH, LoggedSession, TokenLog
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
-from scheduler.cluster import ClusterSnapshot
+from scheduler.cluster import ClusterSnapshot, Node
 
 log = logging.getLogger(__name__)
 
 _ASK_S = 1.5
+_NAMED = 5
 _ASKED_MAX = 64
 """Peers that are asked for a session: more than ever hold one."""
 
@@ -37,18 +39,23 @@ class _Found:
     session: LoggedSession
 
 
+Ask = Callable[[Address, SessionId, Epoch | None, Epoch | None], Awaitable[tuple[LoggedSession | None, bool]]]
+"""Ask an agent what its log holds of a session; with the epochs expected and wanted, to change its owner, and whether
+it did. Nothing and false where it does not answer in time."""
+
+
 class Takeovers:
     """``fence(session, epoch)`` is called when somebody else becomes the owner of a session that we serve."""
 
     def __init__(
         self,
-        cluster: str,
         node: NodeId,
         tokens: TokenLog,
         view: Callable[[], ClusterSnapshot],
         fence: Callable[[SessionId, Epoch], None],
+        ask: Ask,
     ) -> None:
-        self._cluster, self._node, self._log = cluster, node, tokens
+        self._node, self._log, self._ask = node, tokens, ask
         self._view, self._fence = view, fence
 
     def answer(
@@ -71,6 +78,13 @@ class Takeovers:
         nobody knows it, ``Unavailable`` where another claim came first."""
         found = await self._find(session)
         if not found:
+            away = sorted(n.name for n in self._view().nodes.values() if not self._answers(n))
+            if away:
+                raise Unavailable(
+                    f"no node that answers knows the session {session}; {', '.join(away[:_NAMED])} may, and "
+                    "cannot be asked now",
+                    retry_after_s=1,
+                )
             raise RequestError(
                 f"no session {session} is known here or to the peers that answer; it may have expired",
                 code="not_found",
@@ -87,6 +101,9 @@ class Takeovers:
             raise Unavailable(f"session {session} was just taken over by another agent", retry_after_s=1)
         return best.session, wanted
 
+    def _answers(self, node: Node) -> bool:
+        return node.id == self._node or (node.state is MemberState.ALIVE and node.reachable)
+
     async def _find(self, session: SessionId) -> list[_Found]:
         ours, _ = self.answer(session, None, None)
         found = [_Found(None, ours)] if ours is not None else []
@@ -102,7 +119,14 @@ class Takeovers:
             return self.answer(session, found.session.epoch, wanted)[1]
         return (await self._ask(found.holder, session, found.session.epoch, wanted))[1]
 
-    async def _ask(
+
+class AskByRpc:
+    """``Ask`` over gRPC."""
+
+    def __init__(self, cluster: str) -> None:
+        self._cluster = cluster
+
+    async def __call__(
         self, address: Address, session: SessionId, expected: Epoch | None, wanted: Epoch | None
     ) -> tuple[LoggedSession | None, bool]:
         request = pb.TakeOverRequest(cluster=self._cluster, session=bytes.fromhex(session))

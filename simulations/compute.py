@@ -1,0 +1,128 @@
+"""Modelled computation: how long a run takes is taken from measurements, what it gives depends on everything before.
+
+A modelled shard computes no layers. Each position's output is a checksum of its input and of the output before it, so
+that one frame lost, doubled, out of order or of an old epoch shows in every later token; ``expected`` says which tokens
+an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mesh.types import LayerRange, ShardInfo
+from scheduler.speed import StageSpeed
+from simulations.virtual_time import MachineClock, VirtualLoop
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NOTHING = 0
+
+
+def link(before: int, value: int, salt: int) -> int:
+    """The next of a chain of checksums."""
+    return zlib.crc32(b"%d,%d,%d" % (before, value, salt))
+
+
+def token_of(value: int, vocabulary: int) -> int:
+    """The token that a last shard samples; never 0, which ends texts."""
+    return value % (vocabulary - 2) + 1
+
+
+def expected(prompt: Sequence[int], tokens: int, cuts: Sequence[LayerRange], vocabulary: int) -> list[int]:
+    """The text that a prompt gets from shards of these layers."""
+    history, out = list(prompt), list[int]()
+    before = [_NOTHING] * len(cuts)
+    at = 0
+    while len(out) < tokens:
+        while at < len(history):
+            value = history[at]
+            for i, layers in enumerate(cuts):
+                value = before[i] = link(before[i], value, layers.start)
+            at += 1
+        out.append(token_of(value, vocabulary))
+        history.append(out[-1])
+    return out
+
+
+class ModelledRuntime:
+    """``node_agent.ports.Runtime``; ``took_us`` is what the last run would have taken."""
+
+    provider = "modelled"
+
+    def __init__(self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed) -> None:
+        self.info, self.slots, self.capacity, self.speed = info, slots, capacity, speed
+        self.took_us = 0.0
+        self._chains: list[list[int]] = [[] for _ in range(slots)]
+
+    def decode(self, slot: int, positions: Sequence[int], inputs: Any, logits: bool = True) -> NDArray[Any]:
+        self.took_us = self.speed.step(len(positions), max(positions))
+        values = []
+        for i, position in enumerate(positions):
+            row_is_read = len(self._chains[slot + i]) >= position
+            values.append(self._step(slot + i, position, self._read(inputs[i])) if row_is_read else _NOTHING)
+        return self._written(values)
+
+    def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> NDArray[Any]:
+        self.took_us = self.speed.prefill * len(inputs)
+        values = [self._step(slot, position + i, self._read(row)) for i, row in enumerate(inputs)]
+        return self._written(values[-1:] if self.info.last else values)
+
+    def _step(self, slot: int, position: int, value: int) -> int:
+        chain = self._chains[slot]
+        if len(chain) < position:
+            raise AssertionError(f"position {position} came after {len(chain)}")
+        del chain[position:]
+        chain.append(link(chain[-1] if chain else _NOTHING, value, self.info.layers.start))
+        return chain[-1]
+
+    def _read(self, row: Any) -> int:
+        return int(row) if self.info.first else (int(row[0]) << 16) | int(row[1])
+
+    def _written(self, values: list[int]) -> NDArray[np.float32]:
+        shape = self.info.model
+        if self.info.last:
+            out = np.zeros((len(values), shape.vocabulary), dtype=np.float32)
+            out[range(len(values)), [token_of(v, shape.vocabulary) for v in values]] = 1.0
+            return out
+        out = np.zeros((len(values), shape.width), dtype=np.float32)
+        out[:, 0] = [v >> 16 for v in values]
+        out[:, 1] = [v & 0xFFFF for v in values]
+        return out
+
+    def release(self, slot: int) -> None:
+        self._chains[slot] = []
+
+    def close(self) -> None:
+        self._chains.clear()
+
+
+class ModelledCompute:
+    """``node_agent.adapters.compute.Compute``: done after as long as the runtime says, times what slows the node down."""
+
+    inline = False
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        clock: MachineClock,
+        runtime: ModelledRuntime,
+        slowness: Callable[[], float],
+        computed: Callable[[int], None],
+    ) -> None:
+        self._loop, self._clock, self._runtime = loop, clock, runtime
+        self._slowness, self._computed = slowness, computed
+
+    def submit(self, work: Callable[[], Any], done: Callable[[Any, int, int], None]) -> None:
+        started = self._clock.monotonic_ns()
+        outcome = work()
+        took_ns = int(self._runtime.took_us * self._slowness() * 1000)
+        self._computed(took_ns)
+        self._loop.at_ns(self._loop.now_ns + took_ns, done, outcome, started, started + took_ns)
+
+    async def close(self, last: Callable[[], None]) -> None:
+        last()

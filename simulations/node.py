@@ -1,0 +1,297 @@
+"""A simulated agent: the production parts of ``node_agent.main.Agent``, wired to virtual time and the modelled network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, TypeVar
+
+from mesh.capabilities import Battery, Capabilities, Cpu, Disk
+from mesh.gossip import Fact
+from mesh.membership import Membership
+from mesh.membership_events import Found
+from mesh.messages import Message
+from mesh.profiles import Profile
+from mesh.session_events import SessionOrder
+from mesh.types import Address, NodeId, Sampling, SessionId, ShardInfo
+from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
+from node_agent.adapters.metrics import AgentMetrics, StageMetrics
+from node_agent.adapters.peers import ClusterView
+from node_agent.adapters.planner import RoutePlanner
+from node_agent.adapters.replica import Replica
+from node_agent.adapters.session_driver import SessionDriver, SessionHandle
+from node_agent.adapters.stage_host import StageHost
+from node_agent.adapters.takeover import Takeovers
+from node_agent.config import AgentConfig
+from node_agent.hop_log import HopLog
+from node_agent.hysteresis import links_worth_telling, place_worth_telling
+from scheduler.cluster import Node, NodeSeen, ReplicaState
+from scheduler.cluster import Replica as ReplicaStatus
+from scheduler.policy import Policy
+from scheduler.routing import Group
+from scheduler.speed import StageSpeed
+from simulations.compute import ModelledCompute, ModelledRuntime
+from simulations.links import SimLinks, SimMembership, SimRecords, sim_ask
+from simulations.network import Network
+from simulations.virtual_time import Machine, MachineClock, VirtualLoop
+
+LOAD_S = 0.5
+"""How often a node looks whether it has news, as in ``node_agent.main``."""
+_LINKS_EVERY = 12
+_CAPABILITIES = Capabilities(Cpu(4, 4.0), Disk(1 << 36, 1 << 35))
+_MEMORY = 2 << 30
+_STOP_TOKENS = frozenset({0})
+GREEDY = Sampling(seed=1)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class NodeSpec:
+    """What a node is, and keeps over restarts."""
+
+    name: str
+    kind: str
+    address: Address
+    shards: tuple[ShardInfo, ...]
+    speed: StageSpeed | None
+    slowness: float = 1.0
+    """Factor on the time of every run; faults change it."""
+    slots: int = 16
+    drift_ppm: int = 0
+    tokens: MemoryTokenLog = field(default_factory=MemoryTokenLog)
+    """Its disk."""
+    battery: Battery | None = None
+    busy_ns: int = 0
+    """Time that it computed, in all its lives."""
+
+
+class SimNode:
+    """One life of a node, from its start until it crashes or leaves."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        network: Network,
+        spec: NodeSpec,
+        config: AgentConfig,
+        profile: Profile,
+        rng: Random,
+        peers: list[Address],
+    ) -> None:
+        self.loop, self.network, self.spec, self.config = loop, network, spec, config
+        self.machine = Machine(loop, spec.name)
+        self.clock = MachineClock(loop, spec.drift_ppm)
+        self.address, self.id = spec.address, NodeId(spec.name)
+        self.watchers: dict[Callable[[Node], None], None] = {}
+        """Who is told of our record; a dict for its order."""
+        self._rng, self._profile = rng, profile
+        self._told: Node | None = None
+        self._links_told: Any = {}
+        self._place_told: Any = None
+        self._looks = 0
+        self.draining = False
+        network.started(self)
+        self.machine.run(self._boot, peers)
+
+    def _boot(self, peers: list[Address]) -> None:
+        spec, config, clock = self.spec, self.config, self.clock
+        metrics = AgentMetrics(self.id)
+        links = SimLinks(self)
+        hops = HopLog(MemoryFrames(), config.log_limit << 20, 64 << 20) if config.log != "off" else None
+        self.host = StageHost(
+            self.id, self.address, links.send, lambda why: None, hops, spec.tokens, links.drop, clock
+        )
+        self.driver = SessionDriver(
+            self.host, spec.tokens, metrics, config.sessions, config.keep, lambda: self.view.snapshot, clock
+        )
+        self.host.owner = self.driver
+        started_ms = int(clock.time() * 1000)
+        fact = Fact(self.id, self.address, started_ms)
+        self.membership = SimMembership(
+            self, Membership(fact, self._profile, self._rng, clock.monotonic_ns())
+        )
+        self.view = ClusterView(self.membership, SimRecords(self), clock)
+        self.view.on_record = self.driver.note_record
+        self.takeovers = Takeovers(
+            self.id, spec.tokens, lambda: self.view.snapshot, self.host.fence, sim_ask(self)
+        )
+        self.planner = RoutePlanner(
+            config,
+            self.id,
+            lambda: self.view.snapshot,
+            self.driver,
+            Policy,
+            lambda: self._rng.randrange(1, 1 << 62),
+        )
+        self.replicas: list[Replica] = []
+        for info in spec.shards:
+            self._load(info, metrics)
+        self._started_ms = started_ms
+        self.loop.create_task(self.host.run())
+        self.loop.create_task(self.driver.run())
+        self.loop.create_task(self._refresh())
+        for address in peers:
+            self.membership.handle(Found(address, "static"))
+
+    def _load(self, info: ShardInfo, metrics: AgentMetrics) -> None:
+        spec = self.spec
+        assert spec.speed is not None
+        context = min(self.config.context, info.model.context_max)
+        runtime = ModelledRuntime(info, spec.slots, context + 1, spec.speed)
+        compute = ModelledCompute(self.loop, self.clock, runtime, self._slowness, self._computed)
+        budget = spec.slots * context * info.kv_bytes_per_token
+        replica = Replica(
+            runtime, budget, self.host.forward, self.host.failed, spec.speed, self.clock, compute
+        )
+        self.replicas.append(replica)
+        self.host.replicas[info.digest] = replica
+        self.host.metrics[info.digest] = StageMetrics(metrics, info)
+
+    def _slowness(self) -> float:
+        # Steps of a real machine differ by a few per cent, and now and then by much more.
+        noise = 1 + 0.04 * self._rng.random() + (0.5 if self._rng.random() < 0.01 else 0.0)
+        return self.spec.slowness * noise
+
+    def _computed(self, ns: int) -> None:
+        self.spec.busy_ns += ns
+
+    # -- what peers see ------------------------------------------------------------------------
+
+    def record(self) -> Node:
+        """This node as peers see it."""
+        spec, config = self.spec, self.config
+        statuses = tuple(
+            ReplicaStatus(
+                r.runtime.info,
+                ReplicaState.SERVING,
+                "",
+                r.book.live,
+                r.book.slots,
+                r.book.capacity,
+                r.book.reserved_bytes,
+                r.book.kv_budget_bytes,
+                r.runtime.provider,
+                1,
+                r.speed(),
+            )
+            for r in self.replicas
+        )
+        capabilities = Capabilities(_CAPABILITIES.cpu, _CAPABILITIES.disk, battery=spec.battery)
+        return Node(
+            id=self.id,
+            name=spec.name,
+            address=self.address,
+            api_address=Address(f"{spec.name}:api"),
+            capabilities=capabilities,
+            memory_total_bytes=_MEMORY,
+            memory_free_bytes=_MEMORY - sum(s.weight_bytes for s in spec.shards),
+            replicas=statuses,
+            models=tuple(sorted({s.model.ref.name for s in spec.shards})),
+            draining=self.draining,
+            links=self._links_told,
+            coordinate=self._place_told,
+            scheduler=config.scheduler == "on",
+            started_ms=self._started_ms,
+        )
+
+    async def _refresh(self) -> None:
+        while True:
+            self._announce()
+            await asyncio.sleep(LOAD_S)
+
+    def _announce(self) -> None:
+        self._looks += 1
+        if self._looks % _LINKS_EVERY == 0:
+            machine = self.membership.machine
+            measured = {n: m.meter.estimate() for n, m in machine.members.items() if m.reachable}
+            self._links_told = links_worth_telling(self._links_told, measured)
+            self._place_told = place_worth_telling(self._place_told, machine.vivaldi.here)
+        record = self.record()
+        if record != self._told:
+            self._told = record
+            self.view.apply(NodeSeen(record, self.clock.monotonic()))
+            self.driver.note_record(record)
+            for tell in list(self.watchers):
+                tell(record)
+
+    # -- the network ---------------------------------------------------------------------------
+
+    def received(self, upstream: Any, message: Message) -> None:
+        """A message came down a link."""
+        self.host.received(upstream, message)
+
+    def asks(
+        self,
+        target: Address,
+        question: Callable[[Any], T],
+        told: Callable[[T], None],
+        failed: Callable[[], None],
+    ) -> None:
+        """One request and its answer, at a peer: ``question(peer)`` runs there. ``failed`` where it cannot be asked."""
+        stream = self.network.connect(self, target, lambda why: failed(), lambda: None, 1_500_000_000)
+        if stream is None:
+            return
+
+        def ask() -> None:
+            answer = question(stream.target)
+            stream.send(False, 400, told, answer)
+            stream.send(False, 0, stream.close, "done", False, False)
+
+        stream.send(True, 200, ask)
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def begin(
+        self, model: str, session: SessionId, prompt: tuple[int, ...], tokens: int
+    ) -> tuple[SessionHandle, Group | None]:
+        """As the API does: a route for a request, and its session; raises ``MeshError``."""
+        order = self._order(session, prompt, tokens)
+        plan = self.planner.plan(model, order, draw=self.planner.draw())
+        standbys = self.planner.standbys(plan, ())
+        replan = self._replan(model)
+        return self.driver.start(order, plan, model, replan, standbys=standbys), plan.group
+
+    async def resume(self, model: str, session: SessionId, tokens: int, group: Group | None) -> SessionHandle:
+        """As the API does when a client reads on here: take the session over and go on with it."""
+        self.driver.let_go(session)
+        known, epoch = await self.takeovers.claim(session)
+        order = self._order(session, known.prompt, tokens)
+        plan = self.planner.plan(
+            model, order, draw=self.planner.draw(), pin=group, done=len(known.tokens), holds=known.route
+        )
+        return self.driver.start(order, plan, model, self._replan(model), (epoch, known.tokens))
+
+    def _replan(self, model: str) -> Any:
+        return lambda session, before, avoid: self.planner.replan(model, (), session, before, avoid)
+
+    def _order(self, session: SessionId, prompt: tuple[int, ...], tokens: int) -> SessionOrder:
+        config = self.config
+        return SessionOrder(
+            session=session,
+            prompt=prompt,
+            sampling=GREEDY,
+            tokens_max=tokens,
+            stop_tokens=_STOP_TOKENS,
+            positions_max=config.context,
+            deadline_ns=self.clock.monotonic_ns() + int(config.request_timeout * 1e9),
+            chunk=config.chunk,
+            window=config.window,
+            step_timeout_ns=int(config.step_timeout * 1e9),
+            recovery_timeout_ns=int(config.recovery_timeout * 1e9),
+            exact=config.replay == "exact",
+            request=b"simulated",
+        )
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def replicas_busy(self) -> bool:
+        """Sessions are fed here."""
+        return any(r.book.live for r in self.replicas)
+
+    def crash(self, silently: bool = False) -> None:
+        """``kill -9``; ``silently``: its machine loses power, so that nobody resets its connections."""
+        self.machine.crash()
+        self.network.gone(self, silently)

@@ -1,0 +1,287 @@
+"""Scenarios: small TOML files that say what a mesh is made of, what is asked of it and what happens to it."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from random import Random
+from typing import Annotated, Literal
+
+import msgspec
+
+from mesh.errors import ConfigError
+
+_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s|m|h)")
+_CALL = re.compile(r"(\w+)\((.*)\)")
+_SHAPES = {"exponential": 1, "uniform": 2, "weibull": 2, "pareto": 2}
+_PATH = re.compile(r"(.*) - at `\$(.*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+LONGEST_NS = 31 * 24 * _NS["h"]
+
+
+def time_ns(text: str) -> int:
+    """``"1.5s"`` in nanoseconds; raises ``ValueError`` with what it should be."""
+    match = _TIME.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f'{text!r} is no time; write for example "30s" (ns, us, ms, s, m, h)')
+    return int(float(match[1]) * _NS[match[2]])
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A time that is drawn: ``10s``, ``uniform(1s, 5s)``, ``exponential(mean)``, ``weibull(shape, scale)``,
+    ``pareto(shape, least)``."""
+
+    shape: str
+    first: float
+    second: float = 0.0
+
+    def ns(self, rng: Random) -> int:
+        """One of them, nanoseconds."""
+        match self.shape:
+            case "exponential":
+                drawn = rng.expovariate(1 / self.first)
+            case "uniform":
+                drawn = rng.uniform(self.first, self.second)
+            case "weibull":
+                drawn = rng.weibullvariate(self.second, self.first)
+            case "pareto":
+                drawn = rng.paretovariate(self.first) * self.second
+            case _:
+                drawn = self.first
+        return min(int(drawn), LONGEST_NS)
+
+
+def draw(text: str) -> Draw:
+    """Read one; raises ``ValueError`` with what it should be."""
+    call = _CALL.fullmatch(text.strip())
+    if not call:
+        return Draw("fixed", time_ns(text))
+    name, parts = call[1], [p.strip() for p in call[2].split(",")]
+    if _SHAPES.get(name) != len(parts):
+        raise ValueError(
+            f"{text!r} is none of 10s, uniform(1s, 5s), exponential(mean), weibull(shape, scale), pareto(shape, least)"
+        )
+    if name in ("weibull", "pareto"):
+        try:
+            shape = float(parts[0])
+        except ValueError:
+            shape = math.nan
+        if not 0 < shape < 100:
+            raise ValueError(
+                f"the shape of {text!r} is {parts[0]!r}; write a number above 0, for example 0.7"
+            )
+        return Draw(name, shape, time_ns(parts[1]))
+    times = [time_ns(p) for p in parts]
+    if times[0] <= 0 and name == "exponential":
+        raise ValueError(f"the mean of {text!r} must be above 0")
+    if name == "uniform" and times[0] > times[1]:
+        raise ValueError(f"{text!r} ends before it begins; write the smaller time first")
+    return Draw(name, *times)
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Span = Annotated[tuple[int, int], msgspec.Meta(description="least and most")]
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The model, and how it is cut; times are those of ``speed = 1``, microseconds."""
+
+    name: str = "smollm2-135m"
+    layers: Count = 30
+    cuts: tuple[Count, ...] = (10, 20)
+    layer_us: Positive = 200.0
+    head_us: Positive = 1000.0
+    row_share: Share = 0.16
+    prefill_us: Positive = 37.0
+    """A layer, a position."""
+    context_us: Annotated[float, msgspec.Meta(ge=0)] = 0.02
+    """A layer, for each position before."""
+
+
+class NodeKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Some nodes of a kind. They are up for ``up`` and down for ``down``, if those are given."""
+
+    kind: str
+    count: Count = 1
+    hosts: bool = True
+    """Whether they hold layers; ranges are dealt out in turn."""
+    ingress: bool = True
+    speed: Positive = 1.0
+    slots: Count = 16
+    up: str = ""
+    down: str = "exponential(30s)"
+    silent: Share = 0.2
+    """Of their ends: power lost, so that nobody resets their connections."""
+    wiped: Share = 0.0
+    """Of their ends: the disk is lost as well."""
+    battery_wh: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """0: fed by a cable."""
+    idle_w: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    busy_w: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    land_at: Annotated[int, msgspec.Meta(ge=0, le=100)] = 15
+    """Percent of charge at which it hands its sessions over and leaves to be charged."""
+    charging: str = "uniform(5m, 10m)"
+    out_of_range: str = ""
+    """How often it flies out of radio range."""
+    away: str = "exponential(2s)"
+    """For how long."""
+
+
+class Radio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Between any two nodes, each direction."""
+
+    latency: str = "300us"
+    jitter: str = "200us"
+    mbit: Positive = 800.0
+    loss: Share = 0.0
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What clients ask; every node that takes requests has one, who waits ``each`` between two."""
+
+    each: str = "exponential(20s)"
+    prompt: Span = (10, 120)
+    tokens: Span = (10, 100)
+    crowd_at: str = ""
+    """From then on, for ``crowd_for``, they ask ``crowd`` times as often."""
+    crowd_for: str = "30s"
+    crowd: Positive = 10.0
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Something that happens ``at`` a time or ``every`` so often, to one node drawn from a kind, or a named one."""
+
+    what: Literal["crash", "power", "freeze", "partition", "one-way", "slow"]
+    at: str = ""
+    every: str = ""
+    who: str = ""
+    """A kind or a name; empty: any node."""
+    count: Count = 1
+    """Nodes at once."""
+    duration: str = "uniform(1s, 5s)"
+    factor: Positive = 5.0
+    """Of ``slow``."""
+
+
+class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole file."""
+
+    name: str
+    about: str = ""
+    time: str = "5m"
+    profile: Literal["lan", "wan", "radio"] = "lan"
+    patience: str = "30s"
+    """A client that has seen nothing for so long gives up."""
+    replay: Literal["exact", "fast"] = "exact"
+    recovery: Literal["warm", "hot"] = "warm"
+    log: Literal["async", "off"] = "async"
+    log_mib: Count = 256
+    quiet: str = "20s"
+    """At the end no fault begins any more for so long: what can be served must be served."""
+    model: Model = Model()
+    radio: Radio = Radio()
+    load: Load = Load()
+    nodes: tuple[NodeKind, ...]
+    faults: tuple[Fault, ...] = ()
+
+
+def read_scenario(text: str, name: str) -> Scenario:
+    """Raises ``ConfigError`` that names file, line and what to write instead."""
+    try:
+        told = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    try:
+        scenario = msgspec.convert(told, Scenario)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_located(str(error), text, name)) from None
+    _check(scenario, text, name)
+    return scenario
+
+
+def _check(scenario: Scenario, text: str, name: str) -> None:
+    """What types cannot say."""
+    wrong = [
+        _bad_times(scenario, ("time", "patience", "quiet"), time_ns),
+        _bad_times(scenario.radio, ("latency", "jitter"), time_ns),
+        _bad_times(scenario.load, ("each",), draw),
+        _bad_times(scenario.load, ("crowd_at", "crowd_for"), time_ns),
+        *(_bad_times(n, ("up", "down", "charging", "out_of_range", "away"), draw) for n in scenario.nodes),
+        *(_bad_times(f, ("every", "duration"), draw) for f in scenario.faults),
+        *(_bad_times(f, ("at",), time_ns) for f in scenario.faults),
+    ]
+    for found in wrong:
+        if found:
+            raise ConfigError(f"{name}:{_line(text, *found[:2])}: {found[0]}: {found[2]}")
+    edges = (0, *scenario.model.cuts, scenario.model.layers)
+    if list(edges) != sorted(set(edges)):
+        raise ConfigError(
+            f"{name}:{_line(text, 'cuts')}: cuts must rise, between 0 and layers ({scenario.model.layers})"
+        )
+    hosts = sum(n.count for n in scenario.nodes if n.hosts)
+    if hosts < len(edges) - 1:
+        raise ConfigError(
+            f"{name}:{_line(text, 'cuts')}: {len(edges) - 1} ranges of layers need as many nodes with hosts = true; there are {hosts}"
+        )
+    if not any(n.ingress for n in scenario.nodes):
+        raise ConfigError(f"{name}: no node takes requests; give one kind ingress = true")
+    if time_ns(scenario.time) <= time_ns(scenario.quiet):
+        raise ConfigError(f"{name}:{_line(text, 'time')}: time must be longer than quiet ({scenario.quiet})")
+    for key in ("prompt", "tokens"):
+        least, most = getattr(scenario.load, key)
+        if not 1 <= least <= most <= 1000:
+            raise ConfigError(
+                f"{name}:{_line(text, key)}: {key} is least and most, 1 to 1000: for example [10, 100]"
+            )
+    known = {n.kind for n in scenario.nodes} | {n for n, _ in names_of(scenario)}
+    for fault in scenario.faults:
+        if bool(fault.at) == bool(fault.every):
+            raise ConfigError(f"{name}:{_line(text, 'what', fault.what)}: a fault has either at or every")
+        if fault.who and fault.who not in known:
+            kinds = ", ".join(sorted({n.kind for n in scenario.nodes}))
+            raise ConfigError(
+                f"{name}:{_line(text, 'who', fault.who)}: who is {fault.who!r}; there are the kinds {kinds}, and nodes named KIND-1, KIND-2 ..."
+            )
+
+
+def names_of(scenario: Scenario) -> list[tuple[str, NodeKind]]:
+    """All nodes by name, with what they are."""
+    return [(f"{k.kind}-{i + 1}", k) for k in scenario.nodes for i in range(k.count)]
+
+
+def _bad_times(table: object, keys: tuple[str, ...], read: object) -> tuple[str, str, str] | None:
+    for key in keys:
+        value = getattr(table, key)
+        try:
+            if value:
+                read(value)  # type: ignore[operator]
+        except ValueError as error:
+            return key, value, str(error)
+    return None
+
+
+def _located(said: str, text: str, name: str) -> str:
+    """msgspec's error with the line that it is about, as far as that can be told from the key."""
+    match = _PATH.fullmatch(said)
+    what, path = (match[1], match[2]) if match else (said, "")
+    unknown = _UNKNOWN.match(what)
+    key = unknown[1] if unknown else re.sub(r"\[.*?\]", "", path).rsplit(".", 1)[-1]
+    known = (
+        f"unknown key {key!r}; remove it, or see simulations/README.md for those there are"
+        if unknown
+        else what
+    )
+    return f"{name}:{_line(text, key)}: {path.strip('.') or key}: {known}"
+
+
+def _line(text: str, key: str, value: str = "") -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"\s*(\[+)?{re.escape(key)}\b", line) and value in line:
+            return number
+    return 1

@@ -1,0 +1,233 @@
+"""Virtual time for asyncio: a loop that jumps to the next timer, and machines whose events can be held or dropped.
+
+Everything that the agent runs on an event loop runs here unchanged. A callback belongs to the machine in whose
+context it was made: tasks, timers and what they start inherit it. While a machine is frozen its callbacks wait,
+as those of a stopped process do; when it has crashed they are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+import heapq
+import selectors
+from asyncio import events
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+T = TypeVar("T")
+_NS = 1_000_000_000
+_END_S = 60.0
+
+
+class Power(enum.Enum):
+    """What a machine does with its events."""
+
+    ON = "on"
+    FROZEN = "frozen"
+    OFF = "off"
+
+
+class Machine:
+    """One process. ``run`` puts code into its context; restarting is another machine."""
+
+    def __init__(self, loop: VirtualLoop, name: str) -> None:
+        self.name, self.power = name, Power.ON
+        self._loop = loop
+        self._held: list[events.Handle] = []
+        self._context = contextvars.copy_context()
+        self._context.run(_MACHINE.set, self)
+
+    def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Call ``work`` as this machine: what it starts belongs to it."""
+        return self._context.copy().run(work, *args)
+
+    def post(self, when_ns: int, work: Callable[..., object], *args: Any) -> None:
+        """Call ``work`` as this machine at a later time."""
+        self._loop.at_ns(when_ns, work, *args, context=self._context.copy())
+
+    def freeze(self) -> None:
+        """Hold everything until ``thaw``."""
+        if self.power is Power.ON:
+            self.power = Power.FROZEN
+
+    def thaw(self) -> None:
+        """Go on; what waited comes first, in order."""
+        if self.power is Power.FROZEN:
+            self.power = Power.ON
+            held, self._held = self._held, []
+            self._loop.put_back(held)
+
+    def crash(self) -> None:
+        """Nothing of it runs again."""
+        self.power = Power.OFF
+        self._held.clear()
+
+    @property
+    def over(self) -> bool:
+        """The simulation ends: even the dead clean up."""
+        return self._loop.ending
+
+    def hold(self, handle: events.Handle) -> None:
+        self._held.append(handle)
+
+
+_MACHINE: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machine", default=None)
+
+
+def this_machine() -> Machine | None:
+    """Whose code runs; ``None``: the simulation's own."""
+    return _MACHINE.get()
+
+
+def _gate(handle: events.Handle, context: contextvars.Context | None) -> bool:
+    """Whether a callback may run now; if not it is held or gone."""
+    machine = context.get(_MACHINE) if context is not None else None
+    if machine is None or machine.power is Power.ON or machine.over:
+        return True
+    if machine.power is Power.FROZEN:
+        machine.hold(handle)
+    return False
+
+
+class _Handle(events.Handle):
+    __slots__ = ()
+    if TYPE_CHECKING:
+        _context: contextvars.Context
+
+    def _run(self) -> None:
+        if _gate(self, self._context):
+            super()._run()
+
+
+class _TimerHandle(events.TimerHandle):
+    __slots__ = ()
+    if TYPE_CHECKING:
+        _context: contextvars.Context
+
+    def _run(self) -> None:
+        if _gate(self, self._context):
+            super()._run()
+
+
+class _NoWaiting(selectors.DefaultSelector):
+    """Waiting moves the clock."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise RuntimeError("the simulation stands still: nothing is left that could happen")
+        if timeout > 0:
+            self.loop.jump()
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time in whole nanoseconds; two runs that are given the same do the same."""
+
+    _ready: deque[events.Handle]
+    _scheduled: list[events.TimerHandle]
+
+    def __init__(self) -> None:
+        selector = _NoWaiting()
+        super().__init__(selector)
+        selector.loop = self
+        self.now_ns = 0
+        self.callbacks = 0
+        """Handles that ran or were to run: events of the simulation."""
+        self._clock_resolution = 0.5 / _NS
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        """All that have not ended, those of crashed machines included: were they collected as garbage, their last
+        words would come at a time that nobody can repeat."""
+        self.ending = False
+        self.set_task_factory(self._make_task)
+
+    def _make_task(self, loop: Any, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=self, **more)
+        self._tasks[task] = None
+        task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
+        return task
+
+    def wind_up(self) -> None:
+        """The simulation is over: end every task, whatever became of its machine."""
+        self.ending = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        self.run_until_complete(asyncio.wait(tasks, timeout=_END_S) if tasks else asyncio.sleep(0))
+
+    def time(self) -> float:
+        return self.now_ns / _NS
+
+    def jump(self) -> None:
+        """To the next timer."""
+        self.now_ns = max(self.now_ns, _ns(self._scheduled[0].when()))
+
+    def at_ns(
+        self, when_ns: int, work: Callable[..., object], *args: Any, context: Any = None
+    ) -> events.TimerHandle:
+        """``call_at`` in nanoseconds."""
+        return self.call_at(max(when_ns, self.now_ns) / _NS, work, *args, context=context)
+
+    def put_back(self, handles: list[events.Handle]) -> None:
+        """What a machine held runs now."""
+        self._ready.extend(handles)
+
+    def _call_soon(self, callback: Any, args: Any, context: Any) -> events.Handle:
+        self.callbacks += 1
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> events.TimerHandle:
+        self.callbacks += 1
+        timer = _TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._scheduled, timer)
+        timer._scheduled = True  # type: ignore[attr-defined]
+        return timer
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Executor | None, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """At once: what the agent does on threads takes no virtual time."""
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _write_to_self(self) -> None:
+        pass
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        """A crashed machine's tasks never end; anything else is an error of ours or the agent's."""
+        if "Task was destroyed" not in context.get("message", ""):
+            super().default_exception_handler(context)
+
+
+class MachineClock:
+    """A node's own clocks: they may run fast or slow, and the wall clock may be wrong and jump."""
+
+    def __init__(self, loop: VirtualLoop, drift_ppm: int = 0, wall_s: int = 1_700_000_000) -> None:
+        self._loop, self.drift_ppm, self.wall_s = loop, drift_ppm, wall_s
+
+    def monotonic_ns(self) -> int:
+        now = self._loop.now_ns
+        return now + now * self.drift_ppm // 1_000_000
+
+    def monotonic(self) -> float:
+        return self.monotonic_ns() / _NS
+
+    def time(self) -> float:
+        return self.wall_s + self.monotonic()
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * _NS)

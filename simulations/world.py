@@ -1,0 +1,318 @@
+"""A whole mesh in virtual time: nodes that come and go, clients that ask, and what became of every request.
+
+Checks are always on: every token a client sees must be the one that an undisturbed run gives, at its position, once, in
+order; no replica holds more KV memory than it has; a session that ended is fed nowhere; and once faults have stopped,
+everything that can be served is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from zlib import crc32
+
+from mesh.errors import MeshError, RequestError, Unavailable
+from mesh.types import Address, LayerRange, ModelShape, SessionId
+from node_agent.adapters.session_driver import SessionHandle
+from node_agent.config import AgentConfig
+from scheduler.routing import Group
+from simulations.compute import expected
+from simulations.network import Network, Path
+from simulations.node import NodeSpec, SimNode
+from simulations.virtual_time import Machine, VirtualLoop
+
+S = 1_000_000_000
+_SEEDS_TOLD = 3
+_RETRY_S, _NOTICE_S, _READ_TIMEOUT_S = 0.5, 0.1, 10.0
+_SETTLE_S = 3.0
+
+
+@dataclass(slots=True)
+class Request:
+    """What a client asked for and what it saw; instants in virtual nanoseconds."""
+
+    number: int
+    ingress: str
+    prompt: tuple[int, ...]
+    tokens: int
+    asked_ns: int
+    seen: list[tuple[int, int]] = field(default_factory=list)
+    """Token and when it came."""
+    rungs: list[tuple[str, int]] = field(default_factory=list)
+    """Of its recoveries, and how long each stalled it, microseconds."""
+    resumed: int = 0
+    finished: bool = False
+    error: str = ""
+    group: Group | None = None
+
+    @property
+    def session(self) -> SessionId:
+        return SessionId(f"{self.number:032x}")
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Something that must never happen."""
+
+    at_ns: int
+    what: str
+
+
+class World:
+    """Everything of one run."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        seed: int,
+        shape: ModelShape,
+        cuts: tuple[LayerRange, ...],
+        config: AgentConfig,
+        path: Callable[[Address, Address], Path],
+        patience_s: float,
+    ) -> None:
+        self.loop, self.seed, self.shape, self.cuts, self.config = loop, seed, shape, cuts, config
+        self.network = Network(loop, self.random("network"), path)
+        self.patience_s = patience_s
+        self.specs: dict[str, NodeSpec] = {}
+        self.nodes: dict[str, SimNode] = {}
+        """Those that run now."""
+        self.requests: list[Request] = []
+        self.violations: list[Violation] = []
+        self.events: list[tuple[int, str]] = []
+        """The story: what was done to nodes, what sessions went through."""
+        self.faults: Counter[str] = Counter()
+        self.lives: Counter[str] = Counter()
+        self._clients: set[asyncio.Task[None]] = set()
+
+    def random(self, what: str) -> Random:
+        """A stream of its own for each purpose, so that a change of one leaves the others as they were."""
+        return Random(crc32(what.encode()) ^ (self.seed * 0x9E3779B1))
+
+    def tell(self, what: str) -> None:
+        """Add to the story."""
+        self.events.append((self.loop.now_ns, what))
+
+    def violated(self, what: str) -> None:
+        self.violations.append(Violation(self.loop.now_ns, what))
+        self.tell(f"VIOLATION {what}")
+
+    # -- nodes ---------------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        """Boot a node, or boot it again with the disk it had."""
+        spec = self.specs[name]
+        self.lives[name] += 1
+        from mesh.profiles import PROFILES
+
+        rng = self.random(f"{name} {self.lives[name]}")
+        others = [n.address for n in self.nodes.values()][:_SEEDS_TOLD]
+        self.nodes[name] = SimNode(
+            self.loop, self.network, spec, self.config, PROFILES[self.config.profile], rng, others
+        )
+        self.tell(f"{name} starts")
+
+    def crash(self, name: str, silently: bool = False, wipe: bool = False) -> None:
+        """End a node's life; ``wipe``: its disk is lost as well."""
+        node = self.nodes.pop(name, None)
+        if node is None:
+            return
+        self.check_memory(node)
+        node.crash(silently)
+        if wipe:
+            spec = self.specs[name]
+            spec.tokens = type(spec.tokens)()
+        self.faults["power loss" if silently else "crash"] += 1
+        self.tell(f"{name} {'loses power' if silently else 'crashes'}{', its disk is lost' if wipe else ''}")
+
+    def freeze(self, name: str, seconds: float) -> None:
+        """Stop a node, as SIGSTOP does, and let it go on later."""
+        node = self.nodes.get(name)
+        if node is None:
+            return
+        node.machine.freeze()
+        self.faults["freeze"] += 1
+        self.tell(f"{name} freezes for {seconds:g} s")
+        self.loop.call_later(seconds, self._thaw, node)
+
+    def _thaw(self, node: SimNode) -> None:
+        node.machine.thaw()
+        self.tell(f"{node.spec.name} goes on")
+
+    def part(self, names: list[str], seconds: float, one_way: bool = False) -> None:
+        """Cut some nodes off from the others; ``one_way``: what they send still arrives."""
+        inside = {self.specs[n].address for n in names}
+        outside = {s.address for s in self.specs.values()} - inside
+        pairs = {(a, b) for a in sorted(outside) for b in sorted(inside)}
+        if not one_way:
+            pairs |= {(b, a) for a, b in pairs}
+        self.network.cut(pairs)
+        self.faults["partition"] += 1
+        self.tell(f"{', '.join(names)} cut off for {seconds:g} s{' (inbound)' if one_way else ''}")
+        self.loop.call_later(seconds, self._heal, names, pairs)
+
+    def _heal(self, names: list[str], pairs: set[tuple[Address, Address]]) -> None:
+        self.network.heal(pairs)
+        self.tell(f"{', '.join(names)} reachable again")
+
+    def slow(self, name: str, factor: float, seconds: float) -> None:
+        """Make a node's runs take longer for a while."""
+        spec = self.specs[name]
+        spec.slowness *= factor
+        self.faults["slow"] += 1
+        self.tell(f"{name} is slower by {factor:g} for {seconds:g} s")
+        self.loop.call_later(seconds, self._at_speed, spec, factor)
+
+    def _at_speed(self, spec: NodeSpec, factor: float) -> None:
+        spec.slowness /= factor
+
+    # -- clients -------------------------------------------------------------------------------
+
+    def ask(self, ingress: str, prompt: tuple[int, ...], tokens: int) -> Request:
+        """A client on a node asks; what it sees is written into the request."""
+        request = Request(len(self.requests) + 1, ingress, prompt, tokens, self.loop.now_ns)
+        self.requests.append(request)
+        task = self.loop.create_task(self._client(request))
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
+        return request
+
+    async def _client(self, request: Request) -> None:
+        """As an application does: ask the agent on this device; if it is gone, read on at another one."""
+        deadline = self.loop.now_ns + int(self.patience_s * S)
+        choose = self.random(f"client {request.number}")
+        while not request.finished and not request.error:
+            node = self.nodes.get(request.ingress)
+            if node is None or node.machine.power.value != "on":
+                up = sorted(n for n, s in self.nodes.items() if s.machine.power.value == "on")
+                node = self.nodes[choose.choice(up)] if up else None
+            before = len(request.seen)
+            retry_s = _RETRY_S if node is None else await self._read(node, request)
+            if len(request.seen) > before:
+                deadline = self.loop.now_ns + int(self.patience_s * S)
+            if not request.finished and not request.error:
+                if self.loop.now_ns > deadline:
+                    request.error = f"nothing came for {self.patience_s:g} s"
+                    break
+                await asyncio.sleep(retry_s)
+        self._judge(request)
+
+    async def _read(self, node: SimNode, request: Request) -> float:
+        """Read a stream until it ends or breaks off; seconds to wait before the next try."""
+        ended: asyncio.Future[float] = self.loop.create_future()
+        progress = asyncio.Event()
+        handles: list[SessionHandle] = []
+
+        async def stream() -> None:
+            try:
+                handle = await self._open(node, request)
+                handles.append(handle)
+                skip = len(request.seen) if request.resumed else 0
+                async for token in handle.tokens():
+                    if ended.done():
+                        return  # the client has hung up
+                    if skip:
+                        skip -= 1
+                        if token.token != request.seen[-1 - skip][0]:
+                            self.violated(f"request {request.number}: position {token.position} changed")
+                        continue
+                    request.seen.append((token.token, self.loop.now_ns))
+                    progress.set()
+                if ended.done():
+                    return
+                request.rungs += [(r.rung, r.stalled_us) for r in handle.trace.recoveries]
+                request.finished = True
+                outcome = 0.0
+            except RequestError as error:
+                # Nobody knows it any more: a client asks anew if it has seen nothing, else it is told.
+                if request.seen:
+                    request.error = str(error)
+                request.resumed, outcome = 0, _RETRY_S
+            except Unavailable as error:
+                outcome = max(_NOTICE_S, min(error.retry_after_s or _RETRY_S, 2.0))
+            except MeshError as error:
+                request.error, outcome = str(error), 0.0
+            if not ended.done():
+                ended.set_result(outcome)
+
+        def hang_up() -> None:
+            for handle in handles:
+                handle.stop()
+
+        node.machine.run(self.loop.create_task, stream())
+        while not ended.done():
+            progress.clear()
+            waiter = self.loop.create_task(progress.wait())
+            done = await self._first(ended, waiter, _READ_TIMEOUT_S, node.machine)
+            waiter.cancel()
+            if not done:
+                ended.set_result(_NOTICE_S)
+                node.machine.run(self.loop.call_soon, hang_up)  # the API does so when the connection is gone
+                request.resumed += 1
+        if ended.result() and (request.seen or request.resumed):
+            request.resumed += 1
+        return float(ended.result())
+
+    async def _first(
+        self, ended: asyncio.Future[float], news: asyncio.Task[bool], timeout_s: float, machine: Machine
+    ) -> bool:
+        """Wait for either; false when nothing came for too long, or the connection was reset."""
+        until = self.loop.now_ns + int(timeout_s * S)
+        while not ended.done() and not news.done():
+            if machine.power.value == "off" or self.loop.now_ns >= until:
+                return False
+            await asyncio.sleep(_NOTICE_S / 2)
+        return True
+
+    async def _open(self, node: SimNode, request: Request) -> SessionHandle:
+        name = self.shape.ref.name
+        if request.resumed:
+            return await node.resume(name, request.session, request.tokens, request.group)
+        handle, request.group = node.begin(name, request.session, request.prompt, request.tokens)
+        return handle
+
+    def _judge(self, request: Request) -> None:
+        right = expected(request.prompt, len(request.seen), self.cuts, self.shape.vocabulary)
+        got = [token for token, _ in request.seen]
+        if got != right:
+            wrong = next(i for i, (a, b) in enumerate(zip(got, right, strict=True)) if a != b)
+            self.violated(f"request {request.number}: token {wrong} of {len(got)} is not what it must be")
+        if request.finished and len(got) != request.tokens:
+            self.violated(
+                f"request {request.number}: {len(got)} tokens of {request.tokens}, and told as complete"
+            )
+        if request.error:
+            self.tell(f"request {request.number} failed: {request.error}")
+        elif request.rungs or request.resumed:
+            how = " ".join(rung for rung, _ in request.rungs)
+            self.tell(f"request {request.number} came through: {how}{' resumed' if request.resumed else ''}")
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def check_memory(self, node: SimNode) -> None:
+        """No replica has promised more than it has."""
+        for replica in node.replicas:
+            book = replica.book
+            if not 0 <= book.reserved_bytes <= book.kv_budget_bytes:
+                self.violated(
+                    f"{node.spec.name} reserved {book.reserved_bytes} of {book.kv_budget_bytes} bytes"
+                )
+
+    async def finish(self) -> None:
+        """Let clients come to their end, and look whether anything is left behind."""
+        while self._clients:
+            await asyncio.sleep(_NOTICE_S)
+        await asyncio.sleep(_SETTLE_S)
+        for node in self.nodes.values():
+            self.check_memory(node)
+            left = sum(r.book.live for r in node.replicas)
+            if left and node.machine.power.value == "on":
+                self.violated(f"{node.spec.name} still feeds {left} sessions that ended")
+
+    def stalls_us(self) -> Iterator[tuple[str, int]]:
+        """Of all recoveries, by rung."""
+        for request in self.requests:
+            yield from request.rungs
