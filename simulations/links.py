@@ -224,10 +224,10 @@ def sim_ask(node: SimNode) -> Any:
 
     async def ask(
         address: Address, session: SessionId, expected: Epoch | None, wanted: Epoch | None
-    ) -> tuple[LoggedSession | None, bool]:
-        answer: asyncio.Future[tuple[LoggedSession | None, bool]] = node.loop.create_future()
+    ) -> tuple[LoggedSession | None, bool] | None:
+        answer: asyncio.Future[tuple[LoggedSession | None, bool] | None] = node.loop.create_future()
 
-        def told(found: tuple[LoggedSession | None, bool]) -> None:
+        def told(found: tuple[LoggedSession | None, bool] | None) -> None:
             if not answer.done():
                 answer.set_result(found)
 
@@ -235,12 +235,12 @@ def sim_ask(node: SimNode) -> Any:
             address,
             lambda host: host.takeovers.answer(session, expected, wanted),
             told,
-            lambda: told((None, False)),
+            lambda: told(None),
         )
         try:
             async with asyncio.timeout(_ASK_S):
                 return await answer
         except TimeoutError:
-            return None, False
+            return None
 
     return ask

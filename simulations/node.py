@@ -254,10 +254,13 @@ class SimNode:
         replan = self._replan(model)
         return self.driver.start(order, plan, model, replan, standbys=standbys), plan.group
 
-    async def resume(self, model: str, session: SessionId, tokens: int, group: Group | None) -> SessionHandle:
-        """As the API does when a client reads on here: take the session over and go on with it."""
+    async def resume(
+        self, model: str, session: SessionId, tokens: int, group: Group | None, seen: int
+    ) -> SessionHandle:
+        """As the API does when a client reads on here: take the session over and go on with it. Raises ``RequestError``
+        where fewer tokens are known than were ``seen``."""
         self.driver.let_go(session)
-        known, epoch = await self.takeovers.claim(session)
+        known, epoch = await self.takeovers.claim(session, seen)
         order = self._order(session, known.prompt, tokens)
         plan = self.planner.plan(
             model, order, draw=self.planner.draw(), pin=group, done=len(known.tokens), holds=known.route

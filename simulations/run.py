@@ -144,6 +144,7 @@ class _Run:
             self._go(self._fault(fault, world.random(f"fault {number}")))
         while self.loop.now_ns < self.end_ns:
             await asyncio.sleep(min(1.0, (self.end_ns - self.loop.now_ns) / S))
+            world.sample()
             self.progress(min(1.0, self.loop.now_ns / self.end_ns))
         for task in self._tasks:
             task.cancel()
@@ -202,6 +203,7 @@ class _Run:
             share = min(1.0, (spec.busy_ns - busy_ns) / (_BATTERY_S * S))
             power_w, busy_ns = kind.idle_w + kind.busy_w * share, spec.busy_ns
             left_wh = max(0.0, left_wh - power_w * _BATTERY_S / 3600)
+            self.world.energy_wh += power_w * _BATTERY_S / 3600
             percent = math.floor(100 * left_wh / kind.battery_wh)
             spec.battery = Battery(percent, False, left_wh, power_w)
             low = below_floor(low, spec.battery, kind.land_at)

@@ -25,7 +25,6 @@ from node_agent.config import AgentConfig
 from node_agent.ingress.chat import TextModel
 from node_agent.ingress.resumption import (
     SessionRecord,
-    check_seen,
     parse_event_id,
     read_record,
     write_record,
@@ -128,7 +127,7 @@ class Generator:
         session = SessionId(name)
         self.driver.let_go(session)
         begin = time.monotonic()
-        known, epoch = await self._takeovers.claim(session)
+        known, epoch = await self._takeovers.claim(session, seen)
         log.info(
             "took a session over at epoch %d with %d tokens, in %.0f ms",
             epoch.counter,
@@ -136,7 +135,6 @@ class Generator:
             (time.monotonic() - begin) * 1000,
             extra={"session": session},
         )
-        check_seen(session, seen, known.tokens)
         record = read_record(known.request)
         generation, group = record.generation, record.group
         text = await self._text_model(generation.model, group[0])

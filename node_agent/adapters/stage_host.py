@@ -191,7 +191,6 @@ class StageHost:
             return
         if order.epoch <= self._closed.get((order.session, order.stage), NO_EPOCH):
             return
-        survived = order.session in replica.book.sessions
         outcome = replica.open(order)
         if isinstance(outcome, Refusal):
             self._refuse(order, outcome.cause, outcome.reason)
@@ -209,8 +208,8 @@ class StageHost:
         if order.standby:
             return
         if outcome.last and order.request and order.owner_address != self.address:
-            generated = () if survived else order.generated
-            tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(generated))
+            # All of them, even where this stage survived: it may have been a standby, or not the last for a while.
+            tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(order.generated))
             self._keep(
                 order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens, route
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import msgspec
@@ -19,10 +19,11 @@ from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.errors import RequestError, Unavailable
 from mesh.gossip import MemberState
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId
+from node_agent.ingress.resumption import check_seen
 from node_agent.ports import NO_EPOCH, LoggedSession, TokenLog
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
-from scheduler.cluster import ClusterSnapshot, Node
+from scheduler.cluster import ClusterSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,11 @@ class _Found:
     session: LoggedSession
 
 
-Ask = Callable[[Address, SessionId, Epoch | None, Epoch | None], Awaitable[tuple[LoggedSession | None, bool]]]
+Ask = Callable[
+    [Address, SessionId, Epoch | None, Epoch | None], Awaitable[tuple[LoggedSession | None, bool] | None]
+]
 """Ask an agent what its log holds of a session; with the epochs expected and wanted, to change its owner, and whether
-it did. Nothing and false where it does not answer in time."""
+it did. ``None`` where it does not answer in time."""
 
 
 class Takeovers:
@@ -73,23 +76,25 @@ class Takeovers:
             log.error("the token log cannot be read: %s", error)
             return None, False
 
-    async def claim(self, session: SessionId) -> tuple[LoggedSession, Epoch]:
-        """Become the owner of a session: what is known of it, and the epoch to open. Raises ``RequestError`` where
-        nobody knows it, ``Unavailable`` where another claim came first."""
-        found = await self._find(session)
+    async def claim(self, session: SessionId, seen: int = 0) -> tuple[LoggedSession, Epoch]:
+        """Become the owner of a session of which a client has ``seen`` so many tokens: what is known of it, and the
+        epoch to open. Raises ``RequestError`` where nobody knows it, or as many tokens, and ``Unavailable`` where
+        somebody who may cannot be asked now, or another claim came first."""
+        found, away = await self._find(session)
+        longest = max((f.session.tokens for f in found), key=len, default=())
+        if away and len(longest) < max(seen, not found):
+            raise Unavailable(
+                f"of the session {session} {len(longest)} tokens are known to those that answer; "
+                f"{', '.join(away[:_NAMED])} may know more, and cannot be asked now",
+                retry_after_s=1,
+            )
         if not found:
-            away = sorted(n.name for n in self._view().nodes.values() if not self._answers(n))
-            if away:
-                raise Unavailable(
-                    f"no node that answers knows the session {session}; {', '.join(away[:_NAMED])} may, and "
-                    "cannot be asked now",
-                    retry_after_s=1,
-                )
             raise RequestError(
-                f"no session {session} is known here or to the peers that answer; it may have expired",
+                f"no session {session} is known here or to its peers; it may have expired",
                 code="not_found",
                 status=404,
             )
+        check_seen(session, seen, longest)
         best = max(found, key=lambda f: (f.session.epoch, len(f.session.tokens)))
         wanted = Epoch(best.session.epoch.counter + 1, self._node)
         answers = [await self._take(each, session, wanted) for each in found]
@@ -99,25 +104,29 @@ class Takeovers:
         ]
         if not all(newest):
             raise Unavailable(f"session {session} was just taken over by another agent", retry_after_s=1)
-        return best.session, wanted
+        # A token that was logged anywhere is what it is (rule R5).
+        return replace(best.session, tokens=longest), wanted
 
-    def _answers(self, node: Node) -> bool:
-        return node.id == self._node or (node.state is MemberState.ALIVE and node.reachable)
-
-    async def _find(self, session: SessionId) -> list[_Found]:
+    async def _find(self, session: SessionId) -> tuple[list[_Found], list[str]]:
+        """Who holds something of it, and the names of those that cannot be asked."""
         ours, _ = self.answer(session, None, None)
         found = [_Found(None, ours)] if ours is not None else []
-        peers = [n.address for n in self._view().alive() if n.id != self._node][:_ASKED_MAX]
-        answers = await asyncio.gather(*(self._ask(a, session, None, None) for a in peers))
-        for address, (known, _) in zip(peers, answers, strict=True):
-            if known is not None:
-                found.append(_Found(address, known))
-        return found
+        others = [n for n in self._view().nodes.values() if n.id != self._node]
+        peers = [n for n in others if n.state is MemberState.ALIVE][:_ASKED_MAX]
+        away = [n.name for n in others if n.state in (MemberState.SUSPECT, MemberState.DEAD)]
+        answers = await asyncio.gather(*(self._ask(n.address, session, None, None) for n in peers))
+        for node, answer in zip(peers, answers, strict=True):
+            if answer is None:
+                away.append(node.name)
+            elif answer[0] is not None:
+                found.append(_Found(node.address, answer[0]))
+        return found, away
 
     async def _take(self, found: _Found, session: SessionId, wanted: Epoch) -> bool:
         if found.holder is None:
             return self.answer(session, found.session.epoch, wanted)[1]
-        return (await self._ask(found.holder, session, found.session.epoch, wanted))[1]
+        answer = await self._ask(found.holder, session, found.session.epoch, wanted)
+        return answer is not None and answer[1]
 
 
 class AskByRpc:
@@ -128,7 +137,7 @@ class AskByRpc:
 
     async def __call__(
         self, address: Address, session: SessionId, expected: Epoch | None, wanted: Epoch | None
-    ) -> tuple[LoggedSession | None, bool]:
+    ) -> tuple[LoggedSession | None, bool] | None:
         request = pb.TakeOverRequest(cluster=self._cluster, session=bytes.fromhex(session))
         if expected is not None and wanted is not None:
             request.expected.CopyFrom(write_epoch(expected))
@@ -138,7 +147,7 @@ class AskByRpc:
                 reply = await rpc.AgentStub(channel).TakeOver(request, timeout=_ASK_S)
         except grpc.aio.AioRpcError as error:
             log.debug("%s does not say what it knows of a session: %s", address, error.details())
-            return None, False
+            return None
         if not reply.found:
             return None, False
         prompt = tuple(reply.prompt)
