@@ -40,6 +40,8 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "stall_ms_p95": _quantile(stalls, 95),
         "stall_ms_max": round(stalls[-1], 3) if stalls else None,
         "failovers": dict(sorted(Counter(rung for rung, _ in world.stalls_us()).items())),
+        "causes": dict(sorted(Counter(c for r in requests for c in r.causes).items())),
+        "opened_elsewhere": sum(r.openings for r in requests),
         "resumed_elsewhere": sum(bool(r.resumed) for r in requests),
         "faults": dict(sorted(world.faults.items())),
         "failed": dict(Counter(_kind(r.error) for r in requests if r.error).most_common()),

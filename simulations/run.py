@@ -17,7 +17,7 @@ from node_agent.hysteresis import below_floor
 from scheduler.speed import LayerSpeed, stage_speed
 from simulations.network import Path
 from simulations.node import NodeSpec
-from simulations.scenario import Draw, Fault, NodeKind, Scenario, draw, names_of, time_ns
+from simulations.scenario import LONGEST_NS, Draw, Fault, NodeKind, Scenario, draw, names_of, time_ns
 from simulations.virtual_time import VirtualLoop
 from simulations.world import World
 
@@ -134,6 +134,8 @@ class _Run:
         for name, kind in self.kinds.items():
             if kind.ingress:
                 self._go(self._client(name))
+                if self.scenario.load.crowd_at:
+                    self._go(self._client(name, crowd=True))
             if kind.up:
                 self._go(self._churn(name, kind))
             if kind.battery_wh:
@@ -161,14 +163,19 @@ class _Run:
         """Faults have ended."""
         return self.loop.now_ns >= self.calm_ns
 
-    async def _client(self, name: str) -> None:
-        load, rng = self.scenario.load, self.world.random(f"load {name}")
-        each = draw(load.each)
-        crowd_ns = time_ns(load.crowd_at) if load.crowd_at else -1
-        until_ns = crowd_ns + time_ns(load.crowd_for)
+    async def _client(self, name: str, crowd: bool = False) -> None:
+        """Asks all the time; or, as part of a ``crowd``, for a while and more often."""
+        load = self.scenario.load
+        rng, each = self.world.random(f"{'crowd' if crowd else 'load'} {name}"), draw(load.each)
+        until_ns, hurry = LONGEST_NS, 1.0
+        if crowd:
+            begin_ns = time_ns(load.crowd_at)
+            await asyncio.sleep(max(0.0, (begin_ns - self.loop.now_ns) / S))
+            until_ns, hurry = begin_ns + time_ns(load.crowd_for), load.crowd
         while True:
-            crowded = crowd_ns >= 0 and crowd_ns <= self.loop.now_ns < until_ns
-            await asyncio.sleep(each.ns(rng) / S / (load.crowd if crowded else 1))
+            await asyncio.sleep(each.ns(rng) / S / hurry)
+            if self.loop.now_ns >= until_ns:
+                return
             prompt = tuple(rng.randrange(1, _VOCABULARY) for _ in range(rng.randint(*load.prompt)))
             self.world.ask(name, prompt, rng.randint(*load.tokens))
 

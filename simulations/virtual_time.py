@@ -16,6 +16,7 @@ from asyncio import events
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 T = TypeVar("T")
@@ -144,13 +145,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """All that have not ended, those of crashed machines included: were they collected as garbage, their last
         words would come at a time that nobody can repeat."""
         self.ending = False
+        self.failed: Callable[[str, BaseException], None] = lambda name, error: None
+        """Told of tasks that ended with an error: an agent would end by it."""
         self.set_task_factory(self._make_task)
 
     def _make_task(self, loop: Any, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=self, **more)
         self._tasks[task] = None
-        task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
+        task.add_done_callback(self._task_done)
         return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.ending:
+            self.failed(task.get_name(), error)
 
     def wind_up(self) -> None:
         """The simulation is over: end every task, whatever became of its machine."""
@@ -230,4 +239,4 @@ class MachineClock:
 
 
 def _ns(seconds: float) -> int:
-    return round(seconds * _NS)
+    return ceil(seconds * _NS)

@@ -8,9 +8,11 @@ everything that can be served is served.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from random import Random
 from zlib import crc32
 
@@ -22,7 +24,7 @@ from scheduler.routing import Group
 from simulations.compute import expected
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
-from simulations.virtual_time import Machine, VirtualLoop
+from simulations.virtual_time import Machine, VirtualLoop, this_machine
 
 S = 1_000_000_000
 _SEEDS_TOLD = 3
@@ -43,6 +45,12 @@ class Request:
     """Token and when it came."""
     rungs: list[tuple[str, int]] = field(default_factory=list)
     """Of its recoveries, and how long each stalled it, microseconds."""
+    causes: list[str] = field(default_factory=list)
+    """Of the same recoveries."""
+    openings: int = 0
+    """How often a stage refused it before its first token, and another took it."""
+    asked: int = 0
+    """Each time it is asked, nothing having been seen, it is another session."""
     resumed: int = 0
     finished: bool = False
     changed: int = 0
@@ -52,7 +60,7 @@ class Request:
 
     @property
     def session(self) -> SessionId:
-        return SessionId(f"{self.number:032x}")
+        return SessionId(f"{self.number:024x}{self.asked:08x}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class World:
         patience_s: float,
     ) -> None:
         self.loop, self.seed, self.shape, self.cuts, self.config = loop, seed, shape, cuts, config
+        loop.failed = self._task_failed
         self.network = Network(loop, self.random("network"), path)
         self.patience_s = patience_s
         self.specs: dict[str, NodeSpec] = {}
@@ -113,6 +122,14 @@ class World:
     def tell(self, what: str) -> None:
         """Add to the story."""
         self.events.append((self.loop.now_ns, what))
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        if not isinstance(error, MeshError):
+            machine = this_machine()
+            who = machine.name if machine else "the simulation"
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{PurePath(last.filename).name}:{last.lineno}"
+            self.violated(f"{who}: {name} failed at {at}: {type(error).__name__}: {error}")
 
     def violated(self, what: str) -> None:
         self.violations.append(Violation(self.loop.now_ns, what))
@@ -241,7 +258,10 @@ class World:
                     progress.set()
                 if ended.done():
                     return
-                request.rungs += [(r.rung, r.stalled_us) for r in handle.trace.recoveries]
+                lost = [r for r in handle.trace.recoveries if not r.opening]
+                request.rungs += [(r.rung, r.stalled_us) for r in lost]
+                request.causes += [r.cause.split(":")[0] for r in lost]
+                request.openings += len(handle.trace.recoveries) - len(lost)
                 request.finished = True
                 outcome = 0.0
             except RequestError as error:
@@ -292,6 +312,7 @@ class World:
         name = self.shape.ref.name
         if request.resumed:
             return await node.resume(name, request.session, request.tokens, request.group, len(request.seen))
+        request.asked += 1
         handle, request.group = node.begin(name, request.session, request.prompt, request.tokens)
         return handle
 

@@ -83,6 +83,12 @@ class _Placed:
     upstream: Upstream
     order: Open
 
+    @property
+    def waits(self) -> bool:
+        """It is fed no more, until a later epoch."""
+        session = self.replica.book.sessions.get(self.order.session)
+        return session is None or session.orphan_ns > 0
+
 
 class StageHost:
     """Routes messages between links, replicas on this node and the sessions it owns."""
@@ -190,6 +196,7 @@ class StageHost:
             self._refuse(order, Cause.TAKEN_OVER, f"its owner is {fence.owner}")
             return
         if order.epoch <= self._closed.get((order.session, order.stage), NO_EPOCH):
+            self._refuse(order, Cause.STALE_EPOCH, "the session was closed here")
             return
         outcome = replica.open(order)
         if isinstance(outcome, Refusal):
@@ -559,25 +566,26 @@ class StageHost:
 
     def _lose(self, address: Address, cause: Cause, reason: str) -> None:
         for placed in list(self._placed.values()):
-            order, route = placed.order, placed.order.route
-            if not isinstance(route, LayeredRoute):
-                continue
-            following = order.stage + 1
-            if following < len(route.stages) and route.stages[following].address == address:
-                self._report(order, following, cause, reason)
-            elif order.owner_address == address and address != self.address:
-                self._wait(placed, reason)  # nobody is left to hear of it, for now
+            order, following = placed.order, _onward(placed.order)
+            if order.owner_address == address and address != self.address:
+                self._wait(placed, reason, lost=address)  # nobody is left to hear of it, for now
+            elif following is not None and following.address == address and not placed.waits:
+                self._report(order, order.stage + 1, cause, reason)
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
-        for placed in self._placed.values():
+        for placed in list(self._placed.values()):
             if placed.upstream is upstream:
                 self._wait(placed, "the stage before was lost")
 
-    def _wait(self, placed: _Placed, why: str) -> None:
-        """Keep a session for a later epoch, here and behind here: its end may have been lost with who is lost."""
-        placed.replica.book.orphan(placed.order.session, self._clock.monotonic_ns())
-        self._pass_close(placed.order, Close(placed.order.session, placed.order.epoch, why, waits=True))
+    def _wait(self, placed: _Placed, why: str, lost: Address | None = None) -> None:
+        """Keep a session for a later epoch, here and behind here: its end may have been lost with who is ``lost``."""
+        if placed.waits:
+            return  # those behind were told, and may be lost as well: telling them again would dial for ever
+        order, following = placed.order, _onward(placed.order)
+        placed.replica.book.orphan(order.session, self._clock.monotonic_ns())
+        if following is not None and following.address != lost:
+            self._pass_close(order, Close(order.session, order.epoch, why, waits=True))
 
     # -- time ----------------------------------------------------------------------------------
 
