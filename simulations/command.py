@@ -145,8 +145,8 @@ def _tell_story(args: argparse.Namespace, found: Any) -> None:
     print(f"seed {found.seed}: {found.what}")
     again = args.scenario
     if args.shrink:
-        again = f"{found.scenario.name}-{found.seed}.toml"
-        Path(again).write_text(msgspec.toml.encode(found.scenario).decode())
+        again = f"{found.scenario.name}-{found.seed}.json"
+        Path(again).write_bytes(msgspec.json.format(msgspec.json.encode(found.scenario)))
     time = f" --time {args.time}" if args.time and not args.shrink else ""
     print(f"again: mesh simulate {again} --seed {found.seed}{time}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import PeerError
@@ -25,7 +25,7 @@ from mesh.membership_events import (
 )
 from mesh.messages import Frame, Message
 from mesh.types import Address, Epoch, NodeId, SessionId
-from node_agent.ports import LoggedSession
+from node_agent.ports import NO_EPOCH, LoggedSession
 from scheduler.cluster import Node
 
 if TYPE_CHECKING:
@@ -47,8 +47,20 @@ def size_of(message: Message) -> int:
 def copy_of(message: Message) -> Message:
     """As it comes off the wire: frames are the receiver's own."""
     if isinstance(message, list) and message and isinstance(message[0], Frame):
-        return [replace(f) for f in message if isinstance(f, Frame)]
+        return [_sent(f) for f in message if isinstance(f, Frame)]
     return message
+
+
+@dataclass(slots=True)
+class SentFrame(Frame):
+    """A frame that remembers the epoch in which it was sent."""
+
+    sent: Epoch = NO_EPOCH
+
+
+def _sent(frame: Frame) -> Frame:
+    known = {f.name: getattr(frame, f.name) for f in fields(Frame)}
+    return SentFrame(**known, sent=frame.epoch)
 
 
 class _Upstream:

@@ -20,7 +20,7 @@ from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.planner import RoutePlanner
-from node_agent.adapters.replica import Replica
+from node_agent.adapters.replica import Computed, Replica
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.adapters.takeover import Takeovers
@@ -80,7 +80,10 @@ class SimNode:
         profile: Profile,
         rng: Random,
         peers: list[Address],
+        broken: Callable[[str], None],
     ) -> None:
+        self.broken = broken
+        """Told of what must never happen."""
         self.loop, self.network, self.spec, self.config = loop, network, spec, config
         self.machine = Machine(loop, spec.name)
         self.clock = MachineClock(loop, spec.drift_ppm)
@@ -143,12 +146,19 @@ class SimNode:
         runtime = ModelledRuntime(info, spec.slots, context + 1, spec.speed)
         compute = ModelledCompute(self.loop, self.clock, runtime, self._slowness, self._computed)
         budget = spec.slots * context * info.kv_bytes_per_token
-        replica = Replica(
-            runtime, budget, self.host.forward, self.host.failed, spec.speed, self.clock, compute
-        )
+        replica = Replica(runtime, budget, self._forward, self.host.failed, spec.speed, self.clock, compute)
         self.replicas.append(replica)
         self.host.replicas[info.digest] = replica
         self.host.metrics[info.digest] = StageMetrics(metrics, info)
+
+    def _forward(self, rows: list[Computed]) -> None:
+        for row in rows:
+            sent = getattr(row.frame, "sent", row.session.order.epoch)
+            if sent != row.session.order.epoch and not row.session.order.standby:
+                self.broken(
+                    f"{self.id} computed a frame of epoch {sent.counter} in {row.session.order.epoch.counter}"
+                )
+        self.host.forward(rows)
 
     def _slowness(self) -> float:
         # Steps of a real machine differ by a few per cent, and now and then by much more.

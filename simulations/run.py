@@ -25,6 +25,8 @@ S = 1_000_000_000
 _WIDTH, _VOCABULARY, _CONTEXT = 576, 512, 2048
 _KV_LAYER_BYTES, _LAYER_BYTES = 1536, 3_600_000
 _KNIT_S = 3.0
+_KNOWN_S = 10
+"""Once everything is up again, everybody knows within so long."""
 _BATTERY_S = 2.0
 _TAIL = 1.4
 
@@ -147,6 +149,8 @@ class _Run:
         while self.loop.now_ns < self.end_ns:
             await asyncio.sleep(min(1.0, (self.end_ns - self.loop.now_ns) / S))
             world.sample()
+            if world.calm_ns < 0 and self._calm and world.whole():
+                world.calm_ns = self.loop.now_ns + _KNOWN_S * S
             self.progress(min(1.0, self.loop.now_ns / self.end_ns))
         for task in self._tasks:
             task.cancel()

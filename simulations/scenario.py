@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -192,10 +193,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def read_scenario(text: str, name: str) -> Scenario:
-    """Raises ``ConfigError`` that names file, line and what to write instead."""
+    """TOML, or JSON as ``--shrink`` writes it; raises ``ConfigError`` that names file, line and what to write
+    instead."""
     try:
-        told = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        told = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
     try:
         scenario = msgspec.convert(told, Scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def with_setting(scenario: Scenario, key: str, value: str) -> Scenario:
         known = [k for k in Scenario.__struct_fields__ if isinstance(getattr(scenario, k), str)]
         raise ConfigError(f"--sweep {key}: there are replicas, churn, {', '.join(known)}")
     changed = {**msgspec.to_builtins(scenario), key: value}
-    return read_scenario(_toml(changed), f"--sweep {key}={value}")
+    return read_scenario(json.dumps(changed), f"--sweep {key}={value}")
 
 
 def _with_count(kind: Any, number: float, scenario: Scenario) -> Any:
@@ -112,10 +113,6 @@ def _with_churn(kind: Any, number: float, scenario: Scenario) -> Any:
         mean = f"{int(up.first / number)}ns"
         text = f"exponential({mean})" if up.shape == "exponential" else mean
     return msgspec.structs.replace(kind, up=text)
-
-
-def _toml(value: dict[str, Any]) -> str:
-    return msgspec.toml.encode(value).decode()
 
 
 def sweep(

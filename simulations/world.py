@@ -16,7 +16,7 @@ from pathlib import PurePath
 from random import Random
 from zlib import crc32
 
-from mesh.errors import MeshError, RequestError, Unavailable
+from mesh.errors import MeshError, PeerError, RequestError, Unavailable
 from mesh.types import Address, LayerRange, ModelShape, SessionId
 from node_agent.adapters.session_driver import SessionHandle
 from node_agent.config import AgentConfig
@@ -24,12 +24,14 @@ from scheduler.routing import Group
 from simulations.compute import expected
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
-from simulations.virtual_time import Machine, VirtualLoop, this_machine
+from simulations.virtual_time import Machine, Power, VirtualLoop, this_machine
 
 S = 1_000_000_000
 _SEEDS_TOLD = 3
 _RETRY_S, _NOTICE_S, _READ_TIMEOUT_S = 0.5, 0.1, 10.0
 _SETTLE_S = 3.0
+_NEVER = frozenset({"bad_frame", "runtime"})
+"""Causes of a loss that only a bug can bring about."""
 
 
 @dataclass(slots=True)
@@ -109,6 +111,8 @@ class World:
         self.events: list[tuple[int, str]] = []
         """The story: what was done to nodes, what sessions went through."""
         self.samples: list[Sample] = []
+        self.calm_ns = -1
+        """From here on everything can be served; -1: not yet."""
         self.energy_wh = 0.0
         """Drawn from batteries."""
         self.faults: Counter[str] = Counter()
@@ -146,7 +150,14 @@ class World:
         rng = self.random(f"{name} {self.lives[name]}")
         others = [n.address for n in self.nodes.values()][:_SEEDS_TOLD]
         self.nodes[name] = SimNode(
-            self.loop, self.network, spec, self.config, PROFILES[self.config.profile], rng, others
+            self.loop,
+            self.network,
+            spec,
+            self.config,
+            PROFILES[self.config.profile],
+            rng,
+            others,
+            self.violated,
         )
         self.tell(f"{name} starts")
 
@@ -262,6 +273,8 @@ class World:
                 request.rungs += [(r.rung, r.stalled_us) for r in lost]
                 request.causes += [r.cause.split(":")[0] for r in lost]
                 request.openings += len(handle.trace.recoveries) - len(lost)
+                for cause in _NEVER.intersection(request.causes):
+                    self.violated(f"request {request.number}: {cause}, among agents that keep the contract")
                 request.finished = True
                 outcome = 0.0
             except RequestError as error:
@@ -276,6 +289,8 @@ class World:
                 outcome = max(_NOTICE_S, min(error.retry_after_s or _RETRY_S, 2.0))
             except MeshError as error:
                 request.error, outcome = str(error), 0.0
+                if isinstance(error, PeerError):
+                    self.violated(f"request {request.number}: {error}")
             if not ended.done():
                 ended.set_result(outcome)
 
@@ -331,6 +346,8 @@ class World:
             )
         if request.error:
             self.tell(f"request {request.number} failed: {request.error}")
+            if 0 <= self.calm_ns <= request.asked_ns:
+                self.violated(f"request {request.number} failed although nothing was broken: {request.error}")
         elif request.rungs or request.resumed:
             how = " ".join(rung for rung, _ in request.rungs)
             self.tell(f"request {request.number} came through: {how}{' resumed' if request.resumed else ''}")
@@ -356,6 +373,11 @@ class World:
             left = sum(r.book.live for r in node.replicas)
             if left and node.machine.power.value == "on":
                 self.violated(f"{node.spec.name} still feeds {left} sessions that ended")
+
+    def whole(self) -> bool:
+        """Every node is up, at work and reachable."""
+        up = [n for n in self.nodes.values() if n.machine.power is Power.ON]
+        return len(up) == len(self.specs) and not self.network.cuts
 
     def sample(self) -> None:
         """Note how things stand."""
