@@ -201,3 +201,9 @@ def test_what_breaks_something_is_made_smaller(monkeypatch: pytest.MonkeyPatch) 
     smaller = shrink(Found(scenario, found.seed, found.what), lambda what: None)
     assert len(smaller.scenario.faults) < len(scenario.faults)
     assert breaks(smaller.scenario, smaller.seed) == smaller.what
+
+
+def test_the_example_of_the_readme_is_a_scenario() -> None:
+    text = (FOLDER.parent / "README.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    assert read_scenario(example, "README.md").name == "shop"
