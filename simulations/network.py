@@ -16,6 +16,8 @@ from mesh.types import Address
 from simulations.virtual_time import Machine, VirtualLoop
 
 KEEPALIVE_NS = 8_000_000_000
+DIALS_MAX = 200
+"""In a second, to one address: more is a loop that never ends."""
 _MS = 1_000_000
 
 
@@ -119,6 +121,10 @@ class Network:
         self.bytes = 0
         self.messages = 0
         self.longest_ns = 0
+        self.broken: Callable[[str], None] = lambda what: None
+        """Told of what must never happen."""
+        self._dials: dict[tuple[Address, Address], tuple[int, int]] = {}
+        """By pair: the second, and how often in it."""
 
     def transit_ns(self, source: Address, target: Address, size: int) -> int:
         """How long a message takes; counts it."""
@@ -159,6 +165,7 @@ class Network:
     ) -> Stream | None:
         """A stream to whoever listens there; ``None`` and ``on_lost`` a moment later where nobody answers."""
         host = self.hosts.get(target)
+        self._count_dial(source.address, target)
         if host is None or self.is_cut(source.address, target) or self.is_cut(target, source.address):
             refused = host is None and not self.is_cut(source.address, target)
             wait = 2 * self.path(source.address, target).latency_ns if refused else timeout_ns
@@ -168,6 +175,14 @@ class Network:
         stream = Stream(self, source, host, on_lost, on_ended)
         self.streams[stream] = None
         return stream
+
+    def _count_dial(self, source: Address, target: Address) -> None:
+        now_s = self.loop.now_ns // 1_000_000_000
+        second, count = self._dials.get((source, target), (now_s, 0))
+        count = count + 1 if second == now_s else 1
+        self._dials[source, target] = (now_s, count)
+        if count == DIALS_MAX:
+            self.broken(f"{source} dialled {target} {DIALS_MAX} times in a second")
 
     def cut(self, pairs: set[tuple[Address, Address]]) -> None:
         """Let nothing pass in these directions, until ``heal``."""

@@ -102,6 +102,7 @@ class World:
         self.loop, self.seed, self.shape, self.cuts, self.config = loop, seed, shape, cuts, config
         loop.failed = self._task_failed
         self.network = Network(loop, self.random("network"), path)
+        self.network.broken = self.violated
         self.patience_s = patience_s
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
