@@ -270,7 +270,7 @@ class SimNode:
         """As the API does when a client reads on here: take the session over and go on with it. Raises ``RequestError``
         where fewer tokens are known than were ``seen``."""
         self.driver.let_go(session)
-        known, epoch = await self.takeovers.claim(session, seen)
+        known, epoch = await self.takeovers.claim(session, seen, lambda request: tokens)
         order = self._order(session, known.prompt, tokens)
         plan = self.planner.plan(
             model, order, draw=self.planner.draw(), pin=group, done=len(known.tokens), holds=known.route

@@ -127,7 +127,9 @@ class Generator:
         session = SessionId(name)
         self.driver.let_go(session)
         begin = time.monotonic()
-        known, epoch = await self._takeovers.claim(session, seen)
+        known, epoch = await self._takeovers.claim(
+            session, seen, lambda request: read_record(request).tokens_max
+        )
         log.info(
             "took a session over at epoch %d with %d tokens, in %.0f ms",
             epoch.counter,

@@ -76,26 +76,30 @@ class Takeovers:
             log.error("the token log cannot be read: %s", error)
             return None, False
 
-    async def claim(self, session: SessionId, seen: int = 0) -> tuple[LoggedSession, Epoch]:
+    async def claim(
+        self, session: SessionId, seen: int, most: Callable[[bytes], int]
+    ) -> tuple[LoggedSession, Epoch]:
         """Become the owner of a session of which a client has ``seen`` so many tokens: what is known of it, and the
-        epoch to open. Raises ``RequestError`` where nobody knows it, or as many tokens, and ``Unavailable`` where
-        somebody who may cannot be asked now, or another claim came first."""
+        epoch to open. ``most`` tells of its request how many it may have. Raises ``RequestError`` where nobody
+        knows it, or as many tokens, and ``Unavailable`` where somebody who may know more cannot be asked now, or
+        another claim came first."""
         found, away = await self._find(session)
-        longest = max((f.session.tokens for f in found), key=len, default=())
-        if away and len(longest) < max(seen, not found):
+        if not found:
+            others = f"; {', '.join(away[:_NAMED])} cannot be asked now" if away else ""
+            raise RequestError(
+                f"no session {session} is known here or to the peers that answer; it may have expired{others}",
+                code="not_found",
+                status=404,
+            )
+        best = max(found, key=lambda f: (f.session.epoch, len(f.session.tokens)))
+        longest = max((f.session.tokens for f in found), key=len)
+        if away and len(longest) < seen <= most(best.session.request):
             raise Unavailable(
                 f"of the session {session} {len(longest)} tokens are known to those that answer; "
                 f"{', '.join(away[:_NAMED])} may know more, and cannot be asked now",
                 retry_after_s=1,
             )
-        if not found:
-            raise RequestError(
-                f"no session {session} is known here or to its peers; it may have expired",
-                code="not_found",
-                status=404,
-            )
         check_seen(session, seen, longest)
-        best = max(found, key=lambda f: (f.session.epoch, len(f.session.tokens)))
         wanted = Epoch(best.session.epoch.counter + 1, self._node)
         answers = [await self._take(each, session, wanted) for each in found]
         # Whoever knew the last owner decides; older copies follow.
