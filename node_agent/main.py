@@ -184,8 +184,7 @@ class Agent:
             gc.freeze()
             gc.set_threshold(_COLLECT_AFTER)
             log.info("agent %s listens on %s, API on %s", self.name, self.address, self._api_address)
-            await self._until_stopped()
-            await self._drain()
+            await self._until_drained()
             await self.view.leave()
         finally:
             self.driver.stop_all("the agent stopped")
@@ -294,7 +293,8 @@ class Agent:
         self.host.downstream_lost(address, reason)
         self.driver.link_lost(address, reason)
 
-    async def _until_stopped(self) -> None:
+    async def _until_drained(self) -> None:
+        """Our parts work until the last session is handed over: whoever drains still answers, beats and holds."""
         self._discovering = [
             asyncio.create_task(self._discover(d), name=f"discovery: {d.name}") for d in self._discovery
         ]
@@ -314,6 +314,9 @@ class Agent:
                     if not task.cancelled():
                         task.result()  # a part that fails ends the agent, loudly
                     tasks.remove(task)
+            for task in self._discovering:  # takes our adverts back
+                task.cancel()
+            await self._drain()
         finally:
             for task in tasks:
                 task.cancel()

@@ -283,6 +283,10 @@ class StageBook:
                 session.position = session.queued_to = position
         return session.position
 
+    def hush(self, session_id: SessionId) -> None:
+        """Compute and send no more of a session in this epoch."""
+        self.sessions[session_id].told = False
+
     def resent(self, session: StageSession, end: int) -> None:
         """A frame of the hop log, up to ``end``, is on its way to the next stage."""
         session.credit -= 1

@@ -80,13 +80,14 @@ class Stream:
         self.cut_at_ns = self.cut_at_ns or self.network.loop.now_ns
 
     def heal(self, after_ns: int) -> None:
-        """What waited goes on after TCP's next attempt."""
-        begin, self.cut_at_ns = self.cut_at_ns, 0
-        if begin and self._waiting:
-            waiting, self._waiting = self._waiting, []
-            self.network.loop.at_ns(self.network.loop.now_ns + after_ns, self._again, waiting)
+        """All goes on after TCP's next attempt; until then what is sent waits behind what waits already."""
+        self.network.loop.at_ns(self.network.loop.now_ns + after_ns, self._again)
 
-    def _again(self, waiting: list[tuple[bool, int, Callable[..., object], tuple[object, ...]]]) -> None:
+    def _again(self) -> None:
+        ends = (self.source.address, self.target.address)
+        if not self.cut_at_ns or self.network.is_cut(*ends) or self.network.is_cut(*ends[::-1]):
+            return
+        self.cut_at_ns, waiting, self._waiting = 0, self._waiting, []
         for forth, size, deliver, args in waiting:
             self.send(forth, size, deliver, *args)
 

@@ -308,14 +308,14 @@ class StageHost:
         if session is None or session.order is not order or not isinstance(route, LayeredRoute):
             return
         address = route.stages[order.stage + 1].address
-        if session.resending is not None and session.credit > 0:
+        if session.told and session.resending is not None and session.credit > 0:
             start = session.resending
             payload = self._logged(session, placed.replica.book.shard.digest)
             if payload is None:
                 if self.hops is not None:
                     self.hops.forget(order.session, placed.replica.book.shard.digest)
                 self._report(order, -1, Cause.NO_CACHE, "a hop log is damaged", start)
-                session.told = False  # nothing more in this epoch
+                placed.replica.book.hush(order.session)
                 return
             frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
             placed.replica.book.resent(session, start + len(payload))
@@ -431,7 +431,7 @@ class StageHost:
                 out = row.output
                 token = Token(out.position, out.token, out.logprob, out.top, times)
                 tokens.setdefault(order.owner_address, []).append(Sampled(order.session, order.epoch, token))
-            elif row.output is not None:
+            elif row.output is not None and row.session.told:
                 stage = order.stage + 1
                 address = route.stages[stage].address
                 hop_us = self.hop_us(address)
@@ -570,6 +570,8 @@ class StageHost:
             if order.owner_address == address and address != self.address:
                 self._wait(placed, reason, lost=address)  # nobody is left to hear of it, for now
             elif following is not None and following.address == address and not placed.waits:
+                # What was under way is lost: nothing may follow it over a new link in this epoch.
+                placed.replica.book.hush(order.session)
                 self._report(order, order.stage + 1, cause, reason)
 
     def upstream_lost(self, upstream: Upstream) -> None:

@@ -22,13 +22,14 @@ from node_agent.stage import StageBook
 from simulations.page import page
 from simulations.report import figures
 from simulations.run import simulate
-from simulations.scenario import draw, names_of, read_scenario
+from simulations.scenario import Scenario, draw, names_of, read_scenario
 from simulations.search import Found, breaks, search, shrink, with_setting
 from tests.simulation.test_recovery_storm import STORM
 
 FOLDER = Path(__file__).parents[2] / "simulations" / "scenarios"
 SHIPPED = sorted(FOLDER.glob("*.toml"))
 LEAST = 'name = "x"\n[[nodes]]\nkind = "n"\ncount = 3\n'
+FLICKER = FOLDER / "flicker.toml"
 SEEDS = 3
 """A planted bug is found within so many."""
 
@@ -135,10 +136,14 @@ every = "exponential(10s)"
 """
 
 
-def storm(**changes: object) -> Any:
+def storm(**changes: object) -> Scenario:
     settings = {"replay": "exact", "recovery": "warm", "log_mib": 256, **changes}
     text = STORM.format(**settings).replace('time = "80s"', 'time = "50s"')
     return read_scenario(text, "storm")
+
+
+def flicker() -> Scenario:
+    return read_scenario(FLICKER.read_text(), FLICKER.name)
 
 
 def accept_stale_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,16 +185,24 @@ def replay_from_one_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "plant",
-    [accept_stale_epochs, forget_a_hop_log_record, replay_from_one_too_far],
+    ("plant", "scenario"),
+    [(accept_stale_epochs, flicker), (forget_a_hop_log_record, storm), (replay_from_one_too_far, storm)],
     ids=lambda p: p.__name__,
 )
 def test_a_planted_bug_is_found(
-    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[pytest.MonkeyPatch], None],
+    scenario: Callable[[], Scenario],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch)
-    found, tried = search(storm(), iter(range(1, 1 + SEEDS)), lambda seed: None)
+    found, tried = search(scenario(), iter(range(1, 1 + SEEDS)), lambda seed: None)
     assert found is not None, f"{tried} seeds and nothing found"
+
+
+@pytest.mark.parametrize("seed", [9, 12])
+def test_nothing_follows_what_was_lost_with_a_link(seed: int) -> None:
+    # A stage went on over a new link, in the same epoch, after frames that the old one had swallowed.
+    assert breaks(flicker(), seed) is None
 
 
 @pytest.mark.timeout(300)
