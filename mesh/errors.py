@@ -12,7 +12,8 @@
     │   ├── NoRoute             no set of replicas covers the model's layers
     │   ├── Full                a stage has no memory or slot for the session
     │   ├── StageLost           a stage went away in the middle of a generation
-    │   └── StaleTerm           a later leader of the scheduler is known
+    │   ├── StaleTerm           a later leader of the scheduler is known
+    │   └── LeaseRefused        an agent does not hold what a scheduler wants there
     ├── PeerError             a peer broke the wire contract; its fault, not ours
     └── InvalidTransition     a state machine got an event it cannot get; our bug
 
@@ -85,6 +86,10 @@ class StageLost(Unavailable):
 
 class StaleTerm(Unavailable):
     """A plan of a leader whose term is over."""
+
+
+class LeaseRefused(Unavailable):
+    """An agent does not hold what a scheduler wants there."""
 
 
 class PeerError(MeshError):

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKey:
+    """What a lease asks for."""
+
+    model: str
+    start: int
+    end: int
+    runtime: str
+    quantization: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """KV memory that a lease asks for: so many sessions of so many positions."""
+
+    sessions: int
+    context: int
 
 
 class LeaseBook(Generic[Key]):

@@ -39,32 +39,36 @@ from mesh.profiles import PROFILES
 from mesh.types import Address, SessionId
 from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.control_loop import ControlLoop
-from node_agent.adapters.discovery_setup import consul_of, discovery_of
+from node_agent.adapters.discovery_setup import discovery_of, leader_lock
 from node_agent.adapters.frame_store import RocksFrames
 from node_agent.adapters.generator import Generator
 from node_agent.adapters.http_api import HttpApi
 from node_agent.adapters.identity import node_identity
+from node_agent.adapters.lease_streams import LeaseStreams
 from node_agent.adapters.memory_store import MemoryTokenLog
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.own_record import OwnRecord
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.planner import RoutePlanner
-from node_agent.adapters.policy_book import PolicyBook
+from node_agent.adapters.policy_book import PolicyBook, PolicyOnDisk
 from node_agent.adapters.record_streams import RecordStreams
-from node_agent.adapters.replicas import ReplicaManager, ShardKey
+from node_agent.adapters.replicas import ReplicaManager
 from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.adapters.session_driver import SessionDriver
+from node_agent.adapters.shard_loader import ShardLoader
 from node_agent.adapters.stage_host import StageHost
 from node_agent.adapters.takeover import AskByRpc, Takeovers
 from node_agent.config import AgentConfig, join_address, parse_shard
 from node_agent.hop_log import HopLog
 from node_agent.hysteresis import below_floor
+from node_agent.lease import ShardKey
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import TokenLog
 from protos.gen import agent_pb2, agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
+from scheduler.demand import ModelDemand
 from scheduler.routing import models_served
 
 log = logging.getLogger(__name__)
@@ -250,10 +254,11 @@ class Agent:
         self.view.on_twin = self._told_of_twin
         self.view.on_record = self.driver.note_record
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
+        source = ShardLoader(config, self.store, lambda: self.own.capabilities)
         self.replicas = ReplicaManager(
-            config, self.store, self.host, self.metrics, self._announce, lambda: self.own.capabilities
+            config, source, self.host, self.metrics, self._announce, lambda: self.own.capabilities
         )
-        self.policies = PolicyBook(self.data_dir, self.node_id)
+        self.policies = PolicyBook(PolicyOnDisk(self.data_dir), self.node_id)
         self.takeovers = Takeovers(
             self.node_id, token_log, lambda: self.view.snapshot, self.host.fence, AskByRpc(config.cluster)
         )
@@ -269,7 +274,13 @@ class Agent:
             config, self.node_id, self.store, self.view, self.driver, self.planner, self.takeovers
         )
         self.control = ControlLoop(
-            config, self.node_id, self.view, self.store, self.policies, consul_of(config)
+            config,
+            self.node_id,
+            self.view,
+            self._demand,
+            self.policies,
+            LeaseStreams(config.cluster, self.node_id),
+            leader_lock(config, self.node_id),
         )
         self.service = AgentService(
             config.cluster,
@@ -288,6 +299,11 @@ class Agent:
         membership_pb2_grpc.add_MembershipServicer_to_server(self.membership, server)
         add_HealthServicer_to_server(self.health, server)
         self.api_port = config.api_port
+
+    def _demand(self, model: str, quantization: str) -> ModelDemand:
+        from node_agent.adapters.shard_maker import demand_of
+
+        return demand_of(self.store, model, quantization)
 
     def _link_lost(self, address: Address, reason: str) -> None:
         self.host.downstream_lost(address, reason)

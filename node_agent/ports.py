@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mesh.types import Epoch, LayeredRoute, NodeId, SessionId, ShardInfo, Token
+from mesh.types import (
+    Address,
+    Epoch,
+    LayeredRoute,
+    NodeId,
+    PolicyVersion,
+    SessionId,
+    ShardInfo,
+    Term,
+    Token,
+)
+from node_agent.lease import ShardKey
+from scheduler.reconcile import Wanted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +66,45 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Drop weights and KV memory."""
         ...
+
+
+class ShardSource(Protocol):
+    """Where replicas come from."""
+
+    async def find(self, key: ShardKey) -> ShardInfo:
+        """What a lease asks for; raises ``InputError`` where it is not to be had on this node."""
+        ...
+
+    async def load(self, key: ShardKey, slots: int, capacity: int) -> Runtime:
+        """Make it ready to compute, with KV memory for ``slots`` sessions of ``capacity`` positions."""
+        ...
+
+
+class PeerAgents(Protocol):
+    """What a scheduler asks of agents. Raises ``PeerError`` where one cannot be reached."""
+
+    def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+        """Have it hold a shard; yields whether it serves, on every change, for as long as the lease is this term's.
+        What was held stays when this is iterated no more. Raises ``LeaseRefused`` with the agent's reason."""
+        ...
+
+    async def release(self, address: Address, term: Term, wanted: Wanted) -> None:
+        """Have it let go."""
+        ...
+
+    async def policy(self, address: Address) -> tuple[PolicyVersion, str]:
+        """The policy that it knows."""
+        ...
+
+
+class PolicyFile(Protocol):
+    """Where a node keeps the policy that it knows."""
+
+    def read(self) -> bytes | None:
+        """``None`` if there is none; raises ``OSError``."""
+        ...
+
+    def write(self, content: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

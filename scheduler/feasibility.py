@@ -37,6 +37,8 @@ class Host:
     weight: float
     """Factor on computation: 1, and what risk, battery and doubt add."""
     present: tuple[LayerRange, ...]
+    staying: tuple[LayerRange, ...]
+    """Of those present: what no plan unloads, so that its memory is not part of ``room``."""
     hazard: float
 
 
@@ -134,9 +136,16 @@ def replica_of(replica: Replica, demand: ModelDemand) -> bool:
 
 
 def room_of(node: Node, demand: ModelDemand, policy: ModelPolicy) -> int:
-    """Bytes free, and those that our own earlier placement takes there."""
-    ours = [r for r in node.replicas if r.term and r.shard.model.ref.name == demand.shape.ref.name]
-    return node.memory_free_bytes + sum(r.shard.weight_bytes + r.kv_budget_bytes for r in ours)
+    """Bytes free, and those that our own earlier placement takes there; never more than the node has beside what
+    stays (what it says of free memory may be a few percent old)."""
+    ours = stay = 0
+    for r in node.replicas:
+        size = r.shard.weight_bytes + r.kv_budget_bytes
+        if r.term and r.shard.model.ref.name == demand.shape.ref.name:
+            ours += size
+        else:
+            stay += size
+    return min(node.memory_free_bytes + ours, max(0, node.memory_total_bytes - stay))
 
 
 def stage_overhead_us(snapshot: ClusterSnapshot) -> float:
@@ -161,6 +170,7 @@ def _host(
         price_us(node, policy),
         1 + extra / unit,
         tuple(sorted(r.shard.layers for r in node.replicas if replica_of(r, demand))),
+        tuple(sorted(r.shard.layers for r in node.replicas if replica_of(r, demand) and not r.term)),
         hazard_per_s(node, now_s),
     )
 

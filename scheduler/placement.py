@@ -340,22 +340,25 @@ class CopySearch:
         )
         room = self.room[rows].copy()
         place = {n: i for i, n in enumerate(rows)}
+        used = set()
         for chain in earlier:
             for n, a, b in chain:
                 if n in place:
                     room[place[n]] -= int(self.bytes[a, b])
+                    used.add(n)
         fits = self.bytes[None] <= room[:, None, None]
         for i, n in enumerate(rows):
-            self._present(n, block[i], fits[i])
+            self._present(n, block[i], fits[i], n in used)
         block = np.where(fits & (self.lengths > 0), block, np.inf)
         self._apart(rows, block, earlier)
         return _Search(
             ChainProblem(block, self._hops(tuple(rows)), self.enter[rows], self.home[rows]), tuple(rows)
         )
 
-    def _present(self, n: int, block: Floats, fits: NDArray[np.bool_]) -> None:
-        """What is there already needs no room and is cheaper by what moving it would be worth; a changed
-        shard of known layers is loaded anew, which counts as one layer's move."""
+    def _present(self, n: int, block: Floats, fits: NDArray[np.bool_], used: bool) -> None:
+        """What is there already is cheaper by what moving it would be worth, and needs no room, unless an earlier
+        copy used the node's: what is ours there may have to go for that. A changed shard of known layers is loaded
+        anew, which counts as one layer's move."""
         present = self.hosts[n].present
         if not present:
             return
@@ -368,7 +371,8 @@ class CopySearch:
         for layers in present:
             if there[layers.start, layers.end] == len(layers):
                 block[layers.start, layers.end] -= self.policy.move
-                fits[layers.start, layers.end] = True
+                if not used or layers in self.hosts[n].staying:
+                    fits[layers.start, layers.end] = True
 
     def _apart(self, rows: list[int], block: Floats, earlier: list[Chain]) -> None:
         """No layer twice on a node, nor within one value of the label that copies are spread over."""

@@ -37,7 +37,7 @@ _TOLD = 0.04
 """Share by which a figure must move before peers hear of it."""
 _ROW_SHARE = 0.16
 """Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
-_EFFICIENCY = 0.6
+EFFICIENCY = 0.6
 """Of the probe's bandwidth and arithmetic that a whole shard reaches."""
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
@@ -167,8 +167,8 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
     """From the probe: decode reads every weight once, prefill takes two operations a weight and position."""
     known = [s for s in have.speeds if s.runtime == shard.runtime and s.gb_s > 0 and s.gflop_s > 0]
     gb_s, gflop_s = (known[0].gb_s, known[0].gflop_s) if known else (_GB_S, _GFLOP_S)
-    decode = shard.weight_bytes / (gb_s * 1e9 * _EFFICIENCY) * _US
-    prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * _EFFICIENCY) * _US
+    decode = shard.weight_bytes / (gb_s * 1e9 * EFFICIENCY) * _US
+    prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * EFFICIENCY) * _US
     return StageSpeed(decode, decode * _ROW_SHARE, prefill, 2 * decode)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 SUMMARY = "a mesh in virtual time: churn, faults, and what becomes of requests"
 SECTION = "Try it"
-_SHIPPED = Path(__file__).parent / "scenarios"
+SCENARIOS = Path(__file__).parent / "scenarios"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names() -> list[str]:
-    return sorted(p.stem for p in _SHIPPED.glob("*.toml"))
+    return sorted(p.stem for p in SCENARIOS.glob("*.toml"))
 
 
 def _listed() -> str:
     from simulations.scenario import read_scenario
 
-    found = [(n, read_scenario((_SHIPPED / f"{n}.toml").read_text(), n)) for n in _names()]
+    found = [(n, read_scenario((SCENARIOS / f"{n}.toml").read_text(), n)) for n in _names()]
     return "\n".join(f"{name:16} {scenario.about}" for name, scenario in found)
 
 
@@ -76,7 +76,7 @@ def _scenario(args: argparse.Namespace) -> Any:
     from mesh.errors import ConfigError
     from simulations.scenario import read_scenario, time_ns
 
-    path = _SHIPPED / f"{args.scenario}.toml"
+    path = SCENARIOS / f"{args.scenario}.toml"
     if args.scenario not in _names():
         path = Path(args.scenario)
     try:

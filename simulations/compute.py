@@ -1,8 +1,9 @@
 """Modelled computation: how long a run takes is taken from measurements, what it gives depends on everything before.
 
-A modelled shard computes no layers. Each position's output is a checksum of its input and of the output before it, so
-that one frame lost, doubled, out of order or of an old epoch shows in every later token; ``expected`` says which tokens
-an undisturbed run gives.
+A modelled shard computes no layers. It keeps a checksum over everything that it was fed, and adds it to what passes
+through, once for each of its layers with that layer's weight: so one frame lost, doubled, out of order or of an old
+epoch shows in every later token, and however the layers are cut, an undisturbed run gives the same tokens: those that
+``expected`` says.
 """
 
 from __future__ import annotations
@@ -21,30 +22,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NOTHING = 0
+_BITS = 0xFFFFFFFF
 
 
-def link(before: int, value: int, salt: int) -> int:
+def link(before: int, value: int) -> int:
     """The next of a chain of checksums."""
-    return zlib.crc32(b"%d,%d,%d" % (before, value, salt))
+    return zlib.crc32(b"%d,%d" % (before, value))
 
 
-def token_of(value: int, vocabulary: int) -> int:
+def weight(layers: LayerRange) -> int:
+    """Of these layers together."""
+    return sum(zlib.crc32(b"layer %d" % i) | 1 for i in range(layers.start, layers.end)) & _BITS
+
+
+def token_of(total: int, vocabulary: int) -> int:
     """The token that a last shard samples; never 0, which ends texts."""
-    return value % (vocabulary - 2) + 1
+    return link(_NOTHING, total) % (vocabulary - 2) + 1
 
 
-def expected(prompt: Sequence[int], tokens: int, cuts: Sequence[LayerRange], vocabulary: int) -> list[int]:
-    """The text that a prompt gets from shards of these layers."""
+def expected(prompt: Sequence[int], tokens: int, layers: int, vocabulary: int) -> list[int]:
+    """The text that a prompt gets."""
     history, out = list(prompt), list[int]()
-    before = [_NOTHING] * len(cuts)
-    at = 0
+    whole, chain, at = weight(LayerRange(0, layers)), _NOTHING, 0
     while len(out) < tokens:
-        while at < len(history):
-            value = history[at]
-            for i, layers in enumerate(cuts):
-                value = before[i] = link(before[i], value, layers.start)
-            at += 1
-        out.append(token_of(value, vocabulary))
+        for value in history[at:]:
+            chain = link(chain, value)
+        at = len(history)
+        out.append(token_of(whole * chain & _BITS, vocabulary))
         history.append(out[-1])
     return out
 
@@ -57,6 +61,7 @@ class ModelledRuntime:
     def __init__(self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed) -> None:
         self.info, self.slots, self.capacity, self.speed = info, slots, capacity, speed
         self.took_us = 0.0
+        self._weight = weight(info.layers)
         self._chains: list[list[int]] = [[] for _ in range(slots)]
 
     def decode(self, slot: int, positions: Sequence[int], inputs: Any, logits: bool = True) -> NDArray[Any]:
@@ -64,34 +69,36 @@ class ModelledRuntime:
         values = []
         for i, position in enumerate(positions):
             row_is_read = len(self._chains[slot + i]) >= position
-            values.append(self._step(slot + i, position, self._read(inputs[i])) if row_is_read else _NOTHING)
+            values.append(
+                self._step(slot + i, position, *self._read(inputs[i])) if row_is_read else (_NOTHING, 0)
+            )
         return self._written(values)
 
     def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> NDArray[Any]:
         self.took_us = self.speed.prefill * len(inputs)
-        values = [self._step(slot, position + i, self._read(row)) for i, row in enumerate(inputs)]
+        values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
         return self._written(values[-1:] if self.info.last else values)
 
-    def _step(self, slot: int, position: int, value: int) -> int:
+    def _step(self, slot: int, position: int, value: int, total: int) -> tuple[int, int]:
+        """The token of the position, which goes through all shards, and the sum so far."""
         chain = self._chains[slot]
         if len(chain) < position:
             raise AssertionError(f"position {position} came after {len(chain)}")
         del chain[position:]
-        chain.append(link(chain[-1] if chain else _NOTHING, value, self.info.layers.start))
-        return chain[-1]
+        chain.append(link(chain[-1] if chain else _NOTHING, value))
+        return value, (total + self._weight * chain[-1]) & _BITS
 
-    def _read(self, row: Any) -> int:
-        return int(row) if self.info.first else (int(row[0]) << 16) | int(row[1])
+    def _read(self, row: Any) -> tuple[int, int]:
+        return (int(row), 0) if self.info.first else (int(row[0]), (int(row[1]) << 16) | int(row[2]))
 
-    def _written(self, values: list[int]) -> NDArray[np.float32]:
+    def _written(self, values: list[tuple[int, int]]) -> NDArray[np.float32]:
         shape = self.info.model
         if self.info.last:
             out = np.zeros((len(values), shape.vocabulary), dtype=np.float32)
-            out[range(len(values)), [token_of(v, shape.vocabulary) for v in values]] = 1.0
+            out[range(len(values)), [token_of(v, shape.vocabulary) for _, v in values]] = 1.0
             return out
         out = np.zeros((len(values), shape.width), dtype=np.float32)
-        out[:, 0] = [v >> 16 for v in values]
-        out[:, 1] = [v & 0xFFFF for v in values]
+        out[:, :3] = [(token, v >> 16, v & 0xFFFF) for token, v in values]
         return out
 
     def release(self, slot: int) -> None:

@@ -13,35 +13,41 @@ from mesh.gossip import Fact
 from mesh.membership import Membership
 from mesh.membership_events import Found
 from mesh.messages import Message
-from mesh.profiles import Profile
+from mesh.profiles import PROFILES
 from mesh.session_events import SessionOrder
-from mesh.types import Address, NodeId, Sampling, SessionId, ShardInfo
+from mesh.types import Address, NodeId, Sampling, SessionId
+from node_agent.adapters.control_loop import ControlLoop
+from node_agent.adapters.fingerprint.memory import Memory
 from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
-from node_agent.adapters.metrics import AgentMetrics, StageMetrics
+from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.planner import RoutePlanner
-from node_agent.adapters.replica import Computed, Replica
+from node_agent.adapters.policy_book import PolicyBook
+from node_agent.adapters.replica import Computed
+from node_agent.adapters.replicas import ReplicaManager
 from node_agent.adapters.session_driver import SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from node_agent.adapters.takeover import Takeovers
 from node_agent.config import AgentConfig
 from node_agent.hop_log import HopLog
-from node_agent.hysteresis import links_worth_telling, place_worth_telling
-from scheduler.cluster import Node, NodeSeen, ReplicaState
-from scheduler.cluster import Replica as ReplicaStatus
-from scheduler.policy import Policy
+from node_agent.hysteresis import links_worth_telling, memory_worth_telling, place_worth_telling
+from node_agent.lease import ShardKey
+from node_agent.ports import Runtime
+from scheduler.cluster import Node, NodeSeen
 from scheduler.routing import Group
-from scheduler.speed import StageSpeed
+from simulations.checks import TermChecks
 from simulations.compute import ModelledCompute, ModelledRuntime
+from simulations.control import SimAgents, SimPolicyFile
 from simulations.links import SimLinks, SimMembership, SimRecords, sim_ask
+from simulations.model import SimModel, SimShards
 from simulations.network import Network
 from simulations.virtual_time import Machine, MachineClock, VirtualLoop
 
 LOAD_S = 0.5
 """How often a node looks whether it has news, as in ``node_agent.main``."""
 _LINKS_EVERY = 12
-_CAPABILITIES = Capabilities(Cpu(4, 4.0), Disk(1 << 36, 1 << 35))
-_MEMORY = 2 << 30
+_CPU, _DISK = Cpu(4, 4.0), Disk(1 << 36, 1 << 35)
+_MIB = 1 << 20
 _STOP_TOKENS = frozenset({0})
 GREEDY = Sampling(seed=1)
 
@@ -55,17 +61,37 @@ class NodeSpec:
     name: str
     kind: str
     address: Address
-    shards: tuple[ShardInfo, ...]
-    speed: StageSpeed | None
+    model: SimModel
+    config: AgentConfig
+    held: ShardKey | None
+    """Held from the start, by its settings."""
+    speed: float = 1.0
+    controlled: bool = False
+    """A scheduler places the model."""
     slowness: float = 1.0
     """Factor on the time of every run; faults change it."""
-    slots: int = 16
     drift_ppm: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
     tokens: MemoryTokenLog = field(default_factory=MemoryTokenLog)
-    """Its disk."""
+    """Its disk, with ``policy``."""
+    policy: SimPolicyFile = field(default_factory=SimPolicyFile)
     battery: Battery | None = None
     busy_ns: int = 0
     """Time that it computed, in all its lives."""
+
+
+class _CheckedHost(StageHost):
+    """Tells of frames that were computed in another epoch than they were sent in."""
+
+    broken: Callable[[str], None]
+
+    def forward(self, rows: list[Computed]) -> None:
+        for row in rows:
+            epoch = row.session.order.epoch
+            sent = getattr(row.frame, "sent", epoch)
+            if sent != epoch and not row.session.order.standby:
+                self.broken(f"{self.node} computed a frame of epoch {sent.counter} in {epoch.counter}")
+        super().forward(rows)
 
 
 class SimNode:
@@ -76,48 +102,59 @@ class SimNode:
         loop: VirtualLoop,
         network: Network,
         spec: NodeSpec,
-        config: AgentConfig,
-        profile: Profile,
         rng: Random,
         peers: list[Address],
-        broken: Callable[[str], None],
+        terms: TermChecks,
     ) -> None:
-        self.broken = broken
-        """Told of what must never happen."""
-        self.loop, self.network, self.spec, self.config = loop, network, spec, config
+        self.terms = terms
+        self.loop, self.network, self.spec, self.config = loop, network, spec, spec.config
         self.machine = Machine(loop, spec.name)
         self.clock = MachineClock(loop, spec.drift_ppm)
         self.address, self.id = spec.address, NodeId(spec.name)
         self.watchers: dict[Callable[[Node], None], None] = {}
         """Who is told of our record; a dict for its order."""
-        self._rng, self._profile = rng, profile
+        self._rng = rng
         self._told: Node | None = None
         self._links_told: Any = {}
         self._place_told: Any = None
+        self._memory_told = 0
         self._looks = 0
         self.draining = False
         network.started(self)
         self.machine.run(self._boot, peers)
 
     def _boot(self, peers: list[Address]) -> None:
+        """As ``node_agent.main.Agent._wire``."""
         spec, config, clock = self.spec, self.config, self.clock
         metrics = AgentMetrics(self.id)
         links = SimLinks(self)
         hops = HopLog(MemoryFrames(), config.log_limit << 20, 64 << 20) if config.log != "off" else None
-        self.host = StageHost(
+        self.host = _CheckedHost(
             self.id, self.address, links.send, lambda why: None, hops, spec.tokens, links.drop, clock
         )
+        self.host.broken = self.network.broken
         self.driver = SessionDriver(
             self.host, spec.tokens, metrics, config.sessions, config.keep, lambda: self.view.snapshot, clock
         )
         self.host.owner = self.driver
-        started_ms = int(clock.time() * 1000)
-        fact = Fact(self.id, self.address, started_ms)
-        self.membership = SimMembership(
-            self, Membership(fact, self._profile, self._rng, clock.monotonic_ns())
-        )
+        self._started_ms = int(clock.time() * 1000)
+        fact = Fact(self.id, self.address, self._started_ms, region=config.region)
+        machine = Membership(fact, PROFILES[config.profile], self._rng, clock.monotonic_ns())
+        self.membership = SimMembership(self, machine)
         self.view = ClusterView(self.membership, SimRecords(self), clock)
         self.view.on_record = self.driver.note_record
+        self.replicas = ReplicaManager(
+            config,
+            SimShards(spec.model, spec.speed),
+            self.host,
+            metrics,
+            self._changed,
+            self.capabilities,
+            lambda: Memory(config.memory * _MIB, config.memory * _MIB),
+            clock,
+            self._compute,
+        )
+        self.policies = PolicyBook(spec.policy, self.id)
         self.takeovers = Takeovers(
             self.id, spec.tokens, lambda: self.view.snapshot, self.host.fence, sim_ask(self)
         )
@@ -126,39 +163,30 @@ class SimNode:
             self.id,
             lambda: self.view.snapshot,
             self.driver,
-            Policy,
+            lambda: self.policies.policy,
             lambda: self._rng.randrange(1, 1 << 62),
         )
-        self.replicas: list[Replica] = []
-        for info in spec.shards:
-            self._load(info, metrics)
-        self._started_ms = started_ms
+        self.control = ControlLoop(
+            config, self.id, self.view, spec.model.demand_of, self.policies, SimAgents(self), None, clock
+        )
         self.loop.create_task(self.host.run())
         self.loop.create_task(self.driver.run())
         self.loop.create_task(self._refresh())
+        if spec.held is not None:
+            self.loop.create_task(self._hold(spec.held))
+        if spec.controlled:
+            self.loop.create_task(self.control.run())
         for address in peers:
             self.membership.handle(Found(address, "static"))
 
-    def _load(self, info: ShardInfo, metrics: AgentMetrics) -> None:
-        spec = self.spec
-        assert spec.speed is not None
-        context = min(self.config.context, info.model.context_max)
-        runtime = ModelledRuntime(info, spec.slots, context + 1, spec.speed)
-        compute = ModelledCompute(self.loop, self.clock, runtime, self._slowness, self._computed)
-        budget = spec.slots * context * info.kv_bytes_per_token
-        replica = Replica(runtime, budget, self._forward, self.host.failed, spec.speed, self.clock, compute)
-        self.replicas.append(replica)
-        self.host.replicas[info.digest] = replica
-        self.host.metrics[info.digest] = StageMetrics(metrics, info)
+    async def _hold(self, key: ShardKey) -> None:
+        async for _ in self.replicas.hold(key, "settings"):
+            pass
 
-    def _forward(self, rows: list[Computed]) -> None:
-        for row in rows:
-            sent = getattr(row.frame, "sent", row.session.order.epoch)
-            if sent != row.session.order.epoch and not row.session.order.standby:
-                self.broken(
-                    f"{self.id} computed a frame of epoch {sent.counter} in {row.session.order.epoch.counter}"
-                )
-        self.host.forward(rows)
+    def _compute(self, runtime: Runtime) -> ModelledCompute:
+        assert isinstance(runtime, ModelledRuntime)
+        self.terms.loaded(self)
+        return ModelledCompute(self.loop, self.clock, runtime, self._slowness, self._computed)
 
     def _slowness(self) -> float:
         # Steps of a real machine differ by a few per cent, and now and then by much more.
@@ -170,42 +198,42 @@ class SimNode:
 
     # -- what peers see ------------------------------------------------------------------------
 
+    def capabilities(self) -> Capabilities:
+        """What its probes would find."""
+        spec = self.spec
+        speeds = (spec.model.probed(spec.speed),)
+        return Capabilities(_CPU, _DISK, speeds=speeds, labels=spec.labels, battery=spec.battery)
+
     def record(self) -> Node:
-        """This node as peers see it."""
-        spec, config = self.spec, self.config
-        statuses = tuple(
-            ReplicaStatus(
-                r.runtime.info,
-                ReplicaState.SERVING,
-                "",
-                r.book.live,
-                r.book.slots,
-                r.book.capacity,
-                r.book.reserved_bytes,
-                r.book.kv_budget_bytes,
-                r.runtime.provider,
-                1,
-                r.speed(),
-            )
-            for r in self.replicas
-        )
-        capabilities = Capabilities(_CAPABILITIES.cpu, _CAPABILITIES.disk, battery=spec.battery)
+        """This node as peers see it, as ``node_agent.adapters.own_record`` says it."""
+        spec, config, replicas = self.spec, self.config, self.replicas
+        terms = [t for t in (replicas.term, self.control.term) if t is not None]
+        total = config.memory * _MIB
+        self._memory_told = memory_worth_telling(self._memory_told, replicas.memory_free(), total)
         return Node(
             id=self.id,
             name=spec.name,
             address=self.address,
             api_address=Address(f"{spec.name}:api"),
-            capabilities=capabilities,
-            memory_total_bytes=_MEMORY,
-            memory_free_bytes=_MEMORY - sum(s.weight_bytes for s in spec.shards),
-            replicas=statuses,
-            models=tuple(sorted({s.model.ref.name for s in spec.shards})),
+            capabilities=self.capabilities(),
+            memory_total_bytes=total,
+            memory_free_bytes=self._memory_told,
+            replicas=replicas.status(),
+            models=(spec.model.name,),
             draining=self.draining,
+            region=config.region,
             links=self._links_told,
             coordinate=self._place_told,
+            layer_speeds=replicas.layer_speeds(),
             scheduler=config.scheduler == "on",
             started_ms=self._started_ms,
+            term=max(terms, default=None),
+            policy=self.policies.version,
         )
+
+    def _changed(self) -> None:
+        if hasattr(self, "control"):
+            self._announce()
 
     async def _refresh(self) -> None:
         while True:
@@ -302,7 +330,7 @@ class SimNode:
 
     def replicas_busy(self) -> bool:
         """Sessions are fed here."""
-        return any(r.book.live for r in self.replicas)
+        return self.host.busy or len(self.driver) > 0
 
     def crash(self, silently: bool = False) -> None:
         """``kill -9``; ``silently``: its machine loses power, so that nobody resets its connections."""

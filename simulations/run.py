@@ -6,15 +6,16 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
 from mesh.capabilities import Battery
-from mesh.types import Address, Digest, LayerRange, ModelRef, ModelShape, ShardInfo
+from mesh.types import Address, LayerRange
 from node_agent.config import AgentConfig
 from node_agent.hysteresis import below_floor
-from scheduler.speed import LayerSpeed, stage_speed
+from scheduler.routing import models_served
+from simulations.model import CONTEXT, SimModel
 from simulations.network import Path
 from simulations.node import NodeSpec
 from simulations.scenario import LONGEST_NS, Draw, Fault, NodeKind, Scenario, draw, names_of, time_ns
@@ -22,13 +23,11 @@ from simulations.virtual_time import VirtualLoop
 from simulations.world import World
 
 S = 1_000_000_000
-_WIDTH, _VOCABULARY, _CONTEXT = 576, 512, 2048
-_KV_LAYER_BYTES, _LAYER_BYTES = 1536, 3_600_000
 _KNIT_S = 3.0
 _KNOWN_S = 10
 """Once everything is up again, everybody knows within so long."""
 _BATTERY_S = 2.0
-_TAIL = 1.4
+_DEPLOYED_NS = 120 * S
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,64 +66,50 @@ class _Run:
         self.scenario, self.loop, self.progress = scenario, loop, progress
         self.end_ns = time_ns(scenario.time)
         self.calm_ns = self.end_ns - time_ns(scenario.quiet)
-        model = scenario.model
-        digest = Digest(f"{len(model.name):02x}" * 32)
-        self.shape = ModelShape(ModelRef(model.name, digest), model.layers, _WIDTH, _VOCABULARY, _CONTEXT)
-        edges = (0, *model.cuts, model.layers)
-        cuts = tuple(LayerRange(a, b) for a, b in pairwise(edges))
+        self.model = SimModel(scenario.model)
         radio = scenario.radio
         path = Path(time_ns(radio.latency), time_ns(radio.jitter), radio.mbit * 1e6 / 8, radio.loss)
-        config = replace(
-            AgentConfig(),
-            context=_CONTEXT,
-            profile=scenario.profile,
-            replay=scenario.replay,
-            recovery=scenario.recovery,
-            log=scenario.log,
-            log_limit=scenario.log_mib,
-        )
         patience_s = time_ns(scenario.patience) / S
-        self.world = World(loop, seed, self.shape, cuts, config, lambda a, b: path, patience_s)
+        self.world = World(loop, seed, self.model.shape, lambda a, b: path, patience_s)
         self.kinds = dict(names_of(scenario))
-        self._deal(cuts)
+        self._deal()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _deal(self, cuts: tuple[LayerRange, ...]) -> None:
-        """Ranges of layers in turn to the nodes that host."""
+    def _deal(self) -> None:
+        """Who is there; without a policy, ranges of layers go in turn to the nodes that host."""
         model, given = self.scenario.model, 0
+        cuts = [LayerRange(a, b) for a, b in pairwise((0, *model.cuts, model.layers))]
         for name, kind in self.kinds.items():
-            known = LayerSpeed(
-                self.shape.ref.digest,
-                "onnx",
-                "int8",
-                model.layer_us / kind.speed,
-                model.head_us / kind.speed,
-                model.row_share,
-                model.prefill_us / kind.speed,
-                _TAIL,
-                model.context_us / kind.speed,
-            )
-            shards: tuple[ShardInfo, ...] = ()
-            if kind.hosts:
-                layers = cuts[given % len(cuts)]
+            held = None
+            if kind.hosts and not self.scenario.policy:
+                held = self.model.key(cuts[given % len(cuts)])
                 given += 1
-                shards = (self._shard(layers),)
-            spec = NodeSpec(
+            self.world.specs[name] = NodeSpec(
                 name,
                 kind.kind,
                 Address(f"{name}:7070"),
-                shards,
-                stage_speed(shards[0], known) if shards else None,
-                slots=kind.slots,
+                self.model,
+                self._config(kind),
+                held,
+                kind.speed,
+                controlled=bool(self.scenario.policy),
+                labels=tuple(sorted(_pair(label) for label in kind.labels)),
                 battery=Battery(100, False, kind.battery_wh, kind.idle_w) if kind.battery_wh else None,
             )
-            self.world.specs[name] = spec
 
-    def _shard(self, layers: LayerRange) -> ShardInfo:
-        digest = Digest(f"{layers.start:02x}{layers.end:02x}" * 16)
-        count = len(layers)
-        return ShardInfo(
-            self.shape, layers, "onnx", "int8", digest, count * _LAYER_BYTES, count * _KV_LAYER_BYTES
+    def _config(self, kind: NodeKind) -> AgentConfig:
+        told = self.scenario
+        return AgentConfig(
+            context=CONTEXT,
+            profile=told.profile,
+            replay=told.replay,
+            recovery=told.recovery,
+            log=told.log,
+            log_limit=told.log_mib,
+            moves=told.moves,
+            scheduler="on" if kind.scheduler else "off",
+            slots=kind.slots,
+            memory=kind.memory_mib if kind.hosts else 1,
         )
 
     async def all(self) -> None:
@@ -133,6 +118,8 @@ class _Run:
         for name in self.kinds:
             world.start(name)
         await asyncio.sleep(_KNIT_S)
+        if self.scenario.policy:
+            await self._deploy()
         for name, kind in self.kinds.items():
             if kind.ingress:
                 self._go(self._client(name))
@@ -155,6 +142,19 @@ class _Run:
         for task in self._tasks:
             task.cancel()
         await world.finish()
+
+    async def _deploy(self) -> None:
+        """An operator applies the policy at some node, and waits until the model is served."""
+        world, until_ns = self.world, self.loop.now_ns + _DEPLOYED_NS
+        first = world.nodes[next(iter(self.kinds))]
+        first.machine.run(first.policies.apply, self.scenario.policy, "the scenario")
+        while self.model.name not in models_served(first.view.snapshot):
+            if self.loop.now_ns > until_ns:
+                why = [f"{m}: {a}" for n in world.nodes.values() for m, a in n.control.answers.items()]
+                world.violated(f"the model is not served after {_DEPLOYED_NS / S:g} s: {'; '.join(why)}")
+                return
+            await asyncio.sleep(0.5)
+        world.tell("the model is served")
 
     def _go(self, work: object) -> None:
         self._tasks.append(self.loop.create_task(work))  # type: ignore[arg-type]
@@ -180,7 +180,9 @@ class _Run:
             await asyncio.sleep(each.ns(rng) / S / hurry)
             if self.loop.now_ns >= until_ns:
                 return
-            prompt = tuple(rng.randrange(1, _VOCABULARY) for _ in range(rng.randint(*load.prompt)))
+            prompt = tuple(
+                rng.randrange(1, self.model.shape.vocabulary) for _ in range(rng.randint(*load.prompt))
+            )
             self.world.ask(name, prompt, rng.randint(*load.tokens))
 
     async def _churn(self, name: str, kind: NodeKind) -> None:
@@ -261,3 +263,8 @@ class _Run:
     def _again(self, name: str) -> None:
         if name not in self.world.nodes:
             self.world.start(name)
+
+
+def _pair(label: str) -> tuple[str, str]:
+    key, _, value = label.partition("=")
+    return key, value

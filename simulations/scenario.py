@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh.errors import ConfigError
+from scheduler.policy import parse_policy
 
 _NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s|m|h)")
@@ -91,11 +92,12 @@ Span = Annotated[tuple[int, int], msgspec.Meta(description="least and most")]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The model, and how it is cut; times are those of ``speed = 1``, microseconds."""
+    """The model; times are those of ``speed = 1``, microseconds."""
 
     name: str = "smollm2-135m"
     layers: Count = 30
     cuts: tuple[Count, ...] = (10, 20)
+    """Where it is cut, unless a policy lets the scheduler decide."""
     layer_us: Positive = 200.0
     head_us: Positive = 1000.0
     row_share: Share = 0.16
@@ -103,6 +105,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """A layer, a position."""
     context_us: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     """A layer, for each position before."""
+    load: str = "300ms"
+    """Until a shard is ready to compute."""
 
 
 class NodeKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -111,10 +115,14 @@ class NodeKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     kind: str
     count: Count = 1
     hosts: bool = True
-    """Whether they hold layers; ranges are dealt out in turn."""
+    """Whether they hold layers; ranges are dealt out in turn, or by the scheduler."""
     ingress: bool = True
+    scheduler: bool = True
+    """Whether they may place models for all."""
     speed: Positive = 1.0
     slots: Count = 16
+    memory_mib: Count = 2048
+    labels: tuple[str, ...] = ()
     up: str = ""
     down: str = "exponential(30s)"
     silent: Share = 0.2
@@ -185,6 +193,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     log_mib: Count = 256
     quiet: str = "20s"
     """At the end no fault begins any more for so long: what can be served must be served."""
+    policy: str = ""
+    """What an operator would apply: the scheduler places the model by it, and moves it. Empty: ranges are dealt out
+    at the start."""
+    moves: Count = 12
+    """Loads that the scheduler begins in a minute at most."""
     model: Model = Model()
     radio: Radio = Radio()
     load: Load = Load()
@@ -211,6 +224,7 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
     """What types cannot say."""
     wrong = [
         _bad_times(scenario, ("time", "patience", "quiet"), time_ns),
+        _bad_times(scenario.model, ("load",), time_ns),
         _bad_times(scenario.radio, ("latency", "jitter"), time_ns),
         _bad_times(scenario.load, ("each",), draw),
         _bad_times(scenario.load, ("crowd_at", "crowd_for"), time_ns),
@@ -226,8 +240,15 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
         raise ConfigError(
             f"{name}:{_line(text, 'cuts')}: cuts must rise, between 0 and layers ({scenario.model.layers})"
         )
+    if scenario.policy:
+        policy = parse_policy(scenario.policy, f"{name}:{_line(text, 'policy')}: policy")
+        if scenario.model.name not in policy.models:
+            raise ConfigError(
+                f"{name}:{_line(text, 'policy')}: the policy wants no replicas of {scenario.model.name}; "
+                f"write [models.{scenario.model.name}] in it"
+            )
     hosts = sum(n.count for n in scenario.nodes if n.hosts)
-    if hosts < len(edges) - 1:
+    if not scenario.policy and hosts < len(edges) - 1:
         raise ConfigError(
             f"{name}:{_line(text, 'cuts')}: {len(edges) - 1} ranges of layers need as many nodes with hosts = true; there are {hosts}"
         )

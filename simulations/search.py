@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from simulations.scenario import Scenario, draw, read_scenario, time_ns
 
 _S = 1_000_000_000
 _LEAST_NS = 10 * _S
+_REPLICAS = re.compile(r"\breplicas *= *\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,12 @@ def _smaller(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
             fewer = msgspec.structs.replace(kind, count=kind.count - max(1, kind.count // 4))
             nodes = (*scenario.nodes[:i], fewer, *scenario.nodes[i + 1 :])
             smaller = msgspec.structs.replace(scenario, nodes=nodes)
-            if sum(n.count for n in nodes if n.hosts) > len(scenario.model.cuts):
+            if scenario.policy or sum(n.count for n in nodes if n.hosts) > len(scenario.model.cuts):
                 yield f"{fewer.count} of {kind.kind}", smaller
 
 
 def with_setting(scenario: Scenario, key: str, value: str) -> Scenario:
-    """A scenario with one thing changed: ``replicas`` (hosts of each range), ``churn`` (how often nodes go, 2 is twice
+    """A scenario with one thing changed: ``replicas`` (of each layer), ``churn`` (how often nodes go, 2 is twice
     as often), or a top-level key. Raises ``ConfigError``."""
     if key in ("replicas", "churn"):
         try:
@@ -84,6 +86,11 @@ def with_setting(scenario: Scenario, key: str, value: str) -> Scenario:
             number = 0.0
         if not number > 0:
             raise ConfigError(f"--sweep {key}={value}: write numbers above 0, for example {key}=1,2,3")
+        if key == "replicas" and scenario.policy:
+            policy, found = _REPLICAS.subn(f"replicas = {int(number)}", scenario.policy)
+            if not found:
+                raise ConfigError(f"--sweep {key}: the scenario's policy does not say replicas = N")
+            return msgspec.structs.replace(scenario, policy=policy)
         nodes = tuple(
             (_with_count if key == "replicas" else _with_churn)(kind, number, scenario)
             for kind in scenario.nodes

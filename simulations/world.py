@@ -1,8 +1,7 @@
 """A whole mesh in virtual time: nodes that come and go, clients that ask, and what became of every request.
 
 Checks are always on: every token a client sees must be the one that an undisturbed run gives, at its position, once, in
-order; no replica holds more KV memory than it has; a session that ended is fed nowhere; and once faults have stopped,
-everything that can be served is served.
+order. What else must hold is in ``checks``; and once faults have stopped, everything that can be served is served.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from random import Random
 from zlib import crc32
 
 from mesh.errors import MeshError, PeerError, RequestError, Unavailable
-from mesh.types import Address, LayerRange, ModelShape, SessionId
+from mesh.types import Address, ModelShape, SessionId
 from node_agent.adapters.session_driver import SessionHandle
-from node_agent.config import AgentConfig
 from scheduler.routing import Group
+from simulations.checks import TermChecks, check_end, check_node
 from simulations.compute import expected
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
@@ -94,16 +93,15 @@ class World:
         loop: VirtualLoop,
         seed: int,
         shape: ModelShape,
-        cuts: tuple[LayerRange, ...],
-        config: AgentConfig,
         path: Callable[[Address, Address], Path],
         patience_s: float,
     ) -> None:
-        self.loop, self.seed, self.shape, self.cuts, self.config = loop, seed, shape, cuts, config
+        self.loop, self.seed, self.shape = loop, seed, shape
         loop.failed = self._task_failed
         self.network = Network(loop, self.random("network"), path)
         self.network.broken = self.violated
         self.patience_s = patience_s
+        self.terms = TermChecks(self)
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
         """Those that run now."""
@@ -146,19 +144,15 @@ class World:
         """Boot a node, or boot it again with the disk it had."""
         spec = self.specs[name]
         self.lives[name] += 1
-        from mesh.profiles import PROFILES
-
         rng = self.random(f"{name} {self.lives[name]}")
         others = [n.address for n in self.nodes.values()][:_SEEDS_TOLD]
         self.nodes[name] = SimNode(
             self.loop,
             self.network,
             spec,
-            self.config,
-            PROFILES[self.config.profile],
             rng,
             others,
-            self.violated,
+            self.terms,
         )
         self.tell(f"{name} starts")
 
@@ -167,11 +161,11 @@ class World:
         node = self.nodes.pop(name, None)
         if node is None:
             return
-        self.check_memory(node)
+        check_node(self, node)
         node.crash(silently)
         if wipe:
             spec = self.specs[name]
-            spec.tokens = type(spec.tokens)()
+            spec.tokens, spec.policy = type(spec.tokens)(), type(spec.policy)()
         self.faults["power loss" if silently else "crash"] += 1
         self.tell(f"{name} {'loses power' if silently else 'crashes'}{', its disk is lost' if wipe else ''}")
 
@@ -334,7 +328,9 @@ class World:
 
     def _judge(self, request: Request) -> None:
         got = [token for token, _ in request.seen]
-        right = expected(request.prompt, max(len(got), request.tokens), self.cuts, self.shape.vocabulary)
+        right = expected(
+            request.prompt, max(len(got), request.tokens), self.shape.layers, self.shape.vocabulary
+        )
         wrong = [i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b]
         request.changed = len(wrong)
         if wrong:
@@ -355,25 +351,12 @@ class World:
 
     # -- checks --------------------------------------------------------------------------------
 
-    def check_memory(self, node: SimNode) -> None:
-        """No replica has promised more than it has."""
-        for replica in node.replicas:
-            book = replica.book
-            if not 0 <= book.reserved_bytes <= book.kv_budget_bytes:
-                self.violated(
-                    f"{node.spec.name} reserved {book.reserved_bytes} of {book.kv_budget_bytes} bytes"
-                )
-
     async def finish(self) -> None:
         """Let clients come to their end, and look whether anything is left behind."""
         while self._clients:
             await asyncio.sleep(_NOTICE_S)
         await asyncio.sleep(_SETTLE_S)
-        for node in self.nodes.values():
-            self.check_memory(node)
-            left = sum(r.book.live for r in node.replicas)
-            if left and node.machine.power.value == "on":
-                self.violated(f"{node.spec.name} still feeds {left} sessions that ended")
+        check_end(self)
 
     def whole(self) -> bool:
         """Every node is up, at work and reachable."""
@@ -382,6 +365,8 @@ class World:
 
     def sample(self) -> None:
         """Note how things stand."""
+        for node in self.nodes.values():
+            check_node(self, node)
         charges = [s.battery.percent for s in self.specs.values() if s.battery]
         charge = sum(charges) / len(charges) if charges else 100.0
         running = sum(len(n.driver) for n in self.nodes.values())

@@ -14,8 +14,9 @@ from mesh.adapters.membership_codec import valid_address
 from mesh.errors import InputError, MeshError, PeerError, StaleTerm
 from mesh.types import Address, PolicyVersion
 from node_agent.adapters.records import node_record, read_term, replica_record
-from node_agent.adapters.replicas import Promise, ReplicaManager, ShardKey
+from node_agent.adapters.replicas import ReplicaManager
 from node_agent.adapters.takeover import Takeovers, read_epoch, write_epoch, write_route
+from node_agent.lease import Promise, ShardKey
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.cluster import Node
@@ -100,7 +101,7 @@ class AgentService(rpc.AgentServicer):
         except MeshError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         finally:
-            await statuses.aclose()  # type: ignore[attr-defined]
+            await statuses.aclose()
 
     async def ReleaseShard(  # noqa: N802
         self, request: pb.ReleaseShardRequest, context: Any

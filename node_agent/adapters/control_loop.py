@@ -1,7 +1,7 @@
 """The scheduler at work: who leads, what should be loaded, and the leases that make it so.
 
 Everything is decided by pure files (``scheduler.leadership``, ``placement``, ``reconcile``); here are the clock,
-the ``HoldShard`` streams and Consul's lock. A leader that is lost stops nothing but re-planning: leases
+the streams that keep leases and Consul's lock. A leader that is lost stops nothing but re-planning: leases
 outlive their streams until a later leader takes them over or ends them.
 """
 
@@ -12,22 +12,17 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
-import grpc
-
-from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
-from mesh.errors import InputError, RequestError
+from mesh.clock import Clock
+from mesh.errors import InputError, LeaseRefused, PeerError, RequestError
 from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, Term
-from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.policy_book import PolicyBook
-from node_agent.adapters.records import read_version, term_record
 from node_agent.config import AgentConfig
 from node_agent.plan_report import infeasible_report, plan_report
-from protos.gen import agent_pb2 as pb
-from protos.gen import agent_pb2_grpc as rpc
+from node_agent.ports import PeerAgents
 from scheduler.cluster import ClusterSnapshot
 from scheduler.demand import ModelDemand
 from scheduler.leadership import Leadership, elder
@@ -44,15 +39,13 @@ from scheduler.reconcile import (
     planned_now,
 )
 
-if TYPE_CHECKING:
-    from mesh.adapters.consul_client import ConsulAccess
-
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 PLAN_S = 2.0
 """Between plans when nothing was lost."""
-_RPC_S = 10.0
+Lock = Callable[[Callable[[bool], None]], Awaitable[None]]
+"""Competes to lead until cancelled, and tells whether we do."""
 _SMALLER = {"fp32": {"int8": 0.29}}
 """Quantizations that take less room, and how much of it: to say what would fit."""
 
@@ -65,20 +58,25 @@ class ControlLoop:
         config: AgentConfig,
         me: NodeId,
         view: ClusterView,
-        store: ModelStore,
+        demand: Callable[[str, str], ModelDemand],
         book: PolicyBook,
-        consul: ConsulAccess | None,
+        agents: PeerAgents,
+        lock: Lock | None = None,
+        clock: Clock = time,
     ) -> None:
-        self._config, self._me, self._view, self._store = config, me, view, store
-        self.book, self._consul = book, consul
+        """``demand`` of a model and quantization raises ``InputError`` where this node lacks the model, and may
+        block; without a ``lock`` the eldest leads."""
+        self._config, self._me, self._view, self._demand_of = config, me, view, demand
+        self.book, self._agents, self._compete, self._clock = book, agents, lock, clock
         self._leadership = Leadership(me)
-        self._lock: bool | None = None if consul is None else False
+        self._lock: bool | None = None if lock is None else False
         self._demands: dict[tuple[str, str], ModelDemand] = {}
         self._flaps, self._settling = FlapBook(), Settling()
         self._reconciler = Reconciler(config.moves)
         self._streams: dict[Wanted, asyncio.Task[None]] = {}
         self._refusals = Refusals()
-        self._answers: dict[str, Plan | Infeasible] = {}
+        self.answers: dict[str, Plan | Infeasible] = {}
+        """Our latest plans, by model, while we lead."""
         self._planned_at, self._planned_for = 0.0, (NO_POLICY, frozenset[NodeId]())
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -143,16 +141,19 @@ class ControlLoop:
     ) -> Plan | Infeasible:
         demand = await self._demand(model, wishes.quantization)
         others = [demand.scaled(q, s) for q, s in _SMALLER.get(wishes.quantization, {}).items()]
-        held_off = self._refusals.held_off() | self._flaps.held_off(time.monotonic())
-        return await asyncio.to_thread(place, snapshot, demand, wishes, others, held_off, taken)
+        refused, flapping = self._refusals.held_off(), self._flaps.held_off(self._clock.monotonic())
+        answer = await asyncio.to_thread(place, snapshot, demand, wishes, others, refused | flapping, taken)
+        if isinstance(answer, Infeasible) and flapping:
+            # Nodes that come and go are better than none.
+            anyhow = await asyncio.to_thread(place, snapshot, demand, wishes, others, refused, taken)
+            answer = anyhow if isinstance(anyhow, Plan) else answer
+        return answer
 
     async def _demand(self, model: str, quantization: str) -> ModelDemand:
         """Raises ``InputError`` where this node lacks the model."""
         known = self._demands.get((model, quantization))
         if known is None:
-            from node_agent.adapters.shard_maker import demand_of
-
-            known = await asyncio.to_thread(demand_of, self._store, model, quantization)
+            known = await asyncio.to_thread(self._demand_of, model, quantization)
             self._demands[model, quantization] = known
         return known
 
@@ -160,7 +161,9 @@ class ControlLoop:
 
     async def run(self) -> None:
         """Until cancelled; leases stay."""
-        lock = asyncio.create_task(self._compete(), name="leader lock") if self._may_lead_by_lock() else None
+        lock = None
+        if self._compete is not None and self._config.scheduler == "on":
+            lock = asyncio.ensure_future(self._compete(self._told_of_lock))
         try:
             while True:
                 await asyncio.sleep(TICK_S)
@@ -174,25 +177,11 @@ class ControlLoop:
                 await asyncio.gather(lock, return_exceptions=True)
             self._drop_streams()
 
-    def _may_lead_by_lock(self) -> bool:
-        return self._consul is not None and self._config.scheduler == "on"
-
-    async def _compete(self) -> None:
-        from mesh.adapters.consul_client import ConsulClient, ConsulStore, LeaderLock
-
-        assert self._consul is not None
-        async with ConsulClient(self._consul) as client:
-            store = ConsulStore(client, f"{self._config.consul_prefix}/{self._config.cluster}")
-
-            def told(leads: bool) -> None:
-                self._lock = leads
-
-            await LeaderLock(
-                client, store, "leader", self._me, lambda term: told(True), lambda reason: told(False)
-            ).run()
+    def _told_of_lock(self, leads: bool) -> None:
+        self._lock = leads
 
     async def _step(self) -> None:
-        now, snapshot = time.monotonic(), self._view.snapshot
+        now, snapshot = self._clock.monotonic(), self._view.snapshot
         await self._learn_policy(snapshot)
         self._flaps.look(snapshot, now)
         before = self._leadership.term
@@ -214,13 +203,11 @@ class ControlLoop:
         if latest is None or latest.policy <= self.book.version:
             return
         try:
-            async with grpc.aio.insecure_channel(latest.address, QUIET_CHANNEL_OPTIONS) as channel:
-                request = pb.PolicyRequest(cluster=self._config.cluster)
-                found = await rpc.AgentStub(channel).GetPolicy(request, timeout=_RPC_S)
-        except grpc.aio.AioRpcError as error:
-            log.debug("policy of %s: %s", latest.id, error.details())
+            version, text = await self._agents.policy(latest.address)
+        except PeerError as error:
+            log.debug("policy of %s: %s", latest.id, error)
             return
-        self.book.learn(read_version(found.version, found.writer), found.text)
+        self.book.learn(version, text)
 
     async def _wanted(self, snapshot: ClusterSnapshot, now: float) -> frozenset[Wanted] | None:
         """What should be loaded, once it has settled; ``None`` while there was never anything to want."""
@@ -229,7 +216,7 @@ class ControlLoop:
             await self._plan(snapshot)
             self._planned_at, self._planned_for = now, (self.book.version, lost)
         wanted: set[Wanted] = set()
-        for model, answer in self._answers.items():
+        for model, answer in self.answers.items():
             if isinstance(answer, Plan):
                 wanted |= wanted_of(answer)
             elif self._settling.current:
@@ -244,9 +231,9 @@ class ControlLoop:
     async def _plan(self, snapshot: ClusterSnapshot) -> None:
         answers = await self._place_all(snapshot, self.book.policy)
         for model, answer in answers.items():
-            if isinstance(answer, Infeasible) and self._answers.get(model) != answer:
+            if isinstance(answer, Infeasible) and self.answers.get(model) != answer:
                 log.warning("%s cannot be placed: %s", model, answer)
-        self._answers = answers
+        self.answers = answers
 
     def _act(self, term: Term, wanted: frozenset[Wanted], now: float) -> None:
         for each in [w for w, task in self._streams.items() if task.done() or w not in wanted]:
@@ -268,35 +255,18 @@ class ControlLoop:
 
     async def _keep(self, term: Term, wanted: Wanted, address: Address) -> None:
         try:
-            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
-                async for status in rpc.AgentStub(channel).HoldShard(self._request(term, wanted)):
-                    if status.state == pb.REPLICA_STATE_SERVING:
+            async with contextlib.aclosing(self._agents.hold(address, term, wanted)) as statuses:
+                async for serves in statuses:
+                    if serves:
                         self._refusals.clear(wanted)
-        except grpc.aio.AioRpcError as error:
-            reason = error.details() or error.code().name
-            log.warning("%s did not keep %s:%s: %s", wanted.node, wanted.model, wanted.layers, reason)
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                self._refusals.add(wanted, reason, time.monotonic())
+        except (PeerError, LeaseRefused) as error:
+            log.warning("%s did not keep %s:%s: %s", wanted.node, wanted.model, wanted.layers, error)
+            if isinstance(error, LeaseRefused):
+                self._refusals.add(wanted, str(error), self._clock.monotonic())
 
     async def _release(self, term: Term, wanted: Wanted, address: Address) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError):  # it shows in the snapshot, and is tried again
-            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
-                request = pb.ReleaseShardRequest(shard=self._request(term, wanted))
-                await rpc.AgentStub(channel).ReleaseShard(request, timeout=_RPC_S)
-
-    def _request(self, term: Term, wanted: Wanted) -> pb.HoldShardRequest:
-        return pb.HoldShardRequest(
-            cluster=self._config.cluster,
-            model=wanted.model,
-            layer_start=wanted.layers.start,
-            layer_end=wanted.layers.end,
-            runtime=wanted.runtime,
-            quantization=wanted.quantization,
-            holder=f"scheduler {self._me}",
-            term=term_record(term),
-            sessions=wanted.sessions,
-            context=wanted.context,
-        )
+        with contextlib.suppress(PeerError):  # it shows in the snapshot, and is tried again
+            await self._agents.release(address, term, wanted)
 
     def _drop_streams(self) -> None:
         for task in self._streams.values():

@@ -1,17 +1,15 @@
-"""Which directories an agent uses, from its settings."""
+"""Which directories an agent uses, and whose lock decides who leads, from its settings."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from mesh.adapters.discovery.static import StaticDiscovery
 from mesh.discovery import Discovery
+from mesh.types import NodeId
+from node_agent.adapters.control_loop import Lock
 from node_agent.config import AgentConfig
-
-if TYPE_CHECKING:
-    from mesh.adapters.consul_client import ConsulAccess
 
 
 def discovery_of(config: AgentConfig) -> list[Discovery]:
@@ -33,13 +31,22 @@ def discovery_of(config: AgentConfig) -> list[Discovery]:
     return found
 
 
-def consul_of(config: AgentConfig) -> ConsulAccess | None:
-    """How to enter Consul, where there is one."""
+def leader_lock(config: AgentConfig, me: NodeId) -> Lock | None:
+    """Consul's, where there is one."""
     if not consul_wanted(config, os.environ):
         return None
-    from node_agent.adapters.consul_setup import consul_access
 
-    return consul_access(config, os.environ)
+    async def compete(told: Callable[[bool], None]) -> None:
+        from mesh.adapters.consul_client import ConsulClient, ConsulStore, LeaderLock
+        from node_agent.adapters.consul_setup import consul_access
+
+        async with ConsulClient(consul_access(config, os.environ)) as client:
+            store = ConsulStore(client, f"{config.consul_prefix}/{config.cluster}")
+            await LeaderLock(
+                client, store, "leader", me, lambda term: told(True), lambda reason: told(False)
+            ).run()
+
+    return compete
 
 
 def consul_wanted(config: AgentConfig, environment: Mapping[str, str]) -> bool:

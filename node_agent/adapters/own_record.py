@@ -84,7 +84,7 @@ class OwnRecord:
             address=self.address,
             api_address=self.api_address,
             capabilities=self.capabilities,
-            memory_total_bytes=replicas.memory().total,
+            memory_total_bytes=total,
             memory_free_bytes=self._memory_told,
             replicas=replicas.status(),
             models=models,

@@ -10,6 +10,7 @@ import msgspec
 from mesh.errors import ConfigError, RequestError
 from mesh.types import NO_POLICY, NodeId, PolicyVersion
 from node_agent.adapters.model_store import new_file
+from node_agent.ports import PolicyFile
 from scheduler.policy import Policy, parse_policy
 
 log = logging.getLogger(__name__)
@@ -21,19 +22,39 @@ class _Stored(msgspec.Struct, frozen=True):
     text: str
 
 
+class PolicyOnDisk:
+    """A ``node_agent.ports.PolicyFile`` in a data directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "policy.json"
+
+    def read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        with new_file(self._path) as file:
+            file.write(content)
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+
 class PolicyBook:
     """``version`` and ``text`` as they were applied, ``policy`` as read."""
 
-    def __init__(self, folder: Path, me: NodeId) -> None:
-        self._path, self._me = folder / "policy.json", me
+    def __init__(self, file: PolicyFile, me: NodeId) -> None:
+        self._file, self._me = file, me
         self.version, self.text, self.policy = NO_POLICY, "", Policy()
         try:
-            stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
-            self._take(PolicyVersion(stored.counter, NodeId(stored.writer)), stored.text)
-        except FileNotFoundError:
-            pass
+            content = file.read()
+            if content is not None:
+                stored = msgspec.json.decode(content, type=_Stored)
+                self._take(PolicyVersion(stored.counter, NodeId(stored.writer)), stored.text)
         except (OSError, msgspec.MsgspecError, ConfigError) as error:
-            log.warning("the policy in %s was left aside: %s", self._path, error)
+            log.warning("the policy in %s was left aside: %s", file, error)
 
     def apply(self, text: str, name: str, expected: PolicyVersion | None = None) -> PolicyVersion:
         """An operator's new policy; raises ``ConfigError`` pointing to what is wrong, ``RequestError`` when
@@ -60,8 +81,7 @@ class PolicyBook:
 
     def _keep(self, version: PolicyVersion, text: str) -> None:
         self._take(version, text)
-        with new_file(self._path) as file:
-            file.write(msgspec.json.encode(_Stored(version.counter, version.writer, text)))
+        self._file.write(msgspec.json.encode(_Stored(version.counter, version.writer, text)))
 
     def _take(self, version: PolicyVersion, text: str) -> None:
         policy = parse_policy(text, "policy") if text.strip() else Policy()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mesh.capabilities import Capabilities
+from mesh.clock import Clock
 from mesh.errors import Full, InputError, MeshError, ShardError, StaleTerm
 from mesh.types import ShardInfo, Term
+from node_agent.adapters.compute import Compute
 from node_agent.adapters.fingerprint.memory import Memory, probe_memory
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
-from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.replica import Replica
 from node_agent.adapters.stage_host import StageHost
 from node_agent.config import AgentConfig
-from node_agent.lease import LeaseBook
-from node_agent.ports import Runtime
-from node_agent.shards.manifest import ShardManifest
+from node_agent.lease import LeaseBook, Promise, ShardKey
+from node_agent.ports import Runtime, ShardSource
 from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
 from scheduler.speed import LayerSpeed, StageSpeed, coarse_layer, guess, layer_speed, stage_speed
@@ -33,27 +32,7 @@ _MIB = 1 << 20
 _MEMORY_MARGIN = 0.9
 _KV_SHARE = 0.5
 _PROBE_S = 2.0
-RUNTIME = "onnx"
 _PLANNED = "planned"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardKey:
-    """What a lease asks for."""
-
-    model: str
-    start: int
-    end: int
-    runtime: str
-    quantization: str
-
-
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """KV memory that a lease asks for: so many sessions of so many positions."""
-
-    sessions: int
-    context: int
 
 
 @dataclass(slots=True)
@@ -77,19 +56,25 @@ class ReplicaManager:
     def __init__(
         self,
         config: AgentConfig,
-        store: ModelStore,
+        source: ShardSource,
         host: StageHost,
         metrics: AgentMetrics,
         changed: Callable[[], None],
         capabilities: Callable[[], Capabilities],
+        probe: Callable[[], Memory] = probe_memory,
+        clock: Clock = time,
+        compute: Callable[[Runtime], Compute] | None = None,
     ) -> None:
+        """``compute`` says where a runtime's work is done; a thread each, if it does not."""
         self.capabilities = capabilities
-        self._config, self._store, self._host = config, store, host
+        self._config, self._source, self._host = config, source, host
         self._metrics, self._changed = metrics, changed
+        self._probe, self._clock, self._compute = probe, clock, compute
+        self._numbers = itertools.count(1)
         self._leases: LeaseBook[ShardKey] = LeaseBook()
         self._held: dict[ShardKey, _Held] = {}
         self._committed_bytes = 0
-        self._memory, self._probe_due = probe_memory(), 0.0
+        self._memory, self._probe_due = probe(), 0.0
         self._loading = asyncio.Lock()
         self._unloading: set[asyncio.Task[None]] = set()
         self.term: Term | None = None
@@ -105,9 +90,9 @@ class ReplicaManager:
 
     def memory(self) -> Memory:
         """This machine's memory, at most ``_PROBE_S`` old: records go out several times a second."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if now >= self._probe_due:
-            self._memory, self._probe_due = probe_memory(), now + _PROBE_S
+            self._memory, self._probe_due = self._probe(), now + _PROBE_S
         return self._memory
 
     def status(self) -> tuple[ReplicaStatus, ...]:
@@ -152,12 +137,12 @@ class ReplicaManager:
 
     async def hold(
         self, key: ShardKey, holder: str, promise: Promise | None = None
-    ) -> AsyncIterator[ReplicaStatus]:
+    ) -> AsyncGenerator[ReplicaStatus, None]:
         """Hold a replica for as long as this is iterated; yields its status on every change.
 
         Raises ``InputError`` or ``Full`` when it cannot be loaded.
         """
-        lease = uuid.uuid4().hex
+        lease = str(next(self._numbers))
         held = self._acquire(key, lease, holder, promise)
         try:
             async for status in self._statuses(held):
@@ -167,7 +152,7 @@ class ReplicaManager:
 
     async def hold_planned(
         self, key: ShardKey, term: Term, promise: Promise | None = None
-    ) -> AsyncIterator[ReplicaStatus]:
+    ) -> AsyncGenerator[ReplicaStatus, None]:
         """A scheduler's lease: it stays when this is iterated no more, until ``release_planned``. Ends when
         a later term takes the lease over. Raises ``StaleTerm``, ``InputError`` or ``Full``."""
         self._heed(term)
@@ -220,7 +205,7 @@ class ReplicaManager:
         if self._leases.release(key, lease) and held is not None:
             self._begin_unload(held)
 
-    async def _statuses(self, held: _Held) -> AsyncIterator[ReplicaStatus]:
+    async def _statuses(self, held: _Held) -> AsyncGenerator[ReplicaStatus, None]:
         while True:
             changed = held.changed
             if held.state is ReplicaState.FAILED and held.info is None:
@@ -235,61 +220,38 @@ class ReplicaManager:
         key = held.key
         try:
             async with self._loading:
-                folder, manifest = await asyncio.to_thread(self._find, key)
-                held.info = manifest.info
+                info = held.info = await self._source.find(key)
                 self._tell(held)
                 try:
-                    kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
+                    kv_budget, slots, capacity = self._memory_for(info, held.promise)
                 except Full:
                     if not self._unloading:
                         raise
                     # What is on its way out will leave room.
                     await asyncio.wait(set(self._unloading), timeout=self._config.drain_timeout + 5)
-                    kv_budget, slots, capacity = self._memory_for(manifest.info, held.promise)
-                replica_runtime = await asyncio.to_thread(
-                    self._load_runtime, folder, manifest, slots, capacity
-                )
-                stage_metrics = StageMetrics(self._metrics, manifest.info)
-                digest = manifest.info.digest
-                speed = self._expected(manifest.info)
-                held.replica = Replica(
-                    replica_runtime, kv_budget, self._host.forward, self._host.failed, speed
-                )
-                self._host.replicas[digest] = held.replica
-                self._host.metrics[digest] = stage_metrics
-                self._committed_bytes += manifest.info.weight_bytes + kv_budget
-                held.state = ReplicaState.SERVING
-                log.info(
-                    "serving %s on %s",
-                    manifest.info,
-                    replica_runtime.provider,
-                    extra={"shard": str(manifest.info), "model_version": str(manifest.info.model.ref)},
-                )
+                    kv_budget, slots, capacity = self._memory_for(info, held.promise)
+                runtime = await self._source.load(key, slots, capacity + 1)
+                self._serve(held, info, runtime, kv_budget)
         except (MeshError, OSError) as error:
             held.state, held.reason, held.full = ReplicaState.FAILED, str(error), isinstance(error, Full)
             log.error("shard %s:%s-%s was not loaded: %s", key.model, key.start, key.end, error)
         finally:
             self._tell(held)
 
-    def _find(self, key: ShardKey) -> tuple[Path, ShardManifest]:
-        if key.runtime != RUNTIME:
-            raise InputError(f"the runtime {key.runtime!r} is not in this agent; it has {RUNTIME}")
-        folder = self._store.shard_folder(key.model, key.runtime, key.quantization, key.start, key.end)
-        if not folder.exists():
-            # Needs the packages of the extra "shard"; a node that lacks them gets its shards made.
-            from node_agent.adapters.shard_maker import make_shard
-
-            folder = make_shard(self._store, key.model, key.start, key.end, key.quantization)
-        manifest = self._store.manifest(folder)
-        wanted = (key.model, [key.start, key.end], key.runtime, key.quantization)
-        found = (manifest.model, list(manifest.layers), manifest.runtime, manifest.quantization)
-        if found != wanted:
-            raise ShardError(f"{folder} holds {manifest.info}, not what its name says; make the shard again")
-        if key.model in self._store.names() and self._store.card(key.model).digest != manifest.model_digest:
-            raise ShardError(
-                f"{folder} was made from another file than the {key.model} that is here; make the shard again"
-            )
-        return folder, manifest
+    def _serve(self, held: _Held, info: ShardInfo, runtime: Runtime, kv_budget: int) -> None:
+        host, speed = self._host, self._expected(info)
+        compute = self._compute(runtime) if self._compute else None
+        held.replica = Replica(runtime, kv_budget, host.forward, host.failed, speed, self._clock, compute)
+        host.replicas[info.digest] = held.replica
+        host.metrics[info.digest] = StageMetrics(self._metrics, info)
+        self._committed_bytes += info.weight_bytes + kv_budget
+        held.state = ReplicaState.SERVING
+        log.info(
+            "serving %s on %s",
+            info,
+            runtime.provider,
+            extra={"shard": str(info), "model_version": str(info.model.ref)},
+        )
 
     def _memory_for(self, info: ShardInfo, promise: Promise | None) -> tuple[int, int, int]:
         """KV budget in bytes, slots and positions a slot; raises ``Full`` when memory does not do."""
@@ -307,15 +269,6 @@ class ReplicaManager:
                 f"positions; {self.memory_free() / _MIB:.0f} MiB are free. Lower context, or cut smaller shards"
             )
         return budget, slots, context
-
-    def _load_runtime(self, folder: Path, manifest: ShardManifest, slots: int, context: int) -> Runtime:
-        from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
-
-        # Left to itself, ONNX Runtime pins its threads to cores: on cores that others use as well, that
-        # costs a fifth of the rate.
-        threads = self._config.threads or self.capabilities().cpu.cores
-        options = OnnxOptions(self._config.providers, threads)
-        return load_shard(folder, manifest, slots=slots, capacity=context + 1, options=options)
 
     def _begin_unload(self, held: _Held) -> None:
         del self._held[held.key]

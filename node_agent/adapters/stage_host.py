@@ -365,14 +365,17 @@ class StageHost:
         # Those behind this stage may know nothing of a later epoch: what this one passed on late opened them.
         self._pass_close(placed.order, replace(close, alone=False, waits=close.alone))
 
-    def _pass_close(self, order: Open, close: Close) -> None:
+    def _pass_close(self, order: Open, close: Close, lost: Address | None = None) -> None:
+        """Tell the next stage and its standby, but not who is ``lost``."""
         following = _onward(order)
-        if following is not None and not order.standby:
-            onward = replace(close, epoch=order.epoch, stage=order.stage + 1)
+        if following is None or order.standby:
+            return
+        onward = replace(close, epoch=order.epoch, stage=order.stage + 1)
+        if following.address != lost:
             self.deliver(following.address, onward)
-            standby = order.standby_of(onward.stage)
-            if standby is not None:
-                self.deliver(standby.address, replace(onward, keep=False, alone=True))
+        standby = order.standby_of(onward.stage)
+        if standby is not None and standby.address != lost:
+            self.deliver(standby.address, replace(onward, keep=False, alone=True))
 
     def _forget(self, key: Key, placed: _Placed, keep: bool = False) -> None:
         del self._placed[key]
@@ -584,10 +587,9 @@ class StageHost:
         """Keep a session for a later epoch, here and behind here: its end may have been lost with who is ``lost``."""
         if placed.waits:
             return  # those behind were told, and may be lost as well: telling them again would dial for ever
-        order, following = placed.order, _onward(placed.order)
+        order = placed.order
         placed.replica.book.orphan(order.session, self._clock.monotonic_ns())
-        if following is not None and following.address != lost:
-            self._pass_close(order, Close(order.session, order.epoch, why, waits=True))
+        self._pass_close(order, Close(order.session, order.epoch, why, waits=True), lost)
 
     # -- time ----------------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""What a scheduler asks of agents, over gRPC: to hold shards, to let them go, and which policy they know."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
+from mesh.errors import LeaseRefused, PeerError
+from mesh.types import Address, NodeId, PolicyVersion, Term
+from node_agent.adapters.records import read_version, term_record
+from protos.gen import agent_pb2 as pb
+from protos.gen import agent_pb2_grpc as rpc
+from scheduler.reconcile import Wanted
+
+_RPC_S = 10.0
+
+
+class LeaseStreams:
+    """A ``node_agent.ports.PeerAgents``."""
+
+    def __init__(self, cluster: str, me: NodeId) -> None:
+        self._cluster, self._me = cluster, me
+
+    async def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+        try:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                async for status in rpc.AgentStub(channel).HoldShard(self._request(term, wanted)):
+                    yield status.state == pb.REPLICA_STATE_SERVING
+        except grpc.aio.AioRpcError as error:
+            away = error.code() is grpc.StatusCode.UNAVAILABLE
+            raise (PeerError if away else LeaseRefused)(_said(error)) from error
+
+    async def release(self, address: Address, term: Term, wanted: Wanted) -> None:
+        try:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                request = pb.ReleaseShardRequest(shard=self._request(term, wanted))
+                await rpc.AgentStub(channel).ReleaseShard(request, timeout=_RPC_S)
+        except grpc.aio.AioRpcError as error:
+            raise PeerError(_said(error)) from error
+
+    async def policy(self, address: Address) -> tuple[PolicyVersion, str]:
+        try:
+            async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                request = pb.PolicyRequest(cluster=self._cluster)
+                found = await rpc.AgentStub(channel).GetPolicy(request, timeout=_RPC_S)
+        except grpc.aio.AioRpcError as error:
+            raise PeerError(_said(error)) from error
+        return read_version(found.version, found.writer), found.text
+
+    def _request(self, term: Term, wanted: Wanted) -> pb.HoldShardRequest:
+        return pb.HoldShardRequest(
+            cluster=self._cluster,
+            model=wanted.model,
+            layer_start=wanted.layers.start,
+            layer_end=wanted.layers.end,
+            runtime=wanted.runtime,
+            quantization=wanted.quantization,
+            holder=f"scheduler {self._me}",
+            term=term_record(term),
+            sessions=wanted.sessions,
+            context=wanted.context,
+        )
+
+
+def _said(error: grpc.aio.AioRpcError) -> str:
+    return error.details() or error.code().name
