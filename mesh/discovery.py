@@ -19,6 +19,10 @@ ITEM_BYTES_MAX = 255
 """Of ``key=value``: the limit of a TXT item (RFC 6763, section 6.1)."""
 ADVERT_BYTES_MAX = 1300
 """Of a whole advert: one mDNS packet (RFC 6763, section 6.2)."""
+LOCK_TTL_S = 10
+"""Life of the leader's session in Consul; a leader that cannot renew it stops before."""
+LOCK_DELAY_S = 5
+"""A lock whose session expired is given to nobody for so long."""
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{16}|")
 _NUMBER = re.compile(r"[0-9]{1,18}")

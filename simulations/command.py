@@ -85,7 +85,7 @@ def _scenario(args: argparse.Namespace) -> Any:
         raise ConfigError(
             f"{args.scenario} is neither a shipped scenario ({', '.join(_names())}) nor a file that can be read: {error}"
         ) from None
-    scenario = read_scenario(text, str(path))
+    scenario = read_scenario(text, str(path), lambda trace: _trace(path.parent / trace))
     if args.time:
         try:
             if time_ns(args.time) <= time_ns(scenario.quiet):
@@ -94,6 +94,17 @@ def _scenario(args: argparse.Namespace) -> Any:
             raise ConfigError(f"--time {args.time}: {error}") from None
         scenario = msgspec.structs.replace(scenario, time=args.time)
     return scenario
+
+
+def _trace(path: Path) -> Any:
+    from mesh.errors import ConfigError
+    from simulations.traces import read_trace
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error}") from None
+    return read_trace(content, str(path))
 
 
 def _one(args: argparse.Namespace, scenario: Any) -> int:

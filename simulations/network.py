@@ -7,6 +7,7 @@ ends a stream whose far end has been silent for ``KEEPALIVE_NS``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -18,7 +19,8 @@ from simulations.virtual_time import Machine, VirtualLoop
 KEEPALIVE_NS = 8_000_000_000
 DIALS_MAX = 200
 """In a second, to one address: more is a loop that never ends."""
-_MS = 1_000_000
+_LATE = 20
+"""Latencies by which a datagram that is overtaken comes later, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Path:
     bytes_per_s: float
     loss: float = 0.0
     """Of datagrams; a stream pays ``latency_ns`` twice for a packet that was lost."""
+    duplicate: float = 0.0
+    """Of datagrams: they come twice."""
+    reorder: float = 0.0
+    """Of datagrams: they come after others that were sent later."""
 
 
 class Host(Protocol):
@@ -117,8 +123,8 @@ class Network:
         self.hosts: dict[Address, Host] = {}
         self.streams: dict[Stream, None] = {}
         """Open ones; a dict for its order."""
-        self.cuts: set[tuple[Address, Address]] = set()
-        """Directions in which nothing passes."""
+        self.cuts: Counter[tuple[Address, Address]] = Counter()
+        """Directions in which nothing passes, and for how many reasons."""
         self.bytes = 0
         self.messages = 0
         self.longest_ns = 0
@@ -154,7 +160,11 @@ class Network:
         if path.loss and self._rng.random() < path.loss:
             return
         due = self.loop.now_ns + path.latency_ns + int(path.jitter_ns * self._rng.random())
+        if path.reorder and self._rng.random() < path.reorder:
+            due += int(_LATE * path.latency_ns * self._rng.random())
         host.machine.post(due, deliver, host, due)
+        if path.duplicate and self._rng.random() < path.duplicate:
+            host.machine.post(due + path.latency_ns, deliver, host, due + path.latency_ns)
 
     def connect(
         self,
@@ -187,17 +197,19 @@ class Network:
 
     def cut(self, pairs: set[tuple[Address, Address]]) -> None:
         """Let nothing pass in these directions, until ``heal``."""
-        self.cuts |= pairs
-        for stream in list(self.streams):
+        self.cuts.update(pairs)
+        for stream in list(self.streams) if pairs else ():
             ends = (stream.source.address, stream.target.address)
             if ends in pairs or ends[::-1] in pairs:
                 stream.cut()
                 self.loop.at_ns(self.loop.now_ns + KEEPALIVE_NS, self._keepalive, stream, stream.cut_at_ns)
 
     def heal(self, pairs: set[tuple[Address, Address]]) -> None:
-        """Let it pass again."""
-        self.cuts -= pairs
-        for stream in list(self.streams):
+        """Let it pass again, as far as nothing else is in the way."""
+        self.cuts.subtract(pairs)
+        for pair in [p for p in pairs if not self.cuts[p]]:
+            del self.cuts[pair]
+        for stream in list(self.streams) if pairs else ():
             ends = (stream.source.address, stream.target.address)
             if stream.cut_at_ns and ends not in self.cuts and ends[::-1] not in self.cuts:
                 # The next attempt comes after as long again at most.

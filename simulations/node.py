@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from mesh.membership_events import Found
 from mesh.messages import Message
 from mesh.profiles import PROFILES
 from mesh.session_events import SessionOrder
-from mesh.types import Address, NodeId, Sampling, SessionId
+from mesh.types import Address, NodeId, Sampling, SessionId, Token
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.fingerprint.memory import Memory
 from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
@@ -37,6 +37,7 @@ from scheduler.cluster import Node, NodeSeen
 from scheduler.routing import Group
 from simulations.checks import TermChecks
 from simulations.compute import ModelledCompute, ModelledRuntime
+from simulations.consul import SimConsul
 from simulations.control import SimAgents, SimPolicyFile
 from simulations.links import SimLinks, SimMembership, SimRecords, sim_ask
 from simulations.model import SimModel, SimShards
@@ -52,6 +53,18 @@ _STOP_TOKENS = frozenset({0})
 GREEDY = Sampling(seed=1)
 
 T = TypeVar("T")
+
+
+class SimTokenLog(MemoryTokenLog):
+    """Kept over restarts; tells of each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrote: Callable[[], None] = lambda: None
+
+    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
+        super().append(session, tokens)
+        self.wrote()
 
 
 @dataclass(slots=True)
@@ -71,8 +84,14 @@ class NodeSpec:
     slowness: float = 1.0
     """Factor on the time of every run; faults change it."""
     drift_ppm: int = 0
+    disk_s: float = 0.0
+    """What each write to its disk takes; faults change it."""
+    corrupt: int = 0
+    """Faults by which its activations come out wrong."""
+    consul: SimConsul | None = None
+    """Where it finds others, and who leads; else it is told."""
     labels: tuple[tuple[str, str], ...] = ()
-    tokens: MemoryTokenLog = field(default_factory=MemoryTokenLog)
+    tokens: SimTokenLog = field(default_factory=SimTokenLog)
     """Its disk, with ``policy``."""
     policy: SimPolicyFile = field(default_factory=SimPolicyFile)
     battery: Battery | None = None
@@ -126,6 +145,7 @@ class SimNode:
     def _boot(self, peers: list[Address]) -> None:
         """As ``node_agent.main.Agent._wire``."""
         spec, config, clock = self.spec, self.config, self.clock
+        spec.tokens.wrote = self._wrote
         metrics = AgentMetrics(self.id)
         links = SimLinks(self)
         hops = HopLog(MemoryFrames(), config.log_limit << 20, 64 << 20) if config.log != "off" else None
@@ -166,8 +186,10 @@ class SimNode:
             lambda: self.policies.policy,
             lambda: self._rng.randrange(1, 1 << 62),
         )
+        consul = spec.consul
+        lock = None if consul is None else lambda told: consul.compete(self, told)
         self.control = ControlLoop(
-            config, self.id, self.view, spec.model.demand_of, self.policies, SimAgents(self), None, clock
+            config, self.id, self.view, spec.model.demand_of, self.policies, SimAgents(self), lock, clock
         )
         self.loop.create_task(self.host.run())
         self.loop.create_task(self.driver.run())
@@ -176,6 +198,9 @@ class SimNode:
             self.loop.create_task(self._hold(spec.held))
         if spec.controlled:
             self.loop.create_task(self.control.run())
+        if consul is not None:
+            self.loop.create_task(consul.discover(self))
+            return
         for address in peers:
             self.membership.handle(Found(address, "static"))
 
@@ -192,6 +217,16 @@ class SimNode:
         # Steps of a real machine differ by a few per cent, and now and then by much more.
         noise = 1 + 0.04 * self._rng.random() + (0.5 if self._rng.random() < 0.01 else 0.0)
         return self.spec.slowness * noise
+
+    @property
+    def corrupts(self) -> bool:
+        """What it computes comes out wrong now."""
+        return self.spec.corrupt > 0
+
+    def _wrote(self) -> None:
+        # The agent writes tokens down on its event loop, before the client sees them.
+        if self.spec.disk_s:
+            self.machine.freeze_for(self.spec.disk_s)
 
     def _computed(self, ns: int) -> None:
         self.spec.busy_ns += ns

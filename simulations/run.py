@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from zlib import crc32
 
-from mesh.capabilities import Battery
 from mesh.types import Address, LayerRange
 from node_agent.config import AgentConfig
-from node_agent.hysteresis import below_floor
 from scheduler.routing import models_served
+from simulations.air import Air
+from simulations.energy import Cell, full
+from simulations.faults import Faults
 from simulations.model import CONTEXT, SimModel
-from simulations.network import Path
 from simulations.node import NodeSpec
-from simulations.scenario import LONGEST_NS, Draw, Fault, NodeKind, Scenario, draw, names_of, time_ns
+from simulations.scenario import LONGEST_NS, NodeKind, Scenario, draw, names_of, region_of, time_ns
 from simulations.virtual_time import VirtualLoop
 from simulations.world import World
 
@@ -26,7 +26,6 @@ S = 1_000_000_000
 _KNIT_S = 3.0
 _KNOWN_S = 10
 """Once everything is up again, everybody knows within so long."""
-_BATTERY_S = 2.0
 _DEPLOYED_NS = 120 * S
 
 
@@ -67,17 +66,17 @@ class _Run:
         self.end_ns = time_ns(scenario.time)
         self.calm_ns = self.end_ns - time_ns(scenario.quiet)
         self.model = SimModel(scenario.model)
-        radio = scenario.radio
-        path = Path(time_ns(radio.latency), time_ns(radio.jitter), radio.mbit * 1e6 / 8, radio.loss)
-        patience_s = time_ns(scenario.patience) / S
-        self.world = World(loop, seed, self.model.shape, lambda a, b: path, patience_s)
         self.kinds = dict(names_of(scenario))
+        self.air = Air(scenario, self.kinds, Random(crc32(b"air") ^ seed), lambda: loop.now_ns)
+        patience_s = time_ns(scenario.patience) / S
+        self.world = World(loop, seed, self.model.shape, self.air.path, patience_s)
+        self.faults = Faults(self.world, self.kinds, self._calm)
         self._deal()
         self._tasks: list[asyncio.Task[None]] = []
 
     def _deal(self) -> None:
         """Who is there; without a policy, ranges of layers go in turn to the nodes that host."""
-        model, given = self.scenario.model, 0
+        model, given, drifts = self.scenario.model, 0, self.world.random("drift")
         cuts = [LayerRange(a, b) for a, b in pairwise((0, *model.cuts, model.layers))]
         for name, kind in self.kinds.items():
             held = None
@@ -89,15 +88,17 @@ class _Run:
                 kind.kind,
                 Address(f"{name}:7070"),
                 self.model,
-                self._config(kind),
+                self._config(name, kind),
                 held,
                 kind.speed,
                 controlled=bool(self.scenario.policy),
                 labels=tuple(sorted(_pair(label) for label in kind.labels)),
-                battery=Battery(100, False, kind.battery_wh, kind.idle_w) if kind.battery_wh else None,
+                battery=full(kind),
+                drift_ppm=drifts.randint(-kind.drift_ppm, kind.drift_ppm),
+                consul=self.world.consul if self.scenario.consul else None,
             )
 
-    def _config(self, kind: NodeKind) -> AgentConfig:
+    def _config(self, name: str, kind: NodeKind) -> AgentConfig:
         told = self.scenario
         return AgentConfig(
             context=CONTEXT,
@@ -110,6 +111,7 @@ class _Run:
             scheduler="on" if kind.scheduler else "off",
             slots=kind.slots,
             memory=kind.memory_mib if kind.hosts else 1,
+            region=region_of(name, kind),
         )
 
     async def all(self) -> None:
@@ -125,18 +127,21 @@ class _Run:
                 self._go(self._client(name))
                 if self.scenario.load.crowd_at:
                     self._go(self._client(name, crowd=True))
-            if kind.up:
-                self._go(self._churn(name, kind))
+            if kind.intervals:
+                self._go(self.faults.follow(name, kind))
+            elif kind.up:
+                self._go(self.faults.churn(name, kind))
             if kind.battery_wh:
-                self._go(self._battery(name, kind))
+                self._go(Cell(world, name, kind, time_ns(self.scenario.day)).drain(self._calm))
             if kind.out_of_range:
-                self._go(self._fly(name, kind))
+                self._go(self.faults.fly(name, kind))
+        self._go(self.air.watch(world.network, self._calm))
         for number, fault in enumerate(self.scenario.faults):
-            self._go(self._fault(fault, world.random(f"fault {number}")))
+            self._go(self.faults.happen(fault, world.random(f"fault {number}")))
         while self.loop.now_ns < self.end_ns:
             await asyncio.sleep(min(1.0, (self.end_ns - self.loop.now_ns) / S))
             world.sample()
-            if world.calm_ns < 0 and self._calm and world.whole():
+            if world.calm_ns < 0 and self._calm() and world.whole():
                 world.calm_ns = self.loop.now_ns + _KNOWN_S * S
             self.progress(min(1.0, self.loop.now_ns / self.end_ns))
         for task in self._tasks:
@@ -159,10 +164,6 @@ class _Run:
     def _go(self, work: object) -> None:
         self._tasks.append(self.loop.create_task(work))  # type: ignore[arg-type]
 
-    async def _wait(self, how: Draw, rng: Random) -> None:
-        await asyncio.sleep(how.ns(rng) / S)
-
-    @property
     def _calm(self) -> bool:
         """Faults have ended."""
         return self.loop.now_ns >= self.calm_ns
@@ -184,85 +185,6 @@ class _Run:
                 rng.randrange(1, self.model.shape.vocabulary) for _ in range(rng.randint(*load.prompt))
             )
             self.world.ask(name, prompt, rng.randint(*load.tokens))
-
-    async def _churn(self, name: str, kind: NodeKind) -> None:
-        rng, up, down = self.world.random(f"churn {name}"), draw(kind.up), draw(kind.down)
-        while True:
-            await self._wait(up, rng)
-            if self._calm or name not in self.world.nodes:
-                return
-            self.world.crash(name, rng.random() < kind.silent, rng.random() < kind.wiped)
-            await self._wait(down, rng)
-            self.world.start(name)
-
-    async def _fly(self, name: str, kind: NodeKind) -> None:
-        rng, every, away = self.world.random(f"flight {name}"), draw(kind.out_of_range), draw(kind.away)
-        while True:
-            await self._wait(every, rng)
-            if self._calm:
-                return
-            self.world.part([name], away.ns(rng) / S)
-
-    async def _battery(self, name: str, kind: NodeKind) -> None:
-        """Drains with what it computes; at the floor it hands over and leaves, to come back charged."""
-        spec, rng = self.world.specs[name], self.world.random(f"battery {name}")
-        left_wh, busy_ns = kind.battery_wh * rng.uniform(0.5, 1.0), spec.busy_ns
-        low = False
-        while True:
-            await asyncio.sleep(_BATTERY_S)
-            node = self.world.nodes.get(name)
-            if node is None:
-                continue
-            share = min(1.0, (spec.busy_ns - busy_ns) / (_BATTERY_S * S))
-            power_w, busy_ns = kind.idle_w + kind.busy_w * share, spec.busy_ns
-            left_wh = max(0.0, left_wh - power_w * _BATTERY_S / 3600)
-            self.world.energy_wh += power_w * _BATTERY_S / 3600
-            percent = math.floor(100 * left_wh / kind.battery_wh)
-            spec.battery = Battery(percent, False, left_wh, power_w)
-            low = below_floor(low, spec.battery, kind.land_at)
-            node.draining = low
-            if (low and not node.replicas_busy()) or left_wh <= 0:
-                self.world.crash(name, silently=left_wh <= 0)
-                self.world.tell(f"{name} is charged")
-                await self._wait(draw(kind.charging), rng)
-                left_wh, low = kind.battery_wh, False
-                spec.battery = Battery(100, False, left_wh, kind.idle_w)
-                self.world.start(name)
-
-    async def _fault(self, fault: Fault, rng: Random) -> None:
-        length = draw(fault.duration)
-        if fault.at:
-            await asyncio.sleep(max(0.0, (time_ns(fault.at) - self.loop.now_ns) / S))
-            self._break(fault, rng, length)
-            return
-        every = draw(fault.every)
-        while True:
-            await self._wait(every, rng)
-            if self._calm:
-                return
-            self._break(fault, rng, length)
-
-    def _break(self, fault: Fault, rng: Random, length: Draw) -> None:
-        world = self.world
-        able = sorted(n for n in world.nodes if fault.who in ("", n, self.kinds[n].kind))
-        chosen = rng.sample(able, min(fault.count, len(able)))
-        if fault.what in ("partition", "one-way") and chosen:
-            world.part(chosen, length.ns(rng) / S, fault.what == "one-way")
-            return
-        for name in chosen:
-            for_s = length.ns(rng) / S
-            match fault.what:
-                case "freeze":
-                    world.freeze(name, for_s)
-                case "slow":
-                    world.slow(name, fault.factor, for_s)
-                case _:
-                    world.crash(name, fault.what == "power")
-                    self.loop.call_later(for_s, self._again, name)
-
-    def _again(self, name: str) -> None:
-        if name not in self.world.nodes:
-            self.world.start(name)
 
 
 def _pair(label: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ import msgspec
 
 from mesh.errors import ConfigError
 from scheduler.policy import parse_policy
+from simulations.traces import Interval
 
 _NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s|m|h)")
@@ -140,6 +142,24 @@ class NodeKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """How often it flies out of radio range."""
     away: str = "exponential(2s)"
     """For how long."""
+    solar_w: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """At noon. A node with it sleeps below ``land_at`` until the sun has charged it to 15 percent more."""
+    place: tuple[float, float] = (0.0, 0.0)
+    """Metres east and north."""
+    spread_m: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """They stand anywhere within so far of their place."""
+    orbit_m: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """They fly round it at this distance, once a ``lap``."""
+    lap: str = "2m"
+    region: str = ""
+    regions: Count = 1
+    """So many regions of their own, dealt in turn, where ``region`` names none."""
+    drift_ppm: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    """Clocks run fast or slow by at most so much."""
+    trace: str = ""
+    """A CSV or Parquet file beside the scenario: node, up, down in seconds. In place of ``up`` and ``down``."""
+    intervals: tuple[tuple[str, float, float], ...] = ()
+    """What the file says, or the same written here."""
 
 
 class Radio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -148,7 +168,14 @@ class Radio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     latency: str = "300us"
     jitter: str = "200us"
     mbit: Positive = 800.0
+    busy: Share = 0.0
+    """Of the bandwidth, taken by others at noon."""
     loss: Share = 0.0
+    duplicate: Share = 0.0
+    reorder: Share = 0.0
+    """Of datagrams."""
+    range_m: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Beyond it nothing arrives; from seven tenths of it on, less and less. 0: no limit."""
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -166,16 +193,32 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Something that happens ``at`` a time or ``every`` so often, to one node drawn from a kind, or a named one."""
 
-    what: Literal["crash", "power", "freeze", "partition", "one-way", "slow"]
+    what: Literal[
+        "crash",
+        "power",
+        "wipe",
+        "restart",
+        "update",
+        "freeze",
+        "partition",
+        "one-way",
+        "slow",
+        "disk",
+        "clock",
+        "corrupt",
+        "consul",
+    ]
     at: str = ""
     every: str = ""
     who: str = ""
-    """A kind or a name; empty: any node."""
+    """A kind, a region or a name; empty: any node."""
     count: Count = 1
-    """Nodes at once."""
+    """Nodes at once; more than there are: all of them."""
     duration: str = "uniform(1s, 5s)"
     factor: Positive = 5.0
-    """Of ``slow``."""
+    """By which ``slow`` and ``update`` lengthen every run; of ``disk``, milliseconds a write."""
+    wave: str = "30s"
+    """Of ``update``: until the next ``count`` nodes get it."""
 
 
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,6 +228,10 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     about: str = ""
     time: str = "5m"
     profile: Literal["lan", "wan", "radio"] = "lan"
+    consul: bool = False
+    """Nodes find each other in a Consul, and its lock says who leads; else they are told of three others."""
+    day: str = "24h"
+    """How long the sun takes; shorter to see a night within a run."""
     patience: str = "30s"
     """A client that has seen nothing for so long gives up."""
     replay: Literal["exact", "fast"] = "exact"
@@ -205,9 +252,11 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     faults: tuple[Fault, ...] = ()
 
 
-def read_scenario(text: str, name: str) -> Scenario:
-    """TOML, or JSON as ``--shrink`` writes it; raises ``ConfigError`` that names file, line and what to write
-    instead."""
+def read_scenario(
+    text: str, name: str, fetch: Callable[[str], tuple[Interval, ...]] | None = None
+) -> Scenario:
+    """TOML, or JSON as ``--shrink`` writes it; ``fetch`` reads traces. Raises ``ConfigError`` that names file, line
+    and what to write instead."""
     try:
         told = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, ValueError) as error:
@@ -216,6 +265,12 @@ def read_scenario(text: str, name: str) -> Scenario:
         scenario = msgspec.convert(told, Scenario)
     except msgspec.ValidationError as error:
         raise ConfigError(_located(str(error), text, name)) from None
+    if fetch is not None:
+        nodes = tuple(
+            msgspec.structs.replace(k, trace="", intervals=fetch(k.trace)) if k.trace else k
+            for k in scenario.nodes
+        )
+        scenario = msgspec.structs.replace(scenario, nodes=nodes)
     _check(scenario, text, name)
     return scenario
 
@@ -223,14 +278,15 @@ def read_scenario(text: str, name: str) -> Scenario:
 def _check(scenario: Scenario, text: str, name: str) -> None:
     """What types cannot say."""
     wrong = [
-        _bad_times(scenario, ("time", "patience", "quiet"), time_ns),
+        _bad_times(scenario, ("time", "patience", "quiet", "day"), time_ns),
         _bad_times(scenario.model, ("load",), time_ns),
         _bad_times(scenario.radio, ("latency", "jitter"), time_ns),
         _bad_times(scenario.load, ("each",), draw),
         _bad_times(scenario.load, ("crowd_at", "crowd_for"), time_ns),
         *(_bad_times(n, ("up", "down", "charging", "out_of_range", "away"), draw) for n in scenario.nodes),
         *(_bad_times(f, ("every", "duration"), draw) for f in scenario.faults),
-        *(_bad_times(f, ("at",), time_ns) for f in scenario.faults),
+        *(_bad_times(n, ("lap",), time_ns) for n in scenario.nodes),
+        *(_bad_times(f, ("at", "wave"), time_ns) for f in scenario.faults),
     ]
     for found in wrong:
         if found:
@@ -262,7 +318,14 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
             raise ConfigError(
                 f"{name}:{_line(text, key)}: {key} is least and most, 1 to 1000: for example [10, 100]"
             )
-    known = {n.kind for n in scenario.nodes} | {n for n, _ in names_of(scenario)}
+    names = dict(names_of(scenario))
+    known = {n.kind for n in scenario.nodes} | names.keys() | {region_of(n, k) for n, k in names.items()}
+    for kind in scenario.nodes:
+        for node, _, _ in kind.intervals:
+            if names.get(node) != kind:
+                raise ConfigError(
+                    f"{name}: the trace of {kind.kind} has a node {node!r}; they are {kind.kind}-1 to {kind.kind}-{kind.count}"
+                )
     for fault in scenario.faults:
         if bool(fault.at) == bool(fault.every):
             raise ConfigError(f"{name}:{_line(text, 'what', fault.what)}: a fault has either at or every")
@@ -276,6 +339,13 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
 def names_of(scenario: Scenario) -> list[tuple[str, NodeKind]]:
     """All nodes by name, with what they are."""
     return [(f"{k.kind}-{i + 1}", k) for k in scenario.nodes for i in range(k.count)]
+
+
+def region_of(name: str, kind: NodeKind) -> str:
+    """Where a node stands."""
+    if kind.region or kind.regions == 1:
+        return kind.region
+    return f"{kind.kind}-region-{int(name.rsplit('-', 1)[1]) % kind.regions + 1}"
 
 
 def _bad_times(table: object, keys: tuple[str, ...], read: object) -> tuple[str, str, str] | None:

@@ -39,6 +39,8 @@ class Machine:
         self.name, self.power = name, Power.ON
         self._loop = loop
         self._held: list[events.Handle] = []
+        self._freezes = 0
+        """Reasons for which it stands still."""
         self._context = contextvars.copy_context()
         self._context.run(_MACHINE.set, self)
 
@@ -51,13 +53,21 @@ class Machine:
         self._loop.at_ns(when_ns, work, *args, context=self._context.copy())
 
     def freeze(self) -> None:
-        """Hold everything until ``thaw``."""
+        """Hold everything until ``thaw``, once for each ``freeze``."""
+        self._freezes += 1
         if self.power is Power.ON:
             self.power = Power.FROZEN
 
+    def freeze_for(self, seconds: float) -> None:
+        """Stand still for a while; may be called by the machine's own code, which first ends its turn."""
+        self.freeze()
+        at_ns = self._loop.now_ns + int(seconds * _NS)
+        self._loop.at_ns(at_ns, self.thaw, context=contextvars.Context())
+
     def thaw(self) -> None:
         """Go on; what waited comes first, in order."""
-        if self.power is Power.FROZEN:
+        self._freezes -= 1
+        if self.power is Power.FROZEN and not self._freezes:
             self.power = Power.ON
             held, self._held = self._held, []
             self._loop.put_back(held)
@@ -65,7 +75,9 @@ class Machine:
     def crash(self) -> None:
         """Nothing of it runs again."""
         self.power = Power.OFF
-        self._held.clear()
+        held, self._held = self._held, []
+        for handle in held:
+            self.drop(handle)
 
     @property
     def over(self) -> bool:
@@ -74,6 +86,9 @@ class Machine:
 
     def hold(self, handle: events.Handle) -> None:
         self._held.append(handle)
+
+    def drop(self, handle: events.Handle) -> None:
+        self._loop.drop(handle)
 
 
 _MACHINE: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machine", default=None)
@@ -91,6 +106,8 @@ def _gate(handle: events.Handle, context: contextvars.Context | None) -> bool:
         return True
     if machine.power is Power.FROZEN:
         machine.hold(handle)
+    else:
+        machine.drop(handle)
     return False
 
 
@@ -145,6 +162,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """All that have not ended, those of crashed machines included: were they collected as garbage, their last
         words would come at a time that nobody can repeat."""
         self.ending = False
+        self._last_words: list[events.Handle] = []
+        """Steps of tasks of crashed machines: without its step a task could not even be cancelled."""
         self.failed: Callable[[str, BaseException], None] = lambda name, error: None
         """Told of tasks that ended with an error: an agent would end by it."""
         self.set_task_factory(self._make_task)
@@ -164,6 +183,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def wind_up(self) -> None:
         """The simulation is over: end every task, whatever became of its machine."""
         self.ending = True
+        self.put_back(self._last_words)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -185,6 +205,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def put_back(self, handles: list[events.Handle]) -> None:
         """What a machine held runs now."""
         self._ready.extend(handles)
+
+    def drop(self, handle: events.Handle) -> None:
+        """Of a crashed machine: it never runs, but for the end of its task when all is over."""
+        if isinstance(getattr(handle._callback, "__self__", None), asyncio.Task):  # type: ignore[attr-defined]
+            self._last_words.append(handle)
 
     def _call_soon(self, callback: Any, args: Any, context: Any) -> events.Handle:
         self.callbacks += 1
@@ -224,7 +249,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 class MachineClock:
     """A node's own clocks: they may run fast or slow, and the wall clock may be wrong and jump."""
 
-    def __init__(self, loop: VirtualLoop, drift_ppm: int = 0, wall_s: int = 1_700_000_000) -> None:
+    def __init__(self, loop: VirtualLoop, drift_ppm: int = 0, wall_s: float = 1_700_000_000) -> None:
         self._loop, self.drift_ppm, self.wall_s = loop, drift_ppm, wall_s
 
     def monotonic_ns(self) -> int:

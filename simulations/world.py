@@ -21,6 +21,7 @@ from node_agent.adapters.session_driver import SessionHandle
 from scheduler.routing import Group
 from simulations.checks import TermChecks, check_end, check_node
 from simulations.compute import expected
+from simulations.consul import SERVER, SimConsul
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
 from simulations.virtual_time import Machine, Power, VirtualLoop, this_machine
@@ -101,6 +102,7 @@ class World:
         self.network = Network(loop, self.random("network"), path)
         self.network.broken = self.violated
         self.patience_s = patience_s
+        self.consul = SimConsul(self.network)
         self.terms = TermChecks(self)
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
@@ -186,7 +188,7 @@ class World:
     def part(self, names: list[str], seconds: float, one_way: bool = False) -> None:
         """Cut some nodes off from the others; ``one_way``: what they send still arrives."""
         inside = {self.specs[n].address for n in names}
-        outside = {s.address for s in self.specs.values()} - inside
+        outside = {SERVER, *(s.address for s in self.specs.values())} - inside
         pairs = {(a, b) for a in sorted(outside) for b in sorted(inside)}
         if not one_way:
             pairs |= {(b, a) for a, b in pairs}
@@ -209,6 +211,43 @@ class World:
 
     def _at_speed(self, spec: NodeSpec, factor: float) -> None:
         spec.slowness /= factor
+
+    def slow_disk(self, name: str, write_s: float, seconds: float) -> None:
+        """Make each write of a node take so long for a while."""
+        spec = self.specs[name]
+        spec.disk_s += write_s
+        self.faults["slow disk"] += 1
+        self.tell(f"{name} takes {write_s * 1000:g} ms a write for {seconds:g} s")
+        self.loop.call_later(seconds, self._disk_again, spec, write_s)
+
+    def _disk_again(self, spec: NodeSpec, write_s: float) -> None:
+        spec.disk_s = max(0.0, spec.disk_s - write_s)
+
+    def corrupt(self, name: str, seconds: float) -> None:
+        """Make a node's activations come out wrong for a while."""
+        spec = self.specs[name]
+        spec.corrupt += 1
+        self.faults["corrupt frames"] += 1
+        self.tell(f"{name} sends NaN for {seconds:g} s")
+        self.loop.call_later(seconds, self._right_again, spec)
+
+    def _right_again(self, spec: NodeSpec) -> None:
+        spec.corrupt -= 1
+
+    def set_clock(self, name: str, by_s: float) -> None:
+        """Set a node's wall clock, until it restarts."""
+        node = self.nodes.get(name)
+        if node is None:
+            return
+        node.clock.wall_s += by_s
+        self.faults["clock set"] += 1
+        self.tell(f"the clock of {name} jumps by {by_s:g} s")
+
+    def lose_consul(self, seconds: float) -> None:
+        """Consul answers nobody for a while."""
+        self.consul.lose(seconds)
+        self.faults["consul away"] += 1
+        self.tell(f"Consul is away for {seconds:g} s")
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -268,7 +307,7 @@ class World:
                 request.rungs += [(r.rung, r.stalled_us) for r in lost]
                 request.causes += [r.cause.split(":")[0] for r in lost]
                 request.openings += len(handle.trace.recoveries) - len(lost)
-                for cause in _NEVER.intersection(request.causes):
+                for cause in self._never.intersection(request.causes):
                     self.violated(f"request {request.number}: {cause}, among agents that keep the contract")
                 request.finished = True
                 outcome = 0.0
@@ -348,6 +387,10 @@ class World:
         elif request.rungs or request.resumed:
             how = " ".join(rung for rung, _ in request.rungs)
             self.tell(f"request {request.number} came through: {how}{' resumed' if request.resumed else ''}")
+
+    @property
+    def _never(self) -> frozenset[str]:
+        return _NEVER - {"bad_frame"} if self.faults["corrupt frames"] else _NEVER
 
     # -- checks --------------------------------------------------------------------------------
 

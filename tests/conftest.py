@@ -22,6 +22,9 @@ from node_agent.paths import default_home
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+# A shell that runs us in the background has us ignore Ctrl-C, and the processes that tests start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODEL = "smollm2-135m"
 START_TIMEOUT_S = 90
 

@@ -21,6 +21,7 @@ import consul
 import consul.aio
 import consul.base
 
+from mesh.discovery import LOCK_DELAY_S, LOCK_TTL_S
 from mesh.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -195,9 +196,6 @@ class LeaderLock:
     away: a leader that cannot renew is none.
     """
 
-    TTL_S = 10
-    LOCK_DELAY_S = 5
-
     def __init__(
         self,
         client: ConsulClient,
@@ -222,7 +220,7 @@ class LeaderLock:
     async def _compete(self) -> None:
         value = json.dumps({"leader": self._who}).encode()
         session = await self._client.session.create(
-            name=f"inference-mesh {self._who}", lock_delay=self.LOCK_DELAY_S, ttl=self.TTL_S
+            name=f"inference-mesh {self._who}", lock_delay=LOCK_DELAY_S, ttl=LOCK_TTL_S
         )
         renewed = time.monotonic()
         try:
@@ -246,15 +244,15 @@ class LeaderLock:
         """Until the lock's record changes, at most a third of our session's life."""
         index, found = await self._client.kv.get(self._path)
         if found and found.get("Session"):
-            await self._client.kv.get(self._path, index=index, wait=f"{self.TTL_S // 3}s")
+            await self._client.kv.get(self._path, index=index, wait=f"{LOCK_TTL_S // 3}s")
         else:
             await asyncio.sleep(0.5)  # the lock-delay after a leader that was lost
 
     async def _lead(self, session: str, renewed: float) -> str:
         while True:
-            await asyncio.sleep(self.TTL_S / 4)
+            await asyncio.sleep(LOCK_TTL_S / 4)
             try:
-                async with asyncio.timeout(max(0.01, renewed + self.TTL_S * 0.8 - time.monotonic())):
+                async with asyncio.timeout(max(0.01, renewed + LOCK_TTL_S * 0.8 - time.monotonic())):
                     await self._client.session.renew(session)
                     _, found = await self._client.kv.get(self._path)
                 renewed = time.monotonic()
@@ -263,7 +261,7 @@ class LeaderLock:
             except consul.NotFound:
                 return "our session expired"
             except CONSUL_ERRORS as error:
-                if time.monotonic() - renewed > self.TTL_S * 0.8:
+                if time.monotonic() - renewed > LOCK_TTL_S * 0.8:
                     return f"the lock could not be renewed: {self._client.access.describe(error)}"
 
     async def _give_back(self, session: str) -> None:

@@ -20,6 +20,7 @@ from tests.conftest import MODEL
 
 SHARD = f"{MODEL}:0-30"
 WITHIN_S = 10.0
+FAIR_WITHIN_S, FAIR_OVER_S = 30.0, 5.0
 
 
 @pytest.fixture
@@ -76,6 +77,11 @@ class Load:
                 self.errors.append(str(error))
                 continue
             self.answers.append((time.monotonic(), route["stages"][0]["node"]))
+
+    def is_fair(self, *nodes: str) -> bool:
+        """Whether each gave at least a fifth of the last seconds' answers."""
+        shares = self.shares(time.monotonic() - FAIR_OVER_S)
+        return shares.total() >= len(nodes) * 3 and min(shares[n] for n in nodes) >= 0.2 * shares.total()
 
     def shares(self, since: float) -> Counter[str]:
         return Counter(node for at, node in self.answers if at >= since)
