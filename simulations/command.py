@@ -1,8 +1,8 @@
 """Run a mesh that does not exist: the production code in virtual time, on modelled machines and radios.
 
 SCENARIO is the name of one that is shipped, or a TOML file. Prints figures; --page writes a page to look at. With --seeds it
-searches for a seed that breaks something, with --sweep it answers what-ifs. simulations/README.md says what a run
-cannot show.
+searches for a seed that breaks something (without a SCENARIO each seed draws one of its own), with --sweep it answers
+what-ifs. simulations/README.md says what a run cannot show.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 SUMMARY = "a mesh in virtual time: churn, faults, and what becomes of requests"
 SECTION = "Try it"
+_SWARM_TIME = "60s"
 SCENARIOS = Path(__file__).parent / "scenarios"
 
 
@@ -49,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.compare:
         return _compare(args.compare)
-    if not args.scenario:
-        raise ConfigError(f"name a scenario: {', '.join(_names())}, or a file")
-    scenario = _scenario(args)
+    if not args.scenario and args.seeds is None:
+        raise ConfigError(f"name a scenario: {', '.join(_names())}, or a file; or --seeds N for random ones")
     if args.seeds is not None:
-        return _search(args, scenario)
+        return _search(args)
+    scenario = _scenario(args)
     if args.sweep:
         return _sweep(args, scenario)
     return _one(args, scenario)
@@ -87,13 +88,21 @@ def _scenario(args: argparse.Namespace) -> Any:
         ) from None
     scenario = read_scenario(text, str(path), lambda trace: _trace(path.parent / trace))
     if args.time:
-        try:
-            if time_ns(args.time) <= time_ns(scenario.quiet):
-                raise ValueError(f"it must be longer than the scenario's quiet end, {scenario.quiet}")
-        except ValueError as error:
-            raise ConfigError(f"--time {args.time}: {error}") from None
+        quiet = scenario.quiet
+        _check_time(args.time, time_ns(quiet), f"longer than the scenario's quiet end, {quiet}")
         scenario = msgspec.structs.replace(scenario, time=args.time)
     return scenario
+
+
+def _check_time(text: str, over_ns: int, what: str) -> None:
+    from mesh.errors import ConfigError
+    from simulations.scenario import time_ns
+
+    try:
+        if time_ns(text) <= over_ns:
+            raise ValueError(f"it must be {what}")
+    except ValueError as error:
+        raise ConfigError(f"--time {text}: {error}") from None
 
 
 def _trace(path: Path) -> Any:
@@ -125,14 +134,22 @@ def _one(args: argparse.Namespace, scenario: Any) -> int:
     return 1 if found["violations"] else 0
 
 
-def _search(args: argparse.Namespace, scenario: Any) -> int:
+def _search(args: argparse.Namespace) -> int:
     from simulations.search import search, shrink
+    from simulations.swarm import random_scenario
 
-    with _bar(f"{scenario.name}, seeds", args.seeds) as told:
+    if args.scenario:
+        scenario = _scenario(args)
+        name, scenario_of = scenario.name, lambda seed: scenario
+    else:
+        time = args.time or _SWARM_TIME
+        _check_time(time, 20_000_000_000, "over 20s")
+        name, scenario_of = "random scenarios", lambda seed: random_scenario(seed, time)
+    with _bar(f"{name}, seeds", args.seeds) as told:
         found, tried = search(
-            scenario, iter(range(args.seed, args.seed + args.seeds)), lambda s: told(s - args.seed)
+            scenario_of, iter(range(args.seed, args.seed + args.seeds)), lambda s: told(s - args.seed)
         )
-    result: dict[str, Any] = {"scenario": scenario.name, "seeds": tried, "broken": None}
+    result: dict[str, Any] = {"scenario": name, "seeds": tried, "broken": None}
     if found is not None and args.shrink:
         found = shrink(found, lambda what: print(f"still breaks: {what}", file=sys.stderr))
     if found is not None:
@@ -155,10 +172,10 @@ def _tell_story(args: argparse.Namespace, found: Any) -> None:
     print("\n".join(worst_minute(simulate(found.scenario, found.seed).world)))
     print(f"seed {found.seed}: {found.what}")
     again = args.scenario
-    if args.shrink:
+    if args.shrink or not again:
         again = f"{found.scenario.name}-{found.seed}.json"
         Path(again).write_bytes(msgspec.json.format(msgspec.json.encode(found.scenario)))
-    time = f" --time {args.time}" if args.time and not args.shrink else ""
+    time = f" --time {args.time}" if args.time and again == args.scenario else ""
     print(f"again: mesh simulate {again} --seed {found.seed}{time}")
 
 

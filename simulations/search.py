@@ -28,12 +28,15 @@ class Found:
     what: str
 
 
-def search(scenario: Scenario, seeds: Iterator[int], told: Callable[[int], None]) -> tuple[Found | None, int]:
-    """The first seed that breaks something, and how many were tried."""
+def search(
+    scenario_of: Callable[[int], Scenario], seeds: Iterator[int], told: Callable[[int], None]
+) -> tuple[Found | None, int]:
+    """The first seed that breaks something, and how many were tried; each runs a scenario of its own, or all the same."""
     tried = 0
     for seed in seeds:
         told(seed)
         tried += 1
+        scenario = scenario_of(seed)
         broken = breaks(scenario, seed)
         if broken is not None:
             return Found(scenario, seed, broken), tried
