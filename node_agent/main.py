@@ -38,6 +38,7 @@ from mesh.membership import Membership
 from mesh.profiles import PROFILES
 from mesh.types import Address, SessionId
 from node_agent.adapters.agent_rpc import AgentService
+from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.discovery_setup import discovery_of, leader_lock
 from node_agent.adapters.frame_store import RocksFrames
@@ -262,6 +263,14 @@ class Agent:
         self.takeovers = Takeovers(
             self.node_id, token_log, lambda: self.view.snapshot, self.host.fence, AskByRpc(config.cluster)
         )
+        peers = LeaseStreams(config.cluster, self.node_id)
+        self.cold = ColdLoads(
+            lambda: self.view.snapshot,
+            peers,
+            lambda node, shard: self.driver.own_sessions()[node, shard],
+            lambda model: model in self.policies.policy.models,
+            config.context,
+        )
         self.planner = RoutePlanner(
             config,
             self.node_id,
@@ -269,6 +278,7 @@ class Agent:
             self.driver,
             lambda: self.policies.policy,
             lambda: secrets.randbits(62) + 1,
+            self.cold,
         )
         self.generator = Generator(
             config, self.node_id, self.store, self.view, self.driver, self.planner, self.takeovers
@@ -279,7 +289,7 @@ class Agent:
             self.view,
             self._demand,
             self.policies,
-            LeaseStreams(config.cluster, self.node_id),
+            peers,
             leader_lock(config, self.node_id),
         )
         self.service = AgentService(

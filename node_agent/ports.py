@@ -17,7 +17,7 @@ from mesh.types import (
     Term,
     Token,
 )
-from node_agent.lease import ShardKey
+from node_agent.lease import Promise, ShardKey
 from scheduler.reconcile import Wanted
 
 if TYPE_CHECKING:
@@ -86,6 +86,10 @@ class PeerAgents(Protocol):
     def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
         """Have it hold a shard; yields whether it serves, on every change, for as long as the lease is this term's.
         What was held stays when this is iterated no more. Raises ``LeaseRefused`` with the agent's reason."""
+        ...
+
+    def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool, None]:
+        """As ``hold``, without a term: it is held for as long as this is iterated."""
         ...
 
     async def release(self, address: Address, term: Term, wanted: Wanted) -> None:

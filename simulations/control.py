@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from scheduler.reconcile import Wanted
 if TYPE_CHECKING:
     from simulations.node import SimNode
 
+Tell = Callable[[bool | MeshError | None], None]
 _DIAL_NS = 3_000_000_000
 _RPC_S = 10.0
 _HEAD_BYTES, _STATUS_BYTES = 200, 300
@@ -40,7 +41,15 @@ class SimAgents:
     def __init__(self, node: SimNode) -> None:
         self._node = node
 
-    async def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+    def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+        return self._hold(address, lambda host, tell: serve(host, term, wanted, tell))
+
+    def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool, None]:
+        return self._hold(address, lambda host, tell: lend(host, key, promise, tell))
+
+    async def _hold(
+        self, address: Address, serving_of: Callable[[SimNode, Tell], Coroutine[Any, Any, None]]
+    ) -> AsyncGenerator[bool, None]:
         node = self._node
         news: asyncio.Queue[bool | MeshError | None] = asyncio.Queue()
         serving: list[asyncio.Task[None]] = []
@@ -62,7 +71,7 @@ class SimAgents:
             def tell(what: bool | MeshError | None) -> None:
                 stream.send(False, _STATUS_BYTES, news.put_nowait, what)
 
-            serving.append(node.loop.create_task(serve(target, term, wanted, tell)))
+            serving.append(node.loop.create_task(serving_of(target, tell)))
 
         stream.send(True, _HEAD_BYTES, begin)
         try:
@@ -112,9 +121,7 @@ class SimAgents:
         return found
 
 
-async def serve(
-    host: SimNode, term: Term, wanted: Wanted, tell: Callable[[bool | MeshError | None], None]
-) -> None:
+async def serve(host: SimNode, term: Term, wanted: Wanted, tell: Tell) -> None:
     """As ``AgentService.HoldShard``, on the agent that is asked."""
     promise = Promise(wanted.sessions, wanted.context)
     known = host.terms.latest(host)
@@ -122,6 +129,19 @@ async def serve(
         async with aclosing(host.replicas.hold_planned(_key(wanted), term, promise)) as statuses:
             async for status in statuses:
                 host.terms.obeyed(host, term, known)
+                tell(status.state is ReplicaState.SERVING)
+        tell(None)
+    except MeshError as error:
+        tell(LeaseRefused(str(error)))
+
+
+async def lend(host: SimNode, key: ShardKey, promise: Promise, tell: Tell) -> None:
+    """The same for a lease without a term."""
+    try:
+        async with aclosing(host.replicas.hold(key, "ingress", promise)) as statuses:
+            async for status in statuses:
+                if status.state is ReplicaState.FAILED:
+                    raise LeaseRefused(status.reason)
                 tell(status.state is ReplicaState.SERVING)
         tell(None)
     except MeshError as error:

@@ -16,6 +16,7 @@ from mesh.messages import Message
 from mesh.profiles import PROFILES
 from mesh.session_events import SessionOrder
 from mesh.types import Address, NodeId, Sampling, SessionId, Token
+from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.fingerprint.memory import Memory
 from node_agent.adapters.memory_store import MemoryFrames, MemoryTokenLog
@@ -178,6 +179,7 @@ class SimNode:
         self.takeovers = Takeovers(
             self.id, spec.tokens, lambda: self.view.snapshot, self.host.fence, sim_ask(self)
         )
+        agents = SimAgents(self)
         self.planner = RoutePlanner(
             config,
             self.id,
@@ -185,11 +187,18 @@ class SimNode:
             self.driver,
             lambda: self.policies.policy,
             lambda: self._rng.randrange(1, 1 << 62),
+            ColdLoads(
+                lambda: self.view.snapshot,
+                agents,
+                lambda node, shard: self.driver.own_sessions()[node, shard],
+                lambda model: model in self.policies.policy.models,
+                config.context,
+            ),
         )
         consul = spec.consul
         lock = None if consul is None else lambda told: consul.compete(self, told)
         self.control = ControlLoop(
-            config, self.id, self.view, spec.model.demand_of, self.policies, SimAgents(self), lock, clock
+            config, self.id, self.view, spec.model.demand_of, self.policies, agents, lock, clock
         )
         self.loop.create_task(self.host.run())
         self.loop.create_task(self.driver.run())

@@ -9,12 +9,14 @@ from __future__ import annotations
 from random import Random
 from typing import Literal
 
+import msgspec
+
 from simulations.scenario import Fault, Load, Model, NodeKind, Radio, Scenario, time_ns
 
 S = 1_000_000_000
 _QUIET_SHARE = 0.4
 _QUIET_MAX_S = 40
-_POLICY = '[models.smollm2-135m]\nreplicas = {replicas}\nsessions = 8\nrecovery = "{recovery}"\n'
+_POLICY = '[models.smollm2-135m]\nreplicas = {replicas}\nsessions = 4\nrecovery = "{recovery}"\n'
 _FAULTS = (
     Fault(what="crash", every="exponential(3s)", duration="uniform(200ms, 4s)"),
     Fault(what="power", every="exponential(8s)", duration="uniform(1s, 6s)"),
@@ -46,10 +48,13 @@ def random_scenario(seed: int, time: str) -> Scenario:
         ingress=rng.random() < 0.5,
         speed=rng.choice((0.3, 1.0, 2.0)),
         slots=rng.choice((4, 16)),
-        memory_mib=rng.choice((500, 900, 2000)) if placed else 2000,
+        memory_mib=rng.choice((700, 900, 2000)) if placed else 2000,
         drift_ppm=rng.choice((0, 0, 300)),
     )
     gateways = NodeKind(kind="gateway", count=rng.randint(1, 3), hosts=False)
+    load = rng.choice((Load(prompt=(2, 20), tokens=(1, 8)), Load(prompt=(20, 200), tokens=(10, 80))))
+    clients = gateways.count + (hosts.count if hosts.ingress else 0)
+    each_s = clients * _busy_s(load, hosts.speed) / (replicas * rng.choice((0.05, 0.2, 0.4)))
     return Scenario(
         name=f"swarm-{seed}",
         about="drawn at random",
@@ -70,11 +75,15 @@ def random_scenario(seed: int, time: str) -> Scenario:
             duplicate=rng.choice((0.0, 0.1)),
             reorder=rng.choice((0.0, 0.1)),
         ),
-        load=Load(
-            each=rng.choice(("exponential(700ms)", "exponential(3s)", "exponential(10s)")),
-            prompt=rng.choice(((2, 20), (20, 200))),
-            tokens=rng.choice(((1, 8), (10, 80))),
-        ),
+        load=msgspec.structs.replace(load, each=f"exponential({max(20, int(each_s * 1000))}ms)"),
         nodes=(hosts, gateways),
         faults=tuple(rng.sample(_FAULTS, rng.randint(1, 4))),
     )
+
+
+def _busy_s(load: Load, speed: float) -> float:
+    """How long a request keeps one copy of the model busy, about: a mesh with more to do than it can shows nothing."""
+    model = Model()
+    prompt, tokens = sum(load.prompt) / 2, sum(load.tokens) / 2
+    token_us = model.layers * model.layer_us + model.head_us
+    return (tokens * token_us + prompt * model.layers * model.prefill_us) / speed / 1e6

@@ -10,6 +10,7 @@ from mesh.adapters.grpc_links import QUIET_CHANNEL_OPTIONS
 from mesh.errors import LeaseRefused, PeerError
 from mesh.types import Address, NodeId, PolicyVersion, Term
 from node_agent.adapters.records import read_version, term_record
+from node_agent.lease import Promise, ShardKey
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.reconcile import Wanted
@@ -23,10 +24,29 @@ class LeaseStreams:
     def __init__(self, cluster: str, me: NodeId) -> None:
         self._cluster, self._me = cluster, me
 
-    async def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+    def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
+        return self._hold(address, self._request(term, wanted))
+
+    def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool, None]:
+        request = pb.HoldShardRequest(
+            cluster=self._cluster,
+            model=key.model,
+            layer_start=key.start,
+            layer_end=key.end,
+            runtime=key.runtime,
+            quantization=key.quantization,
+            holder=f"ingress {self._me}",
+            sessions=promise.sessions,
+            context=promise.context,
+        )
+        return self._hold(address, request)
+
+    async def _hold(self, address: Address, request: pb.HoldShardRequest) -> AsyncGenerator[bool, None]:
         try:
             async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
-                async for status in rpc.AgentStub(channel).HoldShard(self._request(term, wanted)):
+                async for status in rpc.AgentStub(channel).HoldShard(request):
+                    if status.state == pb.REPLICA_STATE_FAILED:
+                        raise LeaseRefused(status.reason)
                     yield status.state == pb.REPLICA_STATE_SERVING
         except grpc.aio.AioRpcError as error:
             away = error.code() is grpc.StatusCode.UNAVAILABLE

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mesh.errors import RequestError
+from mesh.errors import NoRoute, RequestError
 from mesh.session import Session
 from mesh.session_events import SessionOrder, Standbys
 from mesh.types import LayeredRoute, NodeId
+from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.session_driver import SessionDriver
 from node_agent.config import AgentConfig
 from node_agent.prefixes import KeptSession
@@ -36,9 +37,11 @@ class RoutePlanner:
         driver: SessionDriver,
         policy: Callable[[], Policy],
         draw: Callable[[], int],
+        cold: ColdLoads,
     ) -> None:
         self._config, self._me, self._view = config, me, view
         self._driver, self._policy, self.draw = driver, policy, draw
+        self._cold = cold
         self._router = Router()
 
     def rules(self, model: str, class_name: str = "") -> tuple[ClassPolicy, ...]:
@@ -66,16 +69,14 @@ class RoutePlanner:
         avoid: frozenset[NodeId],
     ) -> RoutePlan:
         """Another route for a session that runs: of the same model, runtime and quantization (rule R7), and
-        where it pays with the stages that hold its KV cache."""
-        return self.plan(
-            model,
-            session.order,
-            rules,
-            draw=self.draw(),
-            avoid=avoid,
-            pin=before.group,
-            runs=session,
-        )
+        where it pays with the stages that hold its KV cache. Where there is none, what it lacks is loaded somewhere
+        if that can be, and ``NoRoute`` raised: ask again."""
+        draw, order, pin = self.draw(), session.order, before.group
+        try:
+            return self.plan(model, order, rules, draw=draw, avoid=avoid, pin=pin, runs=session)
+        except NoRoute:
+            self._cold.want(session, avoid, rules)
+            raise
 
     def plan(
         self,
@@ -118,7 +119,10 @@ class RoutePlanner:
             draw=draw,
             alternatives=_ALTERNATIVES,
         )
-        return self._router.plan(self._view(), request)
+        found = self._router.plan(self._view(), request)
+        if order is not None:
+            self._cold.note(found.route)
+        return found
 
     def standbys(self, plan: RoutePlan, rules: tuple[ClassPolicy, ...]) -> Standbys:
         hot = self._config.recovery == "hot" or any(r.recovery == "hot" for r in rules)

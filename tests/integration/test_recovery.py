@@ -163,3 +163,29 @@ def test_a_draining_node_hands_its_sessions_over(
     assert recovery["cause"] == "draining: its node drains"
     assert recovery["stalled_ms"] < 2000
     until(lambda: drained[0].process.poll() is not None, 10, "the drained agent did not end")
+
+
+def test_the_only_replica_is_loaded_elsewhere_when_it_dies(store: ModelStore, tmp_path: Path) -> None:
+    """No replica is left and no policy asks for one: the agent that can do it soonest loads the shard (rung cold)."""
+    make_shard(store, MODEL, 0, 30, "int8")
+    home = str(store.root.parent)
+    told: dict[str, Any] = {"home": home, "threads": "1", "slots": "4", "context": "512"}
+    with agent(tmp_path / "ingress", **told, memory="64") as ingress:
+        peers = ingress.address
+        with (
+            agent(tmp_path / "only", **told, peers=peers, shards=f"{MODEL}:0-30") as only,
+            agent(tmp_path / "idle", **told, peers=peers) as idle,
+        ):
+            until(lambda: serving(ingress) == 1, 40, "the shard is not served")
+            until(lambda: len(ingress.states()) == 2, 20)
+            undisturbed = Answer(ingress)
+            answer = Answer(ingress, lambda told: only.process.kill())
+            whole(answer)
+            assert answer.text == undisturbed.text
+            assert [r["rung"] for r in answer.report["recoveries"]] == ["cold"]
+            assert answer.report["stages"][0]["node"] == idle.node
+            # It is not kept for ever: leases end when no session needs them.
+            holders = [
+                r["leases"] for n in ingress.report()["nodes"] for r in n["replicas"] if n["id"] == idle.node
+            ]
+            assert holders == [1]

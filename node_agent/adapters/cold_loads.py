@@ -1,0 +1,101 @@
+"""Leases that this ingress holds in need: shards that nobody served any more, for its sessions that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+
+from mesh.errors import LeaseRefused, PeerError
+from mesh.session import Session
+from mesh.types import Digest, LayeredRoute, NodeId, ShardInfo
+from node_agent.lease import Promise, ShardKey
+from node_agent.ports import PeerAgents
+from scheduler.cluster import ClusterSnapshot
+from scheduler.cold_load import SESSIONS, ColdLoad, cold_loads
+from scheduler.policy import ClassPolicy
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 2.0
+LINGER_S = 30.0
+"""A shard that no session of ours uses any more is held for so long."""
+_REFUSED_S = 10.0
+_SHARDS_KNOWN = 256
+
+
+class ColdLoads:
+    """``used`` says how many of our sessions have a replica in their routes; ``planned`` whether a scheduler sees to a
+    model: then it is left to it."""
+
+    def __init__(
+        self,
+        view: Callable[[], ClusterSnapshot],
+        agents: PeerAgents,
+        used: Callable[[NodeId, Digest], int],
+        planned: Callable[[str], bool],
+        context: int,
+    ) -> None:
+        self._view, self._agents, self._used, self._planned = view, agents, used, planned
+        self._context = context
+        self._shards: dict[Digest, ShardInfo] = {}
+        """Of routes that we know: who is lost may be forgotten before it is needed."""
+        self._loans: dict[Digest, asyncio.Task[None]] = {}
+        self._refused: dict[NodeId, float] = {}
+
+    def note(self, route: LayeredRoute) -> None:
+        """Remember what the stages of a route are."""
+        nodes = self._view().nodes
+        for stage in route.stages:
+            node = nodes.get(stage.node)
+            for replica in node.replicas if node is not None else ():
+                if replica.shard.digest == stage.shard:
+                    self._shards[stage.shard] = replica.shard
+        while len(self._shards) > _SHARDS_KNOWN:
+            del self._shards[next(iter(self._shards))]
+
+    def want(self, session: Session, avoid: frozenset[NodeId], rules: Sequence[ClassPolicy]) -> bool:
+        """Have what a session lacks loaded somewhere; whether anything is on its way."""
+        shards = [s for stage in session.route.stages if (s := self._shards.get(stage.shard))]
+        if not shards or self._planned(shards[0].model.ref.name):
+            return False
+        now = asyncio.get_running_loop().time()
+        refused = frozenset(n for n, until in self._refused.items() if until > now)
+        context = min(self._context, shards[0].model.context_max)
+        done = len(session.order.prompt) + len(session.generated)
+        for load in cold_loads(self._view(), shards, context, done, avoid | refused, rules):
+            if load.shard.digest not in self._loans:
+                log.warning("nobody serves %s: %s loads it", load.shard, load.node)
+                task = asyncio.create_task(self._lend(load, context), name=f"cold load {load.shard}")
+                self._loans[load.shard.digest] = task
+        return any(s.digest in self._loans for s in shards)
+
+    async def _lend(self, load: ColdLoad, context: int) -> None:
+        stream = asyncio.create_task(self._hold(load, context))
+        idle_s = 0.0
+        try:
+            while idle_s < LINGER_S and not stream.done():
+                await asyncio.wait({stream}, timeout=_LOOK_S)
+                idle_s = 0.0 if self._used(load.node, load.shard.digest) else idle_s + _LOOK_S
+        finally:
+            stream.cancel()
+            self._loans.pop(load.shard.digest, None)
+
+    async def _hold(self, load: ColdLoad, context: int) -> None:
+        shard = load.shard
+        layers = shard.layers
+        key = ShardKey(shard.model.ref.name, layers.start, layers.end, shard.runtime, shard.quantization)
+        try:
+            async with aclosing(self._agents.borrow(load.address, key, Promise(SESSIONS, context))) as states:
+                async for _ in states:
+                    pass
+        except (PeerError, LeaseRefused) as error:
+            log.warning("%s does not load %s: %s", load.node, shard, error)
+            self._refused[load.node] = asyncio.get_running_loop().time() + _REFUSED_S
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for task in list(self._loans.values()):
+            task.cancel()
+        await asyncio.gather(*self._loans.values(), return_exceptions=True)

@@ -1,0 +1,69 @@
+"""Who loads what nobody serves any more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mesh.gossip import MemberState
+from mesh.types import NodeId
+from scheduler.cluster import Node, ReplicaState
+from scheduler.cold_load import SESSIONS, cold_loads
+from scheduler.policy import ClassPolicy
+from scheduler.speed import LayerSpeed
+from tests.builders import cluster, node, shard
+
+LOST = shard(2, 4)
+POSITIONS = 100
+NEEDS = LOST.weight_bytes + SESSIONS * POSITIONS * LOST.kv_bytes_per_token
+
+
+def able(name: str, layer_us: float = 100.0, **changes: object) -> Node:
+    """A node that has the model and room for the shard."""
+    speed = LayerSpeed(
+        LOST.model.ref.digest, LOST.runtime, LOST.quantization, layer_us, layer_us, 0.2, layer_us / 5, 1.5
+    )
+    settings = {
+        "models": (LOST.model.ref.name,),
+        "memory_free_bytes": NEEDS,
+        "layer_speeds": (speed,),
+        **changes,
+    }
+    return replace(node(name), **settings)  # type: ignore[arg-type]
+
+
+def chosen(*nodes: Node, avoid: str = "", rules: tuple[ClassPolicy, ...] = ()) -> list[str]:
+    found = cold_loads(cluster(*nodes), [LOST], POSITIONS, 50, frozenset({NodeId(avoid)}), rules)
+    assert all(load.shard == LOST for load in found)
+    return [load.node for load in found]
+
+
+def test_the_node_that_replays_soonest_loads_it() -> None:
+    assert chosen(able("a", 300.0), able("b", 100.0), able("c", 200.0)) == ["b"]
+    assert chosen(able("b"), able("a")) == ["a"]
+
+
+def test_who_cannot_is_not_asked() -> None:
+    assert chosen(able("a", memory_free_bytes=NEEDS - 1)) == []
+    assert chosen(able("a", models=())) == []
+    assert chosen(able("a", draining=True)) == []
+    assert chosen(able("a"), avoid="a") == []
+    assert chosen(able("a", state=MemberState.SUSPECT), able("b", 900.0)) == ["b"]
+    rules = ClassPolicy(deny=("node=a",))
+    assert chosen(able("a"), able("b", 900.0), rules=(rules,)) == ["b"]
+
+
+def test_what_is_served_or_on_its_way_is_not_loaded_again() -> None:
+    holder = node("a", LOST)
+    assert chosen(holder, able("b")) == []
+    loading = replace(holder, replicas=(replace(holder.replicas[0], state=ReplicaState.LOADING),))
+    assert chosen(loading, able("b")) == []
+    failed = replace(holder, replicas=(replace(holder.replicas[0], state=ReplicaState.FAILED),))
+    assert chosen(failed, able("b")) == ["b"]
+    assert chosen(replace(holder, state=MemberState.DEAD), able("b")) == ["b"]
+
+
+def test_two_shards_do_not_take_the_same_memory() -> None:
+    other = shard(4, 6)
+    nodes = cluster(able("a"), able("b", 900.0))
+    found = cold_loads(nodes, [LOST, other], POSITIONS, 50, frozenset())
+    assert [(load.shard, load.node) for load in found] == [(LOST, "a"), (other, "b")]
