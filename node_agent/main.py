@@ -268,7 +268,7 @@ class Agent:
             lambda: self.view.snapshot,
             peers,
             lambda node, shard: self.driver.own_sessions()[node, shard],
-            lambda model: model in self.policies.policy.models,
+            self.policies,
             config.context,
         )
         self.planner = RoutePlanner(

@@ -87,8 +87,11 @@ def check_end(world: World) -> None:
             world.violated(f"{node.spec.name} still feeds {left} sessions that ended")
     if not 0 <= world.calm_ns <= world.loop.now_ns or not world.whole():
         return
-    names = set(world.nodes)
+    regions: dict[str, set[str]] = {}
+    for name, node in world.nodes.items():
+        regions.setdefault(node.config.region, set()).add(name)
     for node in world.nodes.values():
+        names = regions[node.config.region]
         seen = {n.id for n in node.view.snapshot.alive()} | {node.id}
         for what, who in (("does not see", names - seen), ("still sees", seen - names)):
             if who:

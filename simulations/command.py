@@ -33,9 +33,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="KEY=A,B", help="what-ifs, e.g. replicas=1,2,3"
     )
     parser.add_argument("--page", type=Path, help="write a page (HTML) with plots and the worst minute")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots as PNG files")
     parser.add_argument("--log", type=Path, help="write everything that happened, a line each")
     parser.add_argument(
-        "--compare", nargs="+", type=Path, metavar="JSON", help="print earlier runs side by side"
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="earlier runs side by side; with --page in the same plots",
     )
     parser.add_argument("--list", action="store_true", help="list the shipped scenarios")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(_listed())
         return 0
     if args.compare:
-        return _compare(args.compare)
+        return _compare(args)
     if not args.scenario and args.seeds is None:
         raise ConfigError(f"name a scenario: {', '.join(_names())}, or a file; or --seeds N for random ones")
     if args.seeds is not None:
@@ -118,7 +123,8 @@ def _trace(path: Path) -> Any:
 
 def _one(args: argparse.Namespace, scenario: Any) -> int:
     from simulations.page import page
-    from simulations.report import event_log, figures, table
+    from simulations.plots import plots_of
+    from simulations.report import event_log, figures, series, table
     from simulations.run import simulate
     from simulations.scenario import time_ns
 
@@ -126,12 +132,32 @@ def _one(args: argparse.Namespace, scenario: Any) -> int:
     with _bar(f"{scenario.name}, virtual seconds", seconds) as told:
         outcome = simulate(scenario, args.seed, lambda share: told(int(share * seconds)))
     found = figures(outcome)
+    over_time = series(outcome)
     for path, make in ((args.page, page), (args.log, lambda o: event_log(o.world))):
         if path is not None:
-            path.write_text(make(outcome))
-            print(f"wrote {path}", file=sys.stderr)
-    print(json.dumps(found) if args.json else table(found))
+            _write(path, make(outcome))
+    _draw(args, plots_of([(scenario.name, over_time)]))
+    print(json.dumps({**found, "over_time": over_time}) if args.json else table(found))
     return 1 if found["violations"] else 0
+
+
+def _write(path: Path, text: str) -> None:
+    from mesh.errors import ConfigError
+
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from None
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _draw(args: argparse.Namespace, plots: Any) -> None:
+    if args.png is None:
+        return
+    from simulations.png import write_plots
+
+    for path in write_plots(plots, args.png):
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -181,7 +207,8 @@ def _tell_story(args: argparse.Namespace, found: Any) -> None:
 
 def _sweep(args: argparse.Namespace, scenario: Any) -> int:
     from mesh.errors import ConfigError
-    from simulations.report import figures
+    from simulations.page import sweep_page
+    from simulations.report import figures, sweep_answer, sweep_plots
     from simulations.search import sweep
 
     axes = {}
@@ -195,25 +222,37 @@ def _sweep(args: argparse.Namespace, scenario: Any) -> int:
         found = figures(outcomes[0])
         keys = ("availability", "requests", "stall_ms_p50", "stall_ms_p95", "ttft_ms_p95")
         rows.append({**at, **{k: found[k] for k in keys}})
+    plots, said = sweep_plots(rows, list(axes)), sweep_answer(rows, list(axes))
+    if args.page is not None:
+        _write(args.page, sweep_page(f"{scenario.name}: {' and '.join(axes)}", rows, plots, said))
+    _draw(args, plots)
     if args.json:
         print(json.dumps(rows))
     else:
         print("".join(f"{k:>16}" for k in rows[0]))
         print("\n".join("".join(f"{v if v is not None else '-':>16}" for v in row.values()) for row in rows))
+        print(said)
     return 0
 
 
-def _compare(paths: list[Path]) -> int:
+def _compare(args: argparse.Namespace) -> int:
     from mesh.errors import ConfigError
+    from simulations.page import comparison_page
+    from simulations.plots import plots_of
     from simulations.report import comparison
 
-    runs = []
-    for path in paths:
+    runs: list[tuple[str, dict[str, Any]]] = []
+    for path in args.compare:
         try:
-            lines = path.read_text().strip().splitlines()
-            runs.append((path.stem, json.loads(lines[-1])))
+            found = json.loads(path.read_text().strip().splitlines()[-1])
+            if not isinstance(found, dict) or "over_time" not in found:
+                raise ValueError("it lacks over_time")
+            runs.append((path.stem, found))
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(f"{path} is no output of 'mesh simulate --json': {error}") from None
+    if args.page is not None:
+        _write(args.page, comparison_page(runs))
+    _draw(args, plots_of([(n, f["over_time"]) for n, f in runs]))
     print(comparison(runs))
     return 0
 

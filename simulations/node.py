@@ -191,7 +191,7 @@ class SimNode:
                 lambda: self.view.snapshot,
                 agents,
                 lambda node, shard: self.driver.own_sessions()[node, shard],
-                lambda model: model in self.policies.policy.models,
+                self.policies,
                 config.context,
             ),
         )

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from simulations.plots import Line, Plot
 from simulations.run import Outcome
+from simulations.scenario import time_ns
 from simulations.world import Request, World
 
 S, MS = 1_000_000_000, 1_000_000
@@ -67,30 +69,30 @@ def event_log_digest(world: World) -> str:
 
 
 def series(outcome: Outcome) -> dict[str, Any]:
-    """Over time, in buckets: instants in seconds."""
+    """Over time, in buckets by when a request was asked, and in samples: instants in seconds."""
     world = outcome.world
     end = max(1, world.loop.now_ns)
     width = end / _BUCKETS
-    asked, whole, moved, worst = ([0] * _BUCKETS for _ in range(4))
+    buckets: list[list[Request]] = [[] for _ in range(_BUCKETS)]
     for r in world.requests:
-        i = min(_BUCKETS - 1, int(r.asked_ns / width))
-        asked[i] += 1
-        whole[i] += r.finished
-        moved[i] += len(r.rungs)
-        worst[i] = max([worst[i], *(us // 1000 for _, us in r.rungs)])
-    at = [round(width * (i + 0.5) / S, 3) for i in range(_BUCKETS)]
+        buckets[min(_BUCKETS - 1, int(r.asked_ns / width))].append(r)
+    samples = world.samples
     return {
-        "at_s": at,
-        "asked": asked,
-        "answered_in_full": whole,
-        "failovers": moved,
-        "stall_ms_max": worst,
+        "at_s": [round(width * (i + 0.5) / S, 3) for i in range(_BUCKETS)],
+        "asked": [len(b) for b in buckets],
+        "availability": [round(100 * sum(r.finished for r in b) / len(b), 3) if b else None for b in buckets],
+        "ttft_ms_p95": [_quantile([_ttft(r) for r in b if r.seen], 95) for b in buckets],
+        "tpot_ms_p95": [_quantile([_tpot(r) for r in b if len(r.seen) > 1], 95) for b in buckets],
+        "failovers": [sum(len(r.rungs) for r in b) for b in buckets],
+        "stall_ms_max": [max((us // 1000 for r in b for _, us in r.rungs), default=0) for b in buckets],
         "samples": {
-            "at_s": [s.at_ns / S for s in world.samples],
-            "nodes": [s.nodes for s in world.samples],
-            "running": [s.running for s in world.samples],
-            "charge": [round(s.charge, 1) for s in world.samples],
-            "moved_mib": [round(s.bytes / (1 << 20), 2) for s in world.samples],
+            "at_s": [s.at_ns / S for s in samples],
+            "nodes": [s.nodes for s in samples],
+            "replicas": [s.replicas for s in samples],
+            "running": [s.running for s in samples],
+            "charge": [round(s.charge, 1) for s in samples],
+            "drawn_wh": [round(s.energy_wh, 3) for s in samples],
+            "moved_mib": [round(s.bytes / (1 << 20), 2) for s in samples],
         },
     }
 
@@ -131,6 +133,52 @@ def comparison(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
     head = f"{'':18}" + "".join(f"{name[-22:]:>24}" for name, _ in runs)
     rows = [f"{k:18}" + "".join(f"{_shown(found.get(k)):>24}" for _, found in runs) for k in keys]
     return "\n".join([head, *rows])
+
+
+def sweep_plots(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Plot]:
+    """Availability and stalls over the last axis, a line for each value of the others."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = ", ".join(f"{a} {row[a]}" for a in axes[:-1])
+        lines.setdefault(name, []).append(row)
+
+    def plot(title: str, key: str, factor: float, top: float) -> Plot:
+        drawn = []
+        for name, members in lines.items():
+            values = [None if m[key] is None else m[key] * factor for m in members]
+            drawn.append(Line(name, [_number(m[axes[-1]], i) for i, m in enumerate(members)], values))
+        return Plot(title, tuple(drawn), top, axes[-1])
+
+    return [
+        plot("answered in full, % of requests", "availability", 100, 100),
+        plot("stall of a recovery, p95, ms", "stall_ms_p95", 1, 0),
+    ]
+
+
+def sweep_answer(rows: Sequence[dict[str, Any]], axes: Sequence[str], wanted: float = 0.9995) -> str:
+    """How far the last axis may go before less than ``wanted`` of the requests are answered, for each of the others."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(f"{a} {row[a]}" for a in axes[:-1]), []).append(row)
+    said = []
+    for name, members in groups.items():
+        holds = [m[axes[-1]] for m in members if (m["availability"] or 0) >= wanted]
+        which = f" with {name}" if name else ""
+        what = f"{axes[-1]} {', '.join(holds)}" if holds else f"no {axes[-1]} tried"
+        said.append(f"{100 * wanted:g} % hold{which} at {what}.")
+    return " ".join(said)
+
+
+def _number(text: str, place: int) -> float:
+    """A value of an axis: a number or a time in seconds, else its place."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return time_ns(text) / S
+    except ValueError:
+        return float(place)
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePath
 from random import Random
 from zlib import crc32
@@ -76,6 +77,10 @@ class Sample:
     charge: float
     """Percent, mean of all batteries; 100 without."""
     bytes: int
+    replicas: int
+    """That serve."""
+    energy_wh: float
+    """Drawn from batteries so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ class World:
         spec = self.specs[name]
         self.lives[name] += 1
         rng = self.random(f"{name} {self.lives[name]}")
-        others = [n.address for n in self.nodes.values()][:_SEEDS_TOLD]
+        others = self._seeds(spec)
         self.nodes[name] = SimNode(
             self.loop,
             self.network,
@@ -157,6 +162,12 @@ class World:
             self.terms,
         )
         self.tell(f"{name} starts")
+
+    def _seeds(self, spec: NodeSpec) -> list[Address]:
+        """Whom a node is told of: a few of its region. Regions that nobody joins stay meshes of their own."""
+        region = spec.config.region
+        near = (n.address for n in self.nodes.values() if n.config.region == region)
+        return list(islice(near, _SEEDS_TOLD))
 
     def crash(self, name: str, silently: bool = False, wipe: bool = False) -> None:
         """End a node's life; ``wipe``: its disk is lost as well."""
@@ -413,7 +424,18 @@ class World:
         charges = [s.battery.percent for s in self.specs.values() if s.battery]
         charge = sum(charges) / len(charges) if charges else 100.0
         running = sum(len(n.driver) for n in self.nodes.values())
-        self.samples.append(Sample(self.loop.now_ns, len(self.nodes), running, charge, self.network.bytes))
+        replicas = sum(len(n.host.replicas) for n in self.nodes.values())
+        self.samples.append(
+            Sample(
+                self.loop.now_ns,
+                len(self.nodes),
+                running,
+                charge,
+                self.network.bytes,
+                replicas,
+                self.energy_wh,
+            )
+        )
 
     def stalls_us(self) -> Iterator[tuple[str, int]]:
         """Of all recoveries, by rung."""

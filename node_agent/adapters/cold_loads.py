@@ -10,6 +10,7 @@ from contextlib import aclosing
 from mesh.errors import LeaseRefused, PeerError
 from mesh.session import Session
 from mesh.types import Digest, LayeredRoute, NodeId, ShardInfo
+from node_agent.adapters.policy_book import PolicyBook
 from node_agent.lease import Promise, ShardKey
 from node_agent.ports import PeerAgents
 from scheduler.cluster import ClusterSnapshot
@@ -26,18 +27,18 @@ _SHARDS_KNOWN = 256
 
 
 class ColdLoads:
-    """``used`` says how many of our sessions have a replica in their routes; ``planned`` whether a scheduler sees to a
-    model: then it is left to it."""
+    """``used`` says how many of our sessions have a replica in their routes. A model that the policy names is left to the
+    scheduler, and so is every model while others know a later policy than we do."""
 
     def __init__(
         self,
         view: Callable[[], ClusterSnapshot],
         agents: PeerAgents,
         used: Callable[[NodeId, Digest], int],
-        planned: Callable[[str], bool],
+        policies: PolicyBook,
         context: int,
     ) -> None:
-        self._view, self._agents, self._used, self._planned = view, agents, used, planned
+        self._view, self._agents, self._used, self._policies = view, agents, used, policies
         self._context = context
         self._shards: dict[Digest, ShardInfo] = {}
         """Of routes that we know: who is lost may be forgotten before it is needed."""
@@ -58,7 +59,7 @@ class ColdLoads:
     def want(self, session: Session, avoid: frozenset[NodeId], rules: Sequence[ClassPolicy]) -> bool:
         """Have what a session lacks loaded somewhere; whether anything is on its way."""
         shards = [s for stage in session.route.stages if (s := self._shards.get(stage.shard))]
-        if not shards or self._planned(shards[0].model.ref.name):
+        if not shards or self._scheduled(shards[0].model.ref.name):
             return False
         now = asyncio.get_running_loop().time()
         refused = frozenset(n for n, until in self._refused.items() if until > now)
@@ -70,6 +71,10 @@ class ColdLoads:
                 task = asyncio.create_task(self._lend(load, context), name=f"cold load {load.shard}")
                 self._loans[load.shard.digest] = task
         return any(s.digest in self._loans for s in shards)
+
+    def _scheduled(self, model: str) -> bool:
+        book = self._policies
+        return model in book.policy.models or any(n.policy > book.version for n in self._view().alive())
 
     async def _lend(self, load: ColdLoad, context: int) -> None:
         stream = asyncio.create_task(self._hold(load, context))
