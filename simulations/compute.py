@@ -8,6 +8,7 @@ epoch shows in every later token, and however the layers are cut, an undisturbed
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ class ModelledRuntime:
         return out
 
     def release(self, slot: int) -> None:
-        self._chains[slot] = []
+        if self._chains:  # a run that ends after the close gives its slots back as well
+            self._chains[slot] = []
 
     def close(self) -> None:
         self._chains.clear()
@@ -123,13 +125,16 @@ class ModelledCompute:
     ) -> None:
         self._loop, self._clock, self._runtime = loop, clock, runtime
         self._slowness, self._computed = slowness, computed
+        self._until_ns = 0
 
     def submit(self, work: Callable[[], Any], done: Callable[[Any, int, int], None]) -> None:
         started = self._clock.monotonic_ns()
         outcome = work()
         took_ns = int(self._runtime.took_us * self._slowness() * 1000)
         self._computed(took_ns)
+        self._until_ns = self._loop.now_ns + took_ns
         self._loop.at_ns(self._loop.now_ns + took_ns, done, outcome, started, started + took_ns)
 
     async def close(self, last: Callable[[], None]) -> None:
+        await asyncio.sleep(max(0, self._until_ns - self._loop.now_ns) / 1e9)
         last()

@@ -11,7 +11,6 @@ import asyncio
 import contextvars
 import enum
 import heapq
-import selectors
 from asyncio import events
 from collections import deque
 from collections.abc import Callable
@@ -111,53 +110,47 @@ def _gate(handle: events.Handle, context: contextvars.Context | None) -> bool:
     return False
 
 
-class _Handle(events.Handle):
+class _Handle(events.TimerHandle):
+    """Of a callback that is due now or at a time. Made and run in vast numbers: as little as that takes."""
+
     __slots__ = ()
     if TYPE_CHECKING:
         _context: contextvars.Context
+        _callback: Callable[..., object] | None
+        _args: Any
+        _cancelled: bool
+        _loop: Any
+        _when: float
+        _repr: Any
+        _scheduled: bool
+        _source_traceback: Any
+
+    def __init__(
+        self, loop: VirtualLoop, when: float, callback: Any, args: Any, context: contextvars.Context | None
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop, self._when, self._callback, self._args = loop, when, callback, args
+        self._cancelled = self._scheduled = False
+        self._repr = self._source_traceback = None
 
     def _run(self) -> None:
         if _gate(self, self._context):
             super()._run()
-
-
-class _TimerHandle(events.TimerHandle):
-    __slots__ = ()
-    if TYPE_CHECKING:
-        _context: contextvars.Context
-
-    def _run(self) -> None:
-        if _gate(self, self._context):
-            super()._run()
-
-
-class _NoWaiting(selectors.DefaultSelector):
-    """Waiting moves the clock."""
-
-    loop: VirtualLoop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise RuntimeError("the simulation stands still: nothing is left that could happen")
-        if timeout > 0:
-            self.loop.jump()
-        return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Time in whole nanoseconds; two runs that are given the same do the same."""
 
     _ready: deque[events.Handle]
-    _scheduled: list[events.TimerHandle]
 
     def __init__(self) -> None:
-        selector = _NoWaiting()
-        super().__init__(selector)
-        selector.loop = self
+        super().__init__()
+        self._timers: list[tuple[int, int, _Handle]] = []
+        """A heap: when each is due, and which was set first."""
+        self._order = 0
         self.now_ns = 0
         self.callbacks = 0
         """Handles that ran or were to run: events of the simulation."""
-        self._clock_resolution = 0.5 / _NS
         self._tasks: dict[asyncio.Task[Any], None] = {}
         """All that have not ended, those of crashed machines included: were they collected as garbage, their last
         words would come at a time that nobody can repeat."""
@@ -192,15 +185,34 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now_ns / _NS
 
-    def jump(self) -> None:
-        """To the next timer."""
-        self.now_ns = max(self.now_ns, _ns(self._scheduled[0].when()))
+    def _run_once(self) -> None:
+        """One turn: what is due by now and what was ready before; with nothing ready, the clock jumps to the next timer."""
+        ready, timers = self._ready, self._timers
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
+        if not ready:
+            if not timers:
+                raise RuntimeError("the simulation stands still: nothing is left that could happen")
+            self.now_ns = max(self.now_ns, timers[0][0])
+        while timers and timers[0][0] <= self.now_ns:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
 
     def at_ns(
         self, when_ns: int, work: Callable[..., object], *args: Any, context: Any = None
     ) -> events.TimerHandle:
         """``call_at`` in nanoseconds."""
-        return self.call_at(max(when_ns, self.now_ns) / _NS, work, *args, context=context)
+        return self._at(max(when_ns, self.now_ns), work, args, context)
+
+    def _at(self, when_ns: int, work: Any, args: Any, context: Any) -> events.TimerHandle:
+        self.callbacks += 1
+        self._order += 1
+        timer = _Handle(self, when_ns / _NS, work, args, context)
+        heapq.heappush(self._timers, (when_ns, self._order, timer))
+        return timer
 
     def put_back(self, handles: list[events.Handle]) -> None:
         """What a machine held runs now."""
@@ -213,18 +225,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _call_soon(self, callback: Any, args: Any, context: Any) -> events.Handle:
         self.callbacks += 1
-        handle = _Handle(callback, args, self, context)
+        handle = _Handle(self, 0.0, callback, args, context)
         self._ready.append(handle)
         return handle
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Any = None
     ) -> events.TimerHandle:
-        self.callbacks += 1
-        timer = _TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)
-        timer._scheduled = True  # type: ignore[attr-defined]
-        return timer
+        return self._at(_ns(when), callback, args, context)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
