@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 from collections.abc import Iterable
+from math import isfinite
 
 from mesh.errors import ConfigError
 
@@ -22,6 +23,8 @@ def read_trace(content: bytes, name: str) -> tuple[Interval, ...]:
         where = f"{name}:{line}"
         try:
             interval = (str(node), float(up), float(down))
+            if not (isfinite(interval[1]) and isfinite(interval[2])):
+                raise ValueError
         except (TypeError, ValueError):
             raise ConfigError(
                 f"{where}: up is {up!r} and down {down!r}; both are seconds, for example 12.5"
@@ -65,7 +68,10 @@ def _parquet(content: bytes, name: str) -> Iterable[tuple[int, str, str, str]]:
         raise ConfigError(
             f"{name} is Parquet, which needs a package: pip install pyarrow, or write CSV"
         ) from None
-    table = parquet.read_table(io.BytesIO(content)).to_pydict()
+    try:
+        table = parquet.read_table(io.BytesIO(content)).to_pydict()
+    except Exception as error:  # pyarrow raises many kinds
+        raise ConfigError(f"{name} is no whole Parquet file: {error}") from None
     if not set(_COLUMNS) <= set(table):
         raise ConfigError(f"{name} has the columns {', '.join(table)}; it needs node, up and down")
     rows = zip(*(table[c] for c in _COLUMNS), strict=True)
