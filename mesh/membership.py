@@ -180,12 +180,23 @@ class Membership:
         late = now - (self._timers.next_due or now)
         if late > self.profile.stall:
             # We were held up. Whatever is due now was due while we could not listen.
-            self._timers.postpone(late)
-            for member in self.members.values():
-                if member.suspicion is not None:
-                    member.suspicion.since += late
+            self.stood_still(late)
             self._unwell(1)
         self._timers.run()
+
+    def stood_still(self, by: int) -> None:
+        """Move all that is due into the future: for so long we neither asked nor listened, ns."""
+        self._timers.postpone(by)
+        for member in self.members.values():
+            if member.suspicion is not None:
+                member.suspicion.since += by
+
+    @property
+    def settled(self) -> bool:
+        """No news to pass on, nothing being found out, and everybody who is present answers us: as long as probes are
+        answered, only estimates of links change."""
+        busy = self._rumours or self._syncing or self._contested or self.health or self.twin
+        return not busy and all(m.missed == 0 and m.suspicion is None for m in self.present())
 
     @property
     def _now(self) -> int:

@@ -142,6 +142,8 @@ class SimMembership:
         self._timer: asyncio.TimerHandle | None = None
         self._changed: Callable[[NodeId], None] = lambda who: None
         self._twin: Callable[[TwinSeen], None] = lambda seen: None
+        self._still_ns: int | None = None
+        """By the node's clock: since when it stands still."""
         self._arm()
 
     @property
@@ -151,7 +153,27 @@ class SimMembership:
     def listen(self, changed: Callable[[NodeId], None], twin: Callable[[TwinSeen], None]) -> None:
         self._changed, self._twin = changed, twin
 
+    def stand_still(self) -> None:
+        """Ask nobody until ``go_on``."""
+        self._still_ns = self._node.clock.monotonic_ns()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def go_on(self) -> int:
+        """As if no time had passed; how much has, ns."""
+        since, self._still_ns = self._still_ns, None
+        if since is None:
+            return 0
+        passed = self._node.clock.monotonic_ns() - since
+        self._machine.stood_still(passed)
+        self._arm()
+        return passed
+
     def handle(self, event: Event) -> None:
+        if self._still_ns is not None and not isinstance(
+            event, Received | Synced | SyncReceived | StreamAnswered
+        ):
+            self._node.disturbed()  # (those were on their way)
         for effect in self._machine.handle(event, self._node.clock.monotonic_ns()):
             self._carry_out(effect)
         self._arm()
@@ -159,6 +181,8 @@ class SimMembership:
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._still_ns is not None:
+            return
         due = self._machine.next_deadline()
         wait = None if due is None else max(0, due - self._node.clock.monotonic_ns())
         self._timer = None if wait is None else self._loop.at_ns(self._loop.now_ns + wait, self._tick)

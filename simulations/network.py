@@ -120,6 +120,8 @@ class Network:
 
     def __init__(self, loop: VirtualLoop, rng: Random, path: Callable[[Address, Address], Path]) -> None:
         self.loop, self._rng, self.path = loop, rng, path
+        self._probes_rng = Random(rng.random())
+        """Of datagrams: how many there are must not change what streams draw."""
         self.hosts: dict[Address, Host] = {}
         self.streams: dict[Stream, None] = {}
         """Open ones; a dict for its order."""
@@ -157,13 +159,13 @@ class Network:
         path = self.path(source, target)
         self.bytes += size
         self.messages += 1
-        if path.loss and self._rng.random() < path.loss:
+        if path.loss and self._probes_rng.random() < path.loss:
             return
-        due = self.loop.now_ns + path.latency_ns + int(path.jitter_ns * self._rng.random())
-        if path.reorder and self._rng.random() < path.reorder:
-            due += int(_LATE * path.latency_ns * self._rng.random())
+        due = self.loop.now_ns + path.latency_ns + int(path.jitter_ns * self._probes_rng.random())
+        if path.reorder and self._probes_rng.random() < path.reorder:
+            due += int(_LATE * path.latency_ns * self._probes_rng.random())
         host.machine.post(due, deliver, host, due)
-        if path.duplicate and self._rng.random() < path.duplicate:
+        if path.duplicate and self._probes_rng.random() < path.duplicate:
             host.machine.post(due + path.latency_ns, deliver, host, due + path.latency_ns)
 
     def connect(

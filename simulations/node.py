@@ -43,6 +43,7 @@ from simulations.control import SimAgents, SimPolicyFile
 from simulations.links import SimLinks, SimMembership, SimRecords, sim_ask
 from simulations.model import SimModel, SimShards
 from simulations.network import Network
+from simulations.quiet import Quiet
 from simulations.virtual_time import Machine, MachineClock, VirtualLoop
 
 LOAD_S = 0.5
@@ -122,18 +123,23 @@ class SimNode:
         loop: VirtualLoop,
         network: Network,
         spec: NodeSpec,
-        rng: Random,
+        rngs: tuple[Random, Random],
         peers: list[Address],
         terms: TermChecks,
+        quiet: Quiet,
     ) -> None:
-        self.terms = terms
+        """``rngs``: of membership, and of all else."""
+        self.terms, self._quiet = terms, quiet
         self.loop, self.network, self.spec, self.config = loop, network, spec, spec.config
         self.machine = Machine(loop, spec.name)
         self.clock = MachineClock(loop, spec.drift_ppm)
         self.address, self.id = spec.address, NodeId(spec.name)
         self.watchers: dict[Callable[[Node], None], None] = {}
         """Who is told of our record; a dict for its order."""
-        self._rng = rng
+        self._probing_rng, self._rng = rngs
+        self._still = False
+        """Membership stands still, and we look for news only while there is work."""
+        self._stir = asyncio.Event()
         self._told: Node | None = None
         self._links_told: Any = {}
         self._place_told: Any = None
@@ -160,7 +166,7 @@ class SimNode:
         self.host.owner = self.driver
         self._started_ms = int(clock.time() * 1000)
         fact = Fact(self.id, self.address, self._started_ms, region=config.region)
-        machine = Membership(fact, PROFILES[config.profile], self._rng, clock.monotonic_ns())
+        machine = Membership(fact, PROFILES[config.profile], self._probing_rng, clock.monotonic_ns())
         self.membership = SimMembership(self, machine)
         self.view = ClusterView(self.membership, SimRecords(self), clock)
         self.view.on_record = self.driver.note_record
@@ -280,11 +286,34 @@ class SimNode:
             self._announce()
 
     async def _refresh(self) -> None:
+        every_ns = int(LOAD_S * 1e9)
         while True:
-            self._announce()
-            await asyncio.sleep(LOAD_S)
+            news, looked_ns = self._announce(), self.loop.now_ns
+            if self._still and not news and not self.replicas_busy() and self.spec.battery is None:
+                self._stir.clear()
+                await self._stir.wait()
+            # On at the next of the instants at which we would have looked anyway.
+            passed_ns = self.loop.now_ns - looked_ns
+            self._looks += passed_ns // every_ns
+            await asyncio.sleep((every_ns - passed_ns % every_ns) / 1e9)
 
-    def _announce(self) -> None:
+    def stand_still(self) -> None:
+        """While nothing could come of it, ask nobody whether he lives (see ``simulations.quiet``)."""
+        self._still = True
+        self.membership.stand_still()
+
+    def go_on(self) -> int:
+        """Something happens: as before. How long it stood still, ns."""
+        self._still = False
+        self._stir.set()
+        return self.membership.go_on()
+
+    def disturbed(self) -> None:
+        """Something happened to this node."""
+        self._quiet.disturb(self.config.region)
+
+    def _announce(self) -> bool:
+        """Tell peers our record if it changed; whether it did."""
         self._looks += 1
         if self._looks % _LINKS_EVERY == 0:
             machine = self.membership.machine
@@ -292,17 +321,20 @@ class SimNode:
             self._links_told = links_worth_telling(self._links_told, measured)
             self._place_told = place_worth_telling(self._place_told, machine.vivaldi.here)
         record = self.record()
-        if record != self._told:
-            self._told = record
-            self.view.apply(NodeSeen(record, self.clock.monotonic()))
-            self.driver.note_record(record)
-            for tell in list(self.watchers):
-                tell(record)
+        if record == self._told:
+            return False
+        self._told = record
+        self.view.apply(NodeSeen(record, self.clock.monotonic()))
+        self.driver.note_record(record)
+        for tell in list(self.watchers):
+            tell(record)
+        return True
 
     # -- the network ---------------------------------------------------------------------------
 
     def received(self, upstream: Any, message: Message) -> None:
         """A message came down a link."""
+        self._stir.set()
         self.host.received(upstream, message)
 
     def asks(
@@ -330,6 +362,7 @@ class SimNode:
         self, model: str, session: SessionId, prompt: tuple[int, ...], tokens: int
     ) -> tuple[SessionHandle, Group | None]:
         """As the API does: a route for a request, and its session; raises ``MeshError``."""
+        self._stir.set()
         order = self._order(session, prompt, tokens)
         plan = self.planner.plan(model, order, draw=self.planner.draw())
         standbys = self.planner.standbys(plan, ())
@@ -341,6 +374,7 @@ class SimNode:
     ) -> SessionHandle:
         """As the API does when a client reads on here: take the session over and go on with it. Raises ``RequestError``
         where fewer tokens are known than were ``seen``."""
+        self._stir.set()
         self.driver.let_go(session)
         known, epoch = await self.takeovers.claim(session, seen, lambda request: tokens)
         order = self._order(session, known.prompt, tokens)

@@ -41,15 +41,19 @@ class Outcome:
 
 
 def simulate(
-    scenario: Scenario, seed: int, progress: Callable[[float], None] = lambda share: None
+    scenario: Scenario,
+    seed: int,
+    progress: Callable[[float], None] = lambda share: None,
+    quiet: bool = True,
 ) -> Outcome:
-    """Run it to its end; ``progress`` is told the share of virtual time that has passed."""
+    """Run it to its end; ``progress`` is told the share of virtual time that has passed. ``quiet``: let quiet hours
+    pass quickly."""
     # What agents say of their losses is in the story; a thousand of them would flood a terminal.
     logging.getLogger("node_agent").setLevel(logging.CRITICAL)
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     try:
-        run = _Run(scenario, seed, loop, progress)
+        run = Run(scenario, seed, loop, progress, quiet)
         loop.run_until_complete(run.all())
         loop.wind_up()
         return Outcome(scenario, seed, run.world, loop.callbacks)
@@ -58,9 +62,16 @@ def simulate(
         loop.close()
 
 
-class _Run:
+class Run:
+    """One run as it goes on."""
+
     def __init__(
-        self, scenario: Scenario, seed: int, loop: VirtualLoop, progress: Callable[[float], None]
+        self,
+        scenario: Scenario,
+        seed: int,
+        loop: VirtualLoop,
+        progress: Callable[[float], None],
+        quiet: bool,
     ) -> None:
         self.scenario, self.loop, self.progress = scenario, loop, progress
         self.end_ns = time_ns(scenario.time)
@@ -69,7 +80,9 @@ class _Run:
         self.kinds = dict(names_of(scenario))
         self.air = Air(scenario, self.kinds, Random(crc32(b"air") ^ seed), lambda: loop.now_ns)
         patience_s = time_ns(scenario.patience) / S
-        self.world = World(loop, seed, self.model.shape, self.air.path, patience_s)
+        radio = scenario.radio
+        still = quiet and not (radio.loss or radio.reorder or radio.range_m or scenario.consul)
+        self.world = World(loop, seed, self.model.shape, self.air.path, patience_s, still)
         self.faults = Faults(self.world, self.kinds, self._calm)
         self._deal()
         self._tasks: list[asyncio.Task[None]] = []

@@ -25,6 +25,7 @@ from simulations.compute import expected
 from simulations.consul import SERVER, SimConsul
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
+from simulations.quiet import Quiet
 from simulations.virtual_time import Machine, Power, VirtualLoop, this_machine
 
 S = 1_000_000_000
@@ -101,14 +102,16 @@ class World:
         shape: ModelShape,
         path: Callable[[Address, Address], Path],
         patience_s: float,
+        still: bool = False,
     ) -> None:
+        """``still``: membership may pause where nothing could come of it."""
         self.loop, self.seed, self.shape = loop, seed, shape
         loop.failed = self._task_failed
         self.network = Network(loop, self.random("network"), path)
         self.network.broken = self.violated
         self.patience_s = patience_s
         self.consul = SimConsul(self.network)
-        self.terms = TermChecks(self)
+        self.terms, self.quiet = TermChecks(self), Quiet(self, still)
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
         """Those that run now."""
@@ -151,16 +154,12 @@ class World:
         """Boot a node, or boot it again with the disk it had."""
         spec = self.specs[name]
         self.lives[name] += 1
-        rng = self.random(f"{name} {self.lives[name]}")
+        life = f"{name} {self.lives[name]}"
+        rngs = self.random(f"{life} membership"), self.random(life)
         others = self._seeds(spec)
-        self.nodes[name] = SimNode(
-            self.loop,
-            self.network,
-            spec,
-            rng,
-            others,
-            self.terms,
-        )
+        node = SimNode(self.loop, self.network, spec, rngs, others, self.terms, self.quiet)
+        self.nodes[name] = node
+        self.quiet.started(node)
         self.tell(f"{name} starts")
 
     def _seeds(self, spec: NodeSpec) -> list[Address]:
@@ -175,6 +174,7 @@ class World:
         if node is None:
             return
         check_node(self, node)
+        node.disturbed()
         node.crash(silently)
         if wipe:
             spec = self.specs[name]
@@ -187,6 +187,7 @@ class World:
         node = self.nodes.get(name)
         if node is None:
             return
+        node.disturbed()
         node.machine.freeze()
         self.faults["freeze"] += 1
         self.tell(f"{name} freezes for {seconds:g} s")
@@ -203,6 +204,7 @@ class World:
         pairs = {(a, b) for a in sorted(outside) for b in sorted(inside)}
         if not one_way:
             pairs |= {(b, a) for a, b in pairs}
+        self.quiet.disturb()
         self.network.cut(pairs)
         self.faults["partition"] += 1
         self.tell(f"{', '.join(names)} cut off for {seconds:g} s{' (inbound)' if one_way else ''}")
@@ -226,6 +228,7 @@ class World:
     def slow_disk(self, name: str, write_s: float, seconds: float) -> None:
         """Make each write of a node take so long for a while."""
         spec = self.specs[name]
+        self.quiet.disturb(spec.config.region)
         spec.disk_s += write_s
         self.faults["slow disk"] += 1
         self.tell(f"{name} takes {write_s * 1000:g} ms a write for {seconds:g} s")
@@ -419,6 +422,7 @@ class World:
 
     def sample(self) -> None:
         """Note how things stand."""
+        self.quiet.look()
         for node in self.nodes.values():
             check_node(self, node)
         charges = [s.battery.percent for s in self.specs.values() if s.battery]
