@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,14 +89,16 @@ class Run:
         self._tasks: list[asyncio.Task[None]] = []
 
     def _deal(self) -> None:
-        """Who is there; without a policy, ranges of layers go in turn to the nodes that host."""
-        model, given, drifts = self.scenario.model, 0, self.world.random("drift")
+        """Who is there; without a policy, ranges of layers go in turn to the nodes of a region that host."""
+        model, drifts = self.scenario.model, self.world.random("drift")
+        given: Counter[str] = Counter()
         cuts = [LayerRange(a, b) for a, b in pairwise((0, *model.cuts, model.layers))]
         for name, kind in self.kinds.items():
             held = None
             if kind.hosts and not self.scenario.policy:
-                held = self.model.key(cuts[given % len(cuts)])
-                given += 1
+                region = region_of(name, kind)
+                held = self.model.key(cuts[given[region] % len(cuts)])
+                given[region] += 1
             self.world.specs[name] = NodeSpec(
                 name,
                 kind.kind,

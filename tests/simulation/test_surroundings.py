@@ -275,3 +275,36 @@ def test_shipped_scenarios_can_be_listed() -> None:
     assert {"kiosk", "factory", "drone-swarm", "gateway-field", "internet-scale", "flash-crowd"} <= {
         p.stem for p in SCENARIOS.glob("*.toml")
     }
+
+
+# -- quiet hours ---------------------------------------------------------------------------------
+
+LONG = """
+name = "long"
+time = "6m"
+[load]
+each = "exponential(15s)"
+[[nodes]]
+kind = "n"
+count = 9
+regions = 3
+up = "exponential(6m)"
+down = "uniform(5s, 20s)"
+silent = 0.5
+"""
+
+
+def test_quiet_hours_pass_quickly_and_nothing_changes_by_it() -> None:
+    """Clients see the same tokens at about the same times, nodes die at the same times, and are found out as fast."""
+    scenario = read_scenario(LONG, "long")
+    with_, without = (simulate(scenario, 4, quiet=q) for q in (True, False))
+    assert with_.world.quiet.saved_ns > 0
+    assert without.world.quiet.saved_ns == 0
+    assert with_.events < 0.75 * without.events
+    a, b = figures(with_), figures(without)
+    for same in ("requests", "availability", "tokens", "faults", "violations", "failed", "resumed_elsewhere"):
+        assert a[same] == b[same], same
+    for near in ("ttft_ms_p50", "tpot_ms_p50", "tpot_ms_p95"):
+        assert a[near] == pytest.approx(b[near], rel=0.02), near
+    tokens = [[[token for token, _ in r.seen] for r in o.world.requests] for o in (with_, without)]
+    assert tokens[0] == tokens[1]
