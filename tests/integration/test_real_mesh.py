@@ -321,7 +321,8 @@ def test_tokens_are_in_the_log_of_the_agent_that_owned_them(starter: Starter, tm
 
 
 def test_a_killed_stage_that_nobody_can_replace_is_an_error_and_not_a_hang(starter: Starter) -> None:
-    running = starter("--nodes", "3", "--set", "recovery_timeout=1")
+    # Nobody has room for what is lost.
+    running = starter("--nodes", "3", "--set", "recovery_timeout=1", "--set", "memory=300")
     api = ApiClient(running.base)
     nodes = api.get("/mesh/v1/nodes")
     victim = next(n for n in nodes["nodes"] if n["replicas"][0]["layers"] == [10, 20])
