@@ -35,6 +35,8 @@ LOADED_EVERY = 4
 """One trial of so many runs beside other sessions, where there are to be any."""
 SATURATING = 8
 PROGRESS_S = 30
+SETTLE_S = 12.0
+"""Links that the last fault left half open are found by gRPC's keepalive within this."""
 READ_TIMEOUT_S = 2.0
 RESUME_WITHIN_S = 30.0
 
@@ -159,6 +161,8 @@ def run(
 
 def _saturate(running: Fleet, text: list[int], seconds: float) -> int:
     """Failovers while every slot is wanted and nothing is broken."""
+    if seconds:
+        time.sleep(SETTLE_S)
     before, begin = running.failovers(), time.monotonic()
     with Load(running, SATURATING if seconds else 0, text):
         while (left := seconds - (time.monotonic() - begin)) > 0:
