@@ -308,6 +308,11 @@ class SimNode:
         self._stir.set()
         return self.membership.go_on()
 
+    @property
+    def at_rest(self) -> bool:
+        """It stands still and feeds nobody: nothing of it has changed since the last look."""
+        return self._still and not self._stir.is_set() and not self.host.stages
+
     def disturbed(self) -> None:
         """Something happened to this node."""
         self._quiet.disturb(self.config.region)

@@ -424,7 +424,8 @@ class World:
         """Note how things stand."""
         self.quiet.look()
         for node in self.nodes.values():
-            check_node(self, node)
+            if not node.at_rest:
+                check_node(self, node)
         charges = [s.battery.percent for s in self.specs.values() if s.battery]
         charge = sum(charges) / len(charges) if charges else 100.0
         running = sum(len(n.driver) for n in self.nodes.values())
