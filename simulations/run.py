@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ _KNIT_S = 3.0
 _KNOWN_S = 10
 """Once everything is up again, everybody knows within so long."""
 _DEPLOYED_NS = 120 * S
+_GARBAGE = (200_000, 20, 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,16 @@ def simulate(
     logging.getLogger("node_agent").setLevel(logging.CRITICAL)
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
+    # A mesh is a large heap of which little dies: looking for garbage in it as often as by default takes a fifth of a run.
+    before = gc.get_threshold()
+    gc.set_threshold(*_GARBAGE)
     try:
         run = Run(scenario, seed, loop, progress, quiet)
         loop.run_until_complete(run.all())
         loop.wind_up()
         return Outcome(scenario, seed, run.world, loop.callbacks)
     finally:
+        gc.set_threshold(*before)
         asyncio.set_event_loop(None)
         loop.close()
 
