@@ -193,6 +193,7 @@ class Agent:
             await self.view.leave()
         finally:
             self.driver.stop_all("the agent stopped")
+            await self.cold.close()
             await api.close()
             self.service.close()
             await self.view.close()

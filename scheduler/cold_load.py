@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mesh.types import Address, NodeId, ShardInfo
 from scheduler.cluster import ClusterSnapshot, Node, ReplicaState
 from scheduler.policy import ClassPolicy, forbidden
-from scheduler.speed import guess
+from scheduler.speed import guess, stage_speed
 
 SESSIONS = 4
 """Sessions for which a shard that is loaded in need reserves KV memory."""
@@ -65,14 +65,8 @@ def _counts(state: ReplicaState) -> bool:
 
 
 def _replay_us(node: Node, shard: ShardInfo, positions: int) -> float:
-    """Reading the weights once is as long as a step; then the replay."""
-    share = len(shard.layers)
-    for known in node.layer_speeds:
-        if (known.model, known.runtime, known.quantization) == (
-            shard.model.ref.digest,
-            shard.runtime,
-            shard.quantization,
-        ):
-            return share * (known.layer + known.prefill * positions)
-    speed = guess(shard, node.capabilities)
+    """Microseconds: reading the weights once is as long as a step; then the replay."""
+    wanted = (shard.model.ref.digest, shard.runtime, shard.quantization)
+    known = [s for s in node.layer_speeds if (s.model, s.runtime, s.quantization) == wanted]
+    speed = stage_speed(shard, known[0]) if known else guess(shard, node.capabilities)
     return speed.decode + speed.prefill * positions

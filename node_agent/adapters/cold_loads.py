@@ -56,11 +56,11 @@ class ColdLoads:
         while len(self._shards) > _SHARDS_KNOWN:
             del self._shards[next(iter(self._shards))]
 
-    def want(self, session: Session, avoid: frozenset[NodeId], rules: Sequence[ClassPolicy]) -> bool:
-        """Have what a session lacks loaded somewhere; whether anything is on its way."""
+    def want(self, session: Session, avoid: frozenset[NodeId], rules: Sequence[ClassPolicy]) -> None:
+        """Have what a session lacks loaded somewhere, if that can be."""
         shards = [s for stage in session.route.stages if (s := self._shards.get(stage.shard))]
         if not shards or self._scheduled(shards[0].model.ref.name):
-            return False
+            return
         now = asyncio.get_running_loop().time()
         refused = frozenset(n for n, until in self._refused.items() if until > now)
         context = min(self._context, shards[0].model.context_max)
@@ -70,7 +70,6 @@ class ColdLoads:
                 log.warning("nobody serves %s: %s loads it", load.shard, load.node)
                 task = asyncio.create_task(self._lend(load, context), name=f"cold load {load.shard}")
                 self._loans[load.shard.digest] = task
-        return any(s.digest in self._loans for s in shards)
 
     def _scheduled(self, model: str) -> bool:
         book = self._policies
