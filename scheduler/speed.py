@@ -102,9 +102,10 @@ def head_layers_of(shard: ShardInfo) -> float:
 
 
 def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
-    """Of another cut of a model whose layers were measured on this machine."""
+    """Of another cut of a model whose layers were measured on this machine. A chunk of a prompt passes the head
+    with one position only."""
     decode = known.stage(shard.layers, shard.model.layers)
-    prefill = decode / known.layer * known.prefill
+    prefill = known.prefill * len(shard.layers)
     context = known.context * len(shard.layers)
     return StageSpeed(decode, decode * known.row_share, prefill, decode * known.tail, True, context)
 
@@ -128,7 +129,7 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         layer,
         head,
         speed.row / speed.decode,
-        speed.prefill * layer / speed.decode,
+        speed.prefill / layers,
         max(1.0, speed.decode_p99 / speed.decode),
         speed.context / layers,
     )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _NOTHING = 0
 _BITS = 0xFFFFFFFF
+_WARM_NS = 200_000
+"""A step that begins this soon after another one finds its weights in the cache."""
 
 
 def link(before: int, value: int) -> int:
@@ -59,14 +61,19 @@ class ModelledRuntime:
 
     provider = "modelled"
 
-    def __init__(self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed) -> None:
+    def __init__(
+        self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed, prefill_context: float
+    ) -> None:
+        self._prefill_context = prefill_context
         self.info, self.slots, self.capacity, self.speed = info, slots, capacity, speed
         self.took_us = 0.0
+        self.stepped = False
+        """Whether the last run was a decode step."""
         self._weight = weight(info.layers)
         self._chains: list[list[int]] = [[] for _ in range(slots)]
 
     def decode(self, slot: int, positions: Sequence[int], inputs: Any, logits: bool = True) -> NDArray[Any]:
-        self.took_us = self.speed.step(len(positions), max(positions))
+        self.took_us, self.stepped = self.speed.step(len(positions), max(positions)), True
         values = []
         for i, position in enumerate(positions):
             row_is_read = len(self._chains[slot + i]) >= position
@@ -76,7 +83,9 @@ class ModelledRuntime:
         return self._written(values)
 
     def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> NDArray[Any]:
-        self.took_us = self.speed.prefill * len(inputs)
+        before = position + len(inputs) / 2
+        self.took_us = (self.speed.prefill + self._prefill_context * before) * len(inputs)
+        self.stepped = False
         values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
         return self._written(values[-1:] if self.info.last else values)
 
@@ -120,17 +129,20 @@ class ModelledCompute:
         loop: VirtualLoop,
         clock: MachineClock,
         runtime: ModelledRuntime,
+        again: float,
         slowness: Callable[[], float],
         computed: Callable[[int], None],
     ) -> None:
         self._loop, self._clock, self._runtime = loop, clock, runtime
-        self._slowness, self._computed = slowness, computed
+        self._again, self._slowness, self._computed = again, slowness, computed
         self._until_ns = 0
 
     def submit(self, work: Callable[[], Any], done: Callable[[Any, int, int], None]) -> None:
         started = self._clock.monotonic_ns()
         outcome = work()
-        took_ns = int(self._runtime.took_us * self._slowness() * 1000)
+        warm = self._loop.now_ns - self._until_ns <= _WARM_NS and self._runtime.stepped
+        share = self._again if warm else 1.0
+        took_ns = int(self._runtime.took_us * share * self._slowness() * 1000)
         self._computed(took_ns)
         self._until_ns = self._loop.now_ns + took_ns
         self._loop.at_ns(self._loop.now_ns + took_ns, done, outcome, started, started + took_ns)

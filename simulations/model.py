@@ -39,6 +39,7 @@ class SimModel:
             _KV_LAYER_BYTES,
             tied_bytes=_EMBEDDING_BYTES,
         )
+        self.again = told.again
         self.load_s = time_ns(told.load) / _S
 
     def key(self, layers: LayerRange) -> ShardKey:
@@ -65,6 +66,10 @@ class SimModel:
             _TAIL,
             told.context_us / factor,
         )
+
+    def prefill_context(self, info: ShardInfo, factor: float) -> float:
+        """What each position before adds to one of a prompt, microseconds."""
+        return len(info.layers) * self._told.prefill_context_us / factor
 
     def probed(self, factor: float) -> Speed:
         """What such a node's own probe would find, before it has run a layer."""
@@ -94,4 +99,5 @@ class SimShards:
     async def load(self, key: ShardKey, slots: int, capacity: int) -> ModelledRuntime:
         info = await self.find(key)
         await asyncio.sleep(self._model.load_s)
-        return ModelledRuntime(info, slots, capacity, stage_speed(info, self._model.speed(self._factor)))
+        speed = stage_speed(info, self._model.speed(self._factor))
+        return ModelledRuntime(info, slots, capacity, speed, self._model.prefill_context(info, self._factor))

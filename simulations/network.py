@@ -17,6 +17,10 @@ from mesh.types import Address
 from simulations.virtual_time import Machine, VirtualLoop
 
 KEEPALIVE_NS = 8_000_000_000
+DIAL_TRIPS, DIAL_NS = 3, 12_000_000
+"""Round trips before a new stream carries its first frame (TCP, HTTP/2 settings, headers), and what both ends compute for it."""
+RESET_NS = 25_000_000
+"""Until a killed process's sockets are closed: Linux gives back its memory first."""
 DIALS_MAX = 200
 """In a second, to one address: more is a loop that never ends."""
 _LATE = 20
@@ -77,6 +81,10 @@ class Stream:
         self._due[forth] = max(due, self._due[forth] + 1)
         ends[1].machine.post(self._due[forth], self._arrive, deliver, args)
 
+    def opens_at(self, at_ns: int) -> None:
+        """Nothing arrives before."""
+        self._due = {True: at_ns, False: at_ns}
+
     def _arrive(self, deliver: Callable[..., object], args: tuple[object, ...]) -> None:
         if self.open:
             deliver(*args)
@@ -99,9 +107,9 @@ class Stream:
 
     def close(self, reason: str, tell_source: bool = True, tell_target: bool = True) -> None:
         """Break it; the ends that are to be told hear of it a moment later, after what was under way."""
-        if not self.open:
-            return
         loop, network = self.network.loop, self.network
+        if self not in network.streams:
+            return
         if tell_source:
             at = loop.now_ns + network.transit_ns(self.target.address, self.source.address, 0)
             self.source.machine.post(max(at, self._due[False] + 1), self.on_lost, reason)
@@ -186,6 +194,8 @@ class Network:
             source.machine.post(self.loop.now_ns + wait, on_lost, reason)
             return None
         stream = Stream(self, source, host, on_lost, on_ended)
+        trip_ns = self.path(source.address, target).latency_ns + self.path(target, source.address).latency_ns
+        stream.opens_at(self.loop.now_ns + DIAL_TRIPS * trip_ns + DIAL_NS)
         self.streams[stream] = None
         return stream
 
@@ -238,7 +248,7 @@ class Network:
                 stream.close("reset by peer")
 
     def _keepalive(self, stream: Stream, cut_at_ns: int) -> None:
-        if stream.open and stream.cut_at_ns == cut_at_ns:
+        if stream.cut_at_ns == cut_at_ns:
             stream.close("keepalive: no answer")
 
     def gone(self, host: Host, silently: bool) -> None:
@@ -253,4 +263,5 @@ class Network:
                         self.loop.now_ns + KEEPALIVE_NS, self._keepalive, stream, stream.cut_at_ns
                     )
                 else:
-                    stream.close("reset by peer", stream.source is not host, stream.target is not host)
+                    told = (stream.source is not host, stream.target is not host)
+                    self.loop.at_ns(self.loop.now_ns + RESET_NS, stream.close, "reset by peer", *told)

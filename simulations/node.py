@@ -226,7 +226,8 @@ class SimNode:
     def _compute(self, runtime: Runtime) -> ModelledCompute:
         assert isinstance(runtime, ModelledRuntime)
         self.terms.loaded(self)
-        return ModelledCompute(self.loop, self.clock, runtime, self._slowness, self._computed)
+        again = self.spec.model.again
+        return ModelledCompute(self.loop, self.clock, runtime, again, self._slowness, self._computed)
 
     def _slowness(self) -> float:
         # Steps of a real machine differ by a few per cent, and now and then by much more.

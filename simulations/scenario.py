@@ -107,6 +107,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """A layer, a position."""
     context_us: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     """A layer, for each position before."""
+    prefill_context_us: Annotated[float, msgspec.Meta(ge=0)] = 0.004
+    """The same, of a position of a prompt."""
+    again: Positive = 0.65
+    """Share of its time that a step takes right after another one: its weights are in the cache still."""
     load: str = "300ms"
     """Until a shard is ready to compute."""
 

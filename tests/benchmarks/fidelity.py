@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.fidelity --json
 
-A real fleet answers a few prompts undisturbed: what its stages took for a layer and a position, and what was left for a
-hop, is all that the simulator is given. Then both run the same trials: other prompts, a stage killed at a token drawn
-beforehand. Compared are medians of the time per token, and of the stall against what its replay has to compute.
+Both run the same trials: a prompt, and a stage killed at a token drawn beforehand. Before each of them the real fleet
+answers another prompt undisturbed: what its stages took for a layer and a position, and what was left for a hop, is all
+that the simulator is given, with what a shard takes that computes step after step. Compared are medians of the time per token, and of the stall against what its replay has to compute.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,16 +24,23 @@ from random import Random
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.onnx_runtime import OnnxShard
 from simulations.run import Run
 from simulations.scenario import Scenario, read_scenario
 from simulations.virtual_time import VirtualLoop
 from simulations.world import Request
-from tests.benchmarks.common import prompt_ids, the_store
+from tests.benchmarks.common import load, prompt_ids, the_store
 from tests.chaos.client import ask
 from tests.chaos.faults import break_, mend, victims
 from tests.chaos.fleet import LAYERS, REPLICAS, Fleet, cuts, fleet
 
-CALM = (100, 260)
+CALM = 100
+"""Prompt of the undisturbed answers, one chunk: what is told of a stage's first run is of the whole prompt."""
+LATE = 500
+"""A position far into a text: steps there take longer."""
 PROMPTS = (60, 150, 300, 520)
 ANSWER, AFTER = 120, 20
 VICTIMS = ("first", "middle", "last")
@@ -78,26 +86,50 @@ def gaps_of(times: Sequence[float], since: float) -> tuple[float, float]:
 # -- real ----------------------------------------------------------------------------------------
 
 
-def calibrated(running: Fleet, text: list[int]) -> dict[str, float]:
-    """Microseconds of a model at speed 1, and of one way over a hop, from undisturbed answers."""
+def calm(running: Fleet, text: list[int]) -> dict[str, float]:
+    """Microseconds of a model at speed 1, and of one way over a hop, from an undisturbed answer."""
     layers = [end - start for start, end in cuts(STAGES)]
-    found: dict[str, list[float]] = {"layer_us": [], "head_us": [], "prefill_us": [], "hop_us": []}
-    for length in CALM * 2:
-        seen = ask(running.agents["exact"].api, text[:length], ANSWER)
-        told = running.session("exact", seen.session)
-        compute = [1000 * s["compute_ms"] for s in told["stages"]]
-        layer_us = sum(compute[:-1]) / sum(layers[:-1])
-        found["layer_us"].append(layer_us)
-        found["head_us"].append(max(1.0, compute[-1] - layers[-1] * layer_us))
-        first = [1000 * s["first_compute_ms"] for s in told["stages"]]
-        found["prefill_us"].append(sum(first[:-1]) / sum(layers[:-1]) / length)
-        found["hop_us"].append((1000 * told["tpot_ms"] - sum(compute)) / (STAGES + 1))
-    return {k: median(v) for k, v in found.items()}
+    seen = ask(running.agents["exact"].api, text[:CALM], ANSWER)
+    told = running.session("exact", seen.session)
+    compute = [1000 * s["compute_ms"] for s in told["stages"]]
+    layer_us = sum(compute[:-1]) / sum(layers[:-1])
+    first = [1000 * s["first_compute_ms"] for s in told["stages"]]
+    return {
+        "layer_us": layer_us,
+        "head_us": max(1.0, compute[-1] - layers[-1] * layer_us),
+        "prefill_us": sum(first[:-1]) / sum(layers[:-1]) / CALM,
+        "hop_us": (1000 * told["tpot_ms"] - sum(compute)) / (STAGES + 1),
+    }
 
 
-def real(running: Fleet, text: list[int], plans: Sequence[Plan]) -> list[Seen]:
-    """The trials on processes."""
-    done = []
+def bare_us(shard: OnnxShard, position: int, positions: int = 1) -> float:
+    """Of a layer and a position, of a run right after another one, microseconds."""
+    rows = np.zeros((positions, shard.info.model.width), dtype=np.float32)
+    times = []
+    for _ in range(30 if positions == 1 else 6):
+        begin = time.perf_counter()
+        shard.prefill(0, position, rows)
+        times.append(time.perf_counter() - begin)
+    return 1e6 * median(times) / len(shard.info.layers) / positions
+
+
+def rates_of(running: Fleet, bare: OnnxShard, text: list[int]) -> dict[str, float]:
+    """All that the simulator is given, as it is now."""
+    found, middle = calm(running, text), CALM + ANSWER // 2
+    first, usual, late = (bare_us(bare, at) for at in (1, middle, LATE))
+    found["again"] = min(1.0, usual / found["layer_us"])
+    found["context_us"] = max(0.0, (late - first) / LATE)
+    early, deep = (bare_us(bare, at, CALM) for at in (0, LATE))
+    found["prefill_context_us"] = max(0.0, (deep - early) / LATE)
+    found["layer_us"] = max(1.0, found["layer_us"] - middle * found["context_us"])
+    return found
+
+
+def real(
+    store: ModelStore, running: Fleet, text: list[int], plans: Sequence[Plan]
+) -> tuple[list[Seen], dict[str, float]]:
+    """The trials on processes, and what is measured between them: the machine is not as fast at all times."""
+    done, rates, bare = [], list[dict[str, float]](), load(store, STAGES, "int8")[1]
     for number, plan in enumerate(plans, 1):
         broken: list[str] = []
 
@@ -105,6 +137,7 @@ def real(running: Fleet, text: list[int], plans: Sequence[Plan]) -> list[Seen]:
             broken.extend(victims(running, "exact", session, plan.victim))
             break_(running, "kill", broken)
 
+        rates.append(rates_of(running, bare, text))
         seen = ask(running.agents["exact"].api, text[: plan.prompt], ANSWER, plan.at, fault)
         if seen.error:
             raise SystemExit(f"a trial failed: {seen.error}")
@@ -113,7 +146,7 @@ def real(running: Fleet, text: list[int], plans: Sequence[Plan]) -> list[Seen]:
         done.append(Seen(plan, usual * 1000, stall * 1000, "/".join(rungs)))
         sys.stderr.write(f"{number}/{len(plans)} {done[-1]}\n")
         mend(running, "kill", broken)
-    return done
+    return done, {k: median(r[k] for r in rates) for k in rates[0]}
 
 
 # -- simulated -----------------------------------------------------------------------------------
@@ -131,7 +164,9 @@ cuts = [{", ".join(str(start) for start, _ in cuts(STAGES)[1:])}]
 layer_us = {rates["layer_us"]}
 head_us = {rates["head_us"]}
 prefill_us = {rates["prefill_us"]}
-context_us = 0.0
+context_us = {rates["context_us"]}
+prefill_context_us = {rates["prefill_context_us"]}
+again = {rates["again"]}
 [radio]
 latency = "{hop_us}us"
 jitter = "0ns"
@@ -227,11 +262,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=3)
     said = parser.parse_args()
     store, plans = the_store(), drawn(said.trials, said.seed)
-    text = prompt_ids(store, max(*PROMPTS, *CALM))
+    text = prompt_ids(store, max(PROMPTS))
     with tempfile.TemporaryDirectory() as folder, fleet(store, Path(folder), STAGES, {}) as running:
-        rates = calibrated(running, text)
-        print("measured:", {k: round(v, 1) for k, v in rates.items()}, f"({LAYERS} layers)")
-        ours = real(running, text, plans)
+        ours, rates = real(store, running, text, plans)
+    print("measured:", {k: round(v, 2) for k, v in rates.items()}, f"({LAYERS} layers)")
     theirs = simulated(rates, plans)
     print(f"{'prompt':>6} {'at':>4} {'victim':7} {'real ms':>9} {'simulated':>9}  rungs")
     for a, b in zip(ours, theirs, strict=True):
