@@ -11,7 +11,7 @@ import grpc
 
 from mesh.adapters.codec import read_session
 from mesh.adapters.membership_codec import valid_address
-from mesh.errors import InputError, MeshError, PeerError, StaleTerm
+from mesh.errors import InputError, MeshError, PeerError, ShardError, StaleTerm
 from mesh.types import Address, PolicyVersion
 from node_agent.adapters.records import node_record, read_term, replica_record
 from node_agent.adapters.replicas import ReplicaManager
@@ -81,6 +81,8 @@ class AgentService(rpc.AgentServicer):
         self, request: pb.HoldShardRequest, context: Any
     ) -> AsyncIterator[pb.ReplicaRecord]:
         await self._admit(request.cluster, context)
+        if self._closing:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this agent stops")
         key = _key(request)
         promise = Promise(request.sessions, request.context) if request.sessions and request.context else None
         term = read_term(request.term)
@@ -93,6 +95,12 @@ class AgentService(rpc.AgentServicer):
         )
         try:
             async for status in statuses:
+                have = status.shard.model.ref
+                if not have.digest.startswith(request.model_digest.hex()):
+                    wanted = request.model_digest.hex()[:12]
+                    raise ShardError(
+                        f"{have} is here, not {have.name}@{wanted}: pull that version onto this node"
+                    )
                 yield replica_record(status)
         except StaleTerm as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -28,16 +28,23 @@ class LeaseStreams:
         return self._hold(address, self._request(term, wanted))
 
     def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool, None]:
+        return self.keep(address, key, promise, f"ingress {self._me}")
+
+    def keep(
+        self, address: Address, key: ShardKey, promise: Promise | None, holder: str, digest: str = ""
+    ) -> AsyncGenerator[bool, None]:
+        """A lease that ends with the stream; refused where the model there is not ``digest``, if one is given."""
         request = pb.HoldShardRequest(
             cluster=self._cluster,
             model=key.model,
+            model_digest=bytes.fromhex(digest),
             layer_start=key.start,
             layer_end=key.end,
             runtime=key.runtime,
             quantization=key.quantization,
-            holder=f"ingress {self._me}",
-            sessions=promise.sessions,
-            context=promise.context,
+            holder=holder,
+            sessions=promise.sessions if promise else 0,
+            context=promise.context if promise else 0,
         )
         return self._hold(address, request)
 
