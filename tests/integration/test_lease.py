@@ -61,7 +61,7 @@ def settings(store: ModelStore) -> dict[str, str]:
 
 @pytest.fixture
 def agent(tmp_path: Path, settings: dict[str, str]) -> Iterator[AgentProcess]:
-    running = start_agent(tmp_path / "node", **settings)
+    running = start_agent(tmp_path / "node", (), None, **settings)
     yield running
     running.end()
 
@@ -96,7 +96,7 @@ def test_an_agent_that_is_killed_gets_its_shard_again(
         agent.process.kill()
         until(lambda: not listens(port), 5, "no agent, no health")
         agent.end()
-        again = start_agent(tmp_path / "node", **settings)
+        again = start_agent(tmp_path / "node", (), None, **settings)
         try:
             until(lambda: listens(port), 30, "it serves again")
             assert [r["state"] for r in replicas(again)] == ["serving"]

@@ -1,0 +1,203 @@
+"""What we send has the shape that a real Nomad was sent, and what it answered is read right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mesh.errors import InputError, PeerError, Unavailable
+from mesh.types import LayerRange
+from node_agent.adapters.nomad_api import NomadAccess, NomadApi, nomad_access
+from scheduler.nomad_change import Change, dry_run, nowhere
+from scheduler.nomad_job import Autoscale, JobSettings, LeaseGroup, ModelJob, fingerprint, job_spec
+from tests.contract.nomad_replay import Replay, cassette, recorded, replay
+
+JOB = ModelJob(
+    "smollm2-135m",
+    "ab" * 32,
+    "onnx",
+    "int8",
+    4,
+    2048,
+    (LeaseGroup(LayerRange(0, 15), 2, 150, ("gw-1", "drone-1")), LeaseGroup(LayerRange(15, 30), 2, 160)),
+    settings=JobSettings(name="llm-stage", autoscale=Autoscale(1, 3)),
+)
+FREE = ("Meta", "Env", "Config", "Policy", "Datacenters", "Tags")
+"""Whose keys and values are the job's own."""
+NOT_RECORDED = {"PreserveCounts"}
+"""Documented by Nomad since 0.12, in no recorded exchange."""
+
+
+@contextmanager
+def nomad(*names: str, **access: str) -> Iterator[tuple[NomadApi, Replay]]:
+    with replay(*names) as book:
+        api = NomadApi(NomadAccess(book.url, **access))
+        try:
+            yield api, book
+        finally:
+            api.close()
+
+
+def misfits(ours: Any, theirs: Any, where: str = "") -> list[str]:
+    """Keys that no recorded request has, and values of another type; what was null says nothing."""
+    found: list[str] = []
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key, value in ours.items():
+            if key not in theirs:
+                found += [] if key in NOT_RECORDED else [f"{where}.{key}"]
+            elif key not in FREE:
+                found += misfits(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        found += [m for each in ours for m in (misfits(each, theirs[0], f"{where}[]") if theirs else [])]
+    elif theirs is not None and type(ours) is not type(theirs):
+        found.append(f"{where}: {type(ours).__name__}, not {type(theirs).__name__}")
+    return found
+
+
+def requests_of(name: str) -> Any:
+    return cassette(name)["request"]["body"]
+
+
+def test_a_job_has_the_shape_of_recorded_ones() -> None:
+    assert misfits({"Job": job_spec(JOB)}, requests_of("job_register_canary")) == []
+    assert misfits({"Job": {"ID": 1, "Groups": []}}, requests_of("job_register_canary")) == [
+        ".Job.ID: int, not str",
+        ".Job.Groups",
+    ]
+
+
+def test_requests_have_the_recorded_shapes() -> None:
+    spec = job_spec(JOB)
+    names = ("job_plan_canary", "job_register", "job_scale_up", "agent_self", "job_read", "job_deployment")
+    with nomad(*names, token="secret", namespace="edge") as (api, book):
+        assert api.check_version() == "1.1.2"
+        plan = api.plan(spec)
+        registered = api.register(spec, 26, keep_counts=True)
+        scaled = api.scale("llm-stage", "stage", 3, "load")
+        read, deployment = api.job("llm-stage"), api.deployment("llm-stage")
+    assert plan["JobModifyIndex"] == 26
+    assert registered["JobModifyIndex"] == recorded("job_register")["JobModifyIndex"]
+    assert scaled["EvalID"] == recorded("job_scale_up")["EvalID"]
+    assert read is not None
+    assert read["ID"] == "llm-stage"
+    assert deployment is not None
+    assert deployment["Status"] == "successful"
+    sent = {(a.method, a.path): a for a in book.asked}
+    for name in ("job_plan_canary", "job_register_enforce_conflict", "job_scale_up"):
+        request = cassette(name)["request"]
+        ours = sent[request["method"], request["path"]]
+        extra = {"PolicyOverride"} if "plan" in name else set()
+        assert misfits({k: v for k, v in ours.body.items() if k not in extra}, request["body"]) == []
+    assert sent["POST", "/v1/jobs"].body["EnforceIndex"] is True
+    assert sent["POST", "/v1/jobs"].body["JobModifyIndex"] == 26
+    assert all(a.headers["x-nomad-token"] == "secret" for a in book.asked)
+    assert sent["POST", "/v1/job/llm-stage/scale"].query["namespace"] == ["edge"]
+    assert sent["GET", "/v1/job/llm-stage"].query["namespace"] == ["edge"]
+
+
+def test_a_job_that_nomad_filled_in_has_the_fingerprint_that_it_had() -> None:
+    """Of a real job: as it was parsed, and as it was read after it had been registered and given implied constraints."""
+    parsed, read = recorded("jobs_parse"), recorded("job_read")
+    assert parsed["TaskGroups"][0]["Constraints"] != read["TaskGroups"][0]["Constraints"]
+    assert fingerprint(parsed) == fingerprint(read)
+    changed = dict(read, Datacenters=["dc2"])
+    assert fingerprint(changed) != fingerprint(read)
+
+
+def test_a_job_that_is_not_there_is_none() -> None:
+    with nomad("job_read_404") as (api, _):
+        assert api.job("none") is None
+
+
+def test_a_dry_run_tells_canaries_and_reasons() -> None:
+    rolls, stays = Change({}, 26, True, False), Change({}, 26, False, True)
+    assert dry_run(recorded("job_plan_canary"), rolls) == ["stage: 1 as canaries, 3 as they are"]
+    assert dry_run(recorded("job_plan_create"), rolls) == ["stage: 1 placed"]
+    (why,) = nowhere(recorded("job_plan_unplaceable"))
+    assert why == (
+        "g: 1 clients looked at, 1 ruled out, 1 of them by ${node.unique.id} = 00000000-0000-0000-0000-000000000000"
+    )
+    with pytest.raises(InputError, match=r"no client has room: g: 1 clients"):
+        dry_run(recorded("job_plan_unplaceable"), rolls)
+    destructive = recorded("job_plan_canary")
+    destructive["Annotations"]["DesiredTGUpdates"]["stage"] |= {"Canary": 0, "DestructiveUpdate": 3}
+    with pytest.raises(
+        InputError, match=r"replace replicas of stage although the version stays: stage/worker Env\[REV\]"
+    ):
+        dry_run(destructive, stays)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "call", "said"),
+    [
+        ("job_register_enforce_conflict", "", "register", "Enforcing job modify index 0: job already exists"),
+        ("job_register_invalid", "", "register", "Missing job task groups"),
+        ("job_scale_bad_group", "", "scale", 'task group "zz" specified for scaling does not exist'),
+        ("job_scale_over_max", "", "scale", "group count was greater than scaling policy maximum: 9 > 6"),
+    ],
+)
+def test_what_nomad_refuses_is_told_in_its_words(name: str, path: str, call: str, said: str) -> None:
+    with nomad() as (api, book):
+        book.put(name, path)
+        with pytest.raises(InputError, match=said) as raised:
+            if call == "register":
+                api.register(job_spec(JOB), 0, keep_counts=False)
+            else:
+                api.scale("llm-stage", "zz", 9, "load")
+        assert book.url in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "error", "said"),
+    [
+        (500, "No cluster leader", "text/plain", Unavailable, "No cluster leader"),
+        (403, "Permission denied", "text/plain", InputError, "set NOMAD_TOKEN"),
+        (200, "<html>login</html>", "text/html", PeerError, "is it Nomad's"),
+        (502, "<html>bad gateway</html>", "text/html", InputError, "a page of HTML"),
+        (200, "[1, 2]", "application/json", PeerError, r"is it Nomad's"),
+        (301, "moved", "text/plain", PeerError, "is it Nomad"),
+    ],
+)
+@pytest.mark.parametrize("call", ["job", "scale"])
+def test_strange_answers_are_errors(
+    status: int, text: str, kind: str, error: type[Exception], said: str, call: str
+) -> None:
+    with nomad() as (api, book):
+        book.say("GET", "/v1/job/x", status, text, kind)
+        book.say("POST", "/v1/job/x/scale", status, text, kind)
+        with pytest.raises(error, match=said):
+            api.job("x") if call == "job" else api.scale("x", "g", 1, "")
+
+
+@pytest.mark.parametrize("call", ["job", "nodes"])
+def test_no_nomad_is_told_with_its_address(call: str) -> None:
+    api = NomadApi(NomadAccess("http://127.0.0.1:9"))
+    with pytest.raises(Unavailable, match=r"Nomad does not answer at http://127.0.0.1:9"):
+        api.job("x") if call == "job" else api.nodes()
+    api.close()
+
+
+def test_an_old_nomad_is_refused() -> None:
+    with nomad("agent_self") as (api, book):
+        status, headers, body = book.answers["GET", "/v1/agent/self"]
+        book.answers["GET", "/v1/agent/self"] = (status, headers, body.replace(b"1.1.2", b"1.0.4"))
+        with pytest.raises(InputError, match=r"is Nomad 1.0.4; 1.1 or newer is needed"):
+            api.check_version()
+
+
+def test_access_is_read_as_the_nomad_command_reads_it() -> None:
+    assert nomad_access({}).url == "http://127.0.0.1:4646"
+    told = {
+        "NOMAD_ADDR": "https://n:4646/",
+        "NOMAD_TOKEN": "t",
+        "NOMAD_CACERT": "ca.pem",
+        "NOMAD_NAMESPACE": "e",
+    }
+    assert nomad_access(told) == NomadAccess("https://n:4646", "t", "e", "", "ca.pem")
+    with pytest.raises(InputError, match=r"Nomad's address is 'n:4646'"):
+        nomad_access({"NOMAD_ADDR": "n:4646"})
+    with pytest.raises(InputError, match="go together"):
+        nomad_access({"NOMAD_CLIENT_CERT": "c.pem"})
