@@ -12,8 +12,8 @@ from scheduler.placement import Infeasible, Plan
 Placed = Mapping[tuple[NodeId, str, LayerRange, str, str], ReplicaState]
 
 
-def plan_report(plan: Plan, planned: Placed, snapshot: ClusterSnapshot) -> dict[str, Any]:
-    """``planned``: what schedulers' leases hold of this model now."""
+def plan_report(plan: Plan, planned: Placed, snapshot: ClusterSnapshot, digest: str) -> dict[str, Any]:
+    """``planned``: what schedulers' leases hold of this model now; ``digest``: of its file."""
     names = {n.id: n.name for n in snapshot.nodes.values()}
     there = {
         (node, layers): state
@@ -47,6 +47,8 @@ def plan_report(plan: Plan, planned: Placed, snapshot: ClusterSnapshot) -> dict[
     )
     return {
         "feasible": True,
+        "digest": digest,
+        "runtime": plan.runtime,
         "quantization": plan.quantization,
         "sessions": plan.sessions,
         "context": plan.context,

@@ -102,11 +102,11 @@ class ControlLoop:
         models = {}
         for model, answer in (await self._place_all(snapshot, policy)).items():
             here = {p: s for p, s in planned.items() if p[1] == model}
-            models[model] = (
-                plan_report(answer, here, snapshot)
-                if isinstance(answer, Plan)
-                else infeasible_report(answer, names)
-            )
+            if isinstance(answer, Plan):
+                digest = (await self._demand(model, answer.quantization)).shape.ref.digest
+                models[model] = plan_report(answer, here, snapshot, digest)
+            else:
+                models[model] = infeasible_report(answer, names)
         leader = max((n.term for n in snapshot.nodes.values() if n.term), default=None)
         leading = leader is not None and any(n.id == leader.leader for n in snapshot.alive())
         unwanted = sorted({p[1] for p in planned} - policy.models.keys())

@@ -5,6 +5,7 @@ mesh model pull mine --from FILE.gguf   from a file, a URL, or hf:owner/repo/fil
 mesh model shard smollm2-135m --cuts 10,20
 mesh model shard smollm2-135m --layers 0-12
 mesh model deploy smollm2-135m --replicas 2 --max-tpot 30ms --availability 0.999
+mesh model deploy smollm2-135m --nomad --replicas 2      as a Nomad job ('mesh job render' writes it to a file)
 mesh model undeploy smollm2-135m
 mesh model list
 mesh model verify smollm2-135m          every file against its SHA-256, every shard against its test vector
@@ -22,6 +23,7 @@ SECTION = "Models"
 
 if TYPE_CHECKING:
     from node_agent.adapters.model_store import ModelStore
+    from scheduler.policy import ModelPolicy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,24 +63,48 @@ _DEPLOY_FLAGS = {
 _DEPLOY_LISTS = ("allow", "deny", "ingress", "devices")
 
 
-def _configure_deploy(actions: Any) -> None:
-    """Flags of ``deploy``: the keys of a policy file, with the same defaults and meanings."""
+def policy_flags(parser: argparse.ArgumentParser) -> None:
+    """The keys of a policy file as flags, with the same defaults and meanings."""
     from dataclasses import fields
 
-    from node_agent.commands.apply import common_flags
     from scheduler.policy import ModelPolicy
 
     about = {f.name: f.metadata["about"].replace("%", "%%") for f in fields(ModelPolicy)}
+    for flag, kind in _DEPLOY_FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=about[flag.replace("-", "_")])
+    for flag in _DEPLOY_LISTS:
+        parser.add_argument(f"--{flag}", action="append", metavar="LABEL", help=about[flag])
+
+
+def policy_with_flags(args: argparse.Namespace, before: ModelPolicy) -> ModelPolicy:
+    """What ``before`` becomes by the flags that were given; raises ``ConfigError``."""
+    from dataclasses import asdict, replace
+
+    from scheduler.policy import model_policy
+
+    names = [f.replace("-", "_") for f in _DEPLOY_FLAGS] + list(_DEPLOY_LISTS)
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    wanted = asdict(model_policy(given, f"mesh {args.command}"))
+    return replace(before, **{n: wanted[n] for n in given})
+
+
+def _configure_deploy(actions: Any) -> None:
+    from node_agent.commands.apply import common_flags
+    from node_agent.commands.job import job_flags
+
     deploy = actions.add_parser("deploy", help="place a model on the mesh, and wait until it serves")
     deploy.add_argument("name")
-    for flag, kind in _DEPLOY_FLAGS.items():
-        deploy.add_argument(f"--{flag}", type=kind, help=about[flag.replace("-", "_")])
-    for flag in _DEPLOY_LISTS:
-        deploy.add_argument(f"--{flag}", action="append", metavar="LABEL", help=about[flag])
+    policy_flags(deploy)
     common_flags(deploy)
+    deploy.add_argument(
+        "--nomad", action="store_true", help="as a Nomad job; NOMAD_ADDR and NOMAD_TOKEN say where"
+    )
+    job_flags(deploy)
     undeploy = actions.add_parser("undeploy", help="take a model off the mesh")
     undeploy.add_argument("name")
     common_flags(undeploy)
+    undeploy.add_argument("--nomad", action="store_true", help="stop its Nomad job")
+    undeploy.add_argument("--job", default="", help="name of the job [the model's]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,15 +119,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _deploy(args: argparse.Namespace) -> int:
-    """Change one model in the cluster's policy and leave the rest as it is."""
-    from dataclasses import asdict, replace
+    """Change one model in the cluster's policy and leave the rest as it is; or do so in Nomad."""
+    from dataclasses import replace
 
     from mesh.errors import InputError
     from node_agent.adapters.api_client import ApiClient, api_base
     from node_agent.commands.apply import change_policy
-    from scheduler.policy import ModelPolicy, Policy, model_policy, parse_policy, policy_text
+    from node_agent.commands.job import deploy_job, undeploy_job
+    from scheduler.policy import ModelPolicy, Policy, parse_policy, policy_text
 
     client = ApiClient(api_base(args.api), timeout_s=120)
+    if args.nomad:
+        return deploy_job(client, args) if args.action == "deploy" else undeploy_job(args)
     text = client.get("/mesh/v1/plan")["policy"]
     policy = parse_policy(text, "the cluster's policy") if text.strip() else Policy()
     models = dict(policy.models)
@@ -110,11 +139,7 @@ def _deploy(args: argparse.Namespace) -> int:
             known = ", ".join(sorted(models)) or "none"
             raise InputError(f"{args.name} is not deployed (deployed: {known})")
     else:
-        names = [f.replace("-", "_") for f in _DEPLOY_FLAGS] + list(_DEPLOY_LISTS)
-        given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-        wanted = model_policy(given, "mesh model deploy")
-        changed = {n: asdict(wanted)[n] for n in given}
-        models[args.name] = replace(models.get(args.name, ModelPolicy()), **changed)
+        models[args.name] = policy_with_flags(args, models.get(args.name, ModelPolicy()))
     return change_policy(
         client, policy_text(replace(policy, models=models)), "the new policy", args.detach, args.timeout
     )
