@@ -32,6 +32,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=A,B", help="what-ifs, e.g. replicas=1,2,3"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one thing changed, e.g. nodes=40, churn=2",
+    )
     parser.add_argument("--page", type=Path, help="write a page (HTML) with plots and the worst minute")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots as PNG files")
     parser.add_argument("--log", type=Path, help="write everything that happened, a line each")
@@ -81,6 +88,7 @@ def _scenario(args: argparse.Namespace) -> Any:
 
     from mesh.errors import ConfigError
     from simulations.scenario import read_scenario, time_ns
+    from simulations.search import with_setting
 
     path = SCENARIOS / f"{args.scenario}.toml"
     if args.scenario not in _names():
@@ -96,6 +104,11 @@ def _scenario(args: argparse.Namespace) -> Any:
         quiet = scenario.quiet
         _check_time(args.time, time_ns(quiet), f"longer than the scenario's quiet end, {quiet}")
         scenario = msgspec.structs.replace(scenario, time=args.time)
+    for each in args.set:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {each}: write KEY=VALUE, for example nodes=40")
+        scenario = with_setting(scenario, key, value)
     return scenario
 
 

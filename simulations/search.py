@@ -81,34 +81,37 @@ def _smaller(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
 
 def with_setting(scenario: Scenario, key: str, value: str) -> Scenario:
     """A scenario with one thing changed: ``replicas`` (of each layer), ``churn`` (how often nodes go, 2 is twice
-    as often), or a top-level key. Raises ``ConfigError``."""
-    if key in ("replicas", "churn"):
+    as often), ``nodes`` (about so many in all, kinds in proportion), or a top-level key. Raises ``ConfigError``."""
+    if key in ("replicas", "churn", "nodes"):
         try:
             number = float(value)
         except ValueError:
             number = 0.0
         if not number > 0:
-            raise ConfigError(f"--sweep {key}={value}: write numbers above 0, for example {key}=1,2,3")
+            raise ConfigError(f"{key}={value}: write numbers above 0, for example {key}=3")
         if key == "replicas" and scenario.policy:
             policy, found = _REPLICAS.subn(f"replicas = {int(number)}", scenario.policy)
             if not found:
-                raise ConfigError(f"--sweep {key}: the scenario's policy does not say replicas = N")
+                raise ConfigError(f"{key}: the scenario's policy does not say replicas = N")
             return msgspec.structs.replace(scenario, policy=policy)
-        nodes = tuple(
-            (_with_count if key == "replicas" else _with_churn)(kind, number, scenario)
-            for kind in scenario.nodes
-        )
+        change = {"replicas": _with_count, "churn": _with_churn, "nodes": _with_nodes}[key]
+        nodes = tuple(change(kind, number, scenario) for kind in scenario.nodes)
         return msgspec.structs.replace(scenario, nodes=nodes)
     if key not in Scenario.__struct_fields__ or not isinstance(getattr(scenario, key), str):
         known = [k for k in Scenario.__struct_fields__ if isinstance(getattr(scenario, k), str)]
-        raise ConfigError(f"--sweep {key}: there are replicas, churn, {', '.join(known)}")
+        raise ConfigError(f"{key}: there are replicas, churn, nodes, {', '.join(known)}")
     changed = {**msgspec.to_builtins(scenario), key: value}
-    return read_scenario(json.dumps(changed), f"--sweep {key}={value}")
+    return read_scenario(json.dumps(changed), f"{key}={value}")
 
 
 def _with_count(kind: Any, number: float, scenario: Scenario) -> Any:
     count = int(number) * (len(scenario.model.cuts) + 1)
     return msgspec.structs.replace(kind, count=count) if kind.hosts else kind
+
+
+def _with_nodes(kind: Any, number: float, scenario: Scenario) -> Any:
+    now = sum(k.count for k in scenario.nodes)
+    return msgspec.structs.replace(kind, count=max(1, round(kind.count * number / now)))
 
 
 def _with_churn(kind: Any, number: float, scenario: Scenario) -> Any:
