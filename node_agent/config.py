@@ -53,6 +53,11 @@ class AgentConfig:
     consul_namespace: str = setting("", "Consul namespace (Enterprise). Leave empty on open source.")
     consul_service: str = setting("inference-mesh", "Name of the service that agents register in Consul.")
     consul_prefix: str = setting("inference-mesh", "Folder of Consul's key-value store that is ours.")
+    nomad: str = setting(
+        "",
+        "Address of Nomad's API: while this agent leads, clients that Nomad drains get no shards. Empty: NOMAD_ADDR, or no Nomad. The flag alone means http://127.0.0.1:4646; NOMAD_TOKEN, NOMAD_CACERT and the like are read.",
+        bare="http://127.0.0.1:4646",
+    )
     profile: str = setting(
         "lan",
         "How closely peers are probed: lan (a loss is seen in a second), wan (some seconds), radio (half a minute, few bytes).",

@@ -66,7 +66,7 @@ from node_agent.hysteresis import below_floor
 from node_agent.lease import ShardKey
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
-from node_agent.ports import TokenLog
+from node_agent.ports import Orchestrator, TokenLog
 from protos.gen import agent_pb2, agent_pb2_grpc, membership_pb2_grpc, mesh_pb2_grpc
 from scheduler.cluster import Node, NodeSeen
 from scheduler.demand import ModelDemand
@@ -292,6 +292,7 @@ class Agent:
             self.policies,
             peers,
             leader_lock(config, self.node_id),
+            orchestrator=_orchestrator(config),
         )
         self.service = AgentService(
             config.cluster,
@@ -511,6 +512,17 @@ class Agent:
             metrics.wire_bytes.labels(self.node_id, address, "frames").set(count)
         for peer, count in self.links.bytes_sent().items():
             metrics.wire_bytes.labels(self.node_id, peer, "replies").set(count)
+
+
+def _orchestrator(config: AgentConfig) -> Orchestrator | None:
+    address = config.nomad or os.environ.get("NOMAD_ADDR", "")
+    if not address:
+        return None
+    # Here, so that an agent without Nomad does not carry its client.
+    from node_agent.adapters.nomad_api import nomad_access
+    from node_agent.adapters.nomad_follow import NomadFollower
+
+    return NomadFollower(nomad_access(os.environ, address))
 
 
 async def _run(config: AgentConfig, ready_fd: int | None, tied: bool) -> None:

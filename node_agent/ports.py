@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -99,6 +99,16 @@ class PeerAgents(Protocol):
     async def policy(self, address: Address) -> tuple[PolicyVersion, str]:
         """The policy that it knows."""
         ...
+
+
+class Orchestrator(Protocol):
+    """Who else decides about nodes, beside the mesh."""
+
+    def follow(self, on: bool) -> None:
+        """Whether to keep ``avoid`` up to date."""
+
+    def avoid(self) -> Mapping[str, str]:
+        """Nodes by name that are to get nothing new, and why."""
 
 
 class PolicyFile(Protocol):

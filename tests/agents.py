@@ -101,7 +101,7 @@ def start_agent(
     reading, writing = os.pipe()
     command = [*prefix, sys.executable, "-m", "mesh", "agent", "--tied", "--ready-fd", str(writing)]
     command += [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MESH_", "CONSUL_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MESH_", "CONSUL_", "NOMAD_"))}
     log = folder / "agent.log"
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -22,7 +22,7 @@ from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.policy_book import PolicyBook
 from node_agent.config import AgentConfig
 from node_agent.plan_report import infeasible_report, plan_report
-from node_agent.ports import PeerAgents
+from node_agent.ports import Orchestrator, PeerAgents
 from scheduler.cluster import ClusterSnapshot
 from scheduler.demand import ModelDemand
 from scheduler.leadership import Leadership, elder
@@ -63,11 +63,13 @@ class ControlLoop:
         agents: PeerAgents,
         lock: Lock | None = None,
         clock: Clock = time,
+        orchestrator: Orchestrator | None = None,
     ) -> None:
         """``demand`` of a model and quantization raises ``InputError`` where this node lacks the model, and may
         block; without a ``lock`` the eldest leads."""
         self._config, self._me, self._view, self._demand_of = config, me, view, demand
         self.book, self._agents, self._compete, self._clock = book, agents, lock, clock
+        self._orchestrator = orchestrator
         self._leadership = Leadership(me)
         self._lock: bool | None = None if lock is None else False
         self._demands: dict[tuple[str, str], ModelDemand] = {}
@@ -141,13 +143,18 @@ class ControlLoop:
     ) -> Plan | Infeasible:
         demand = await self._demand(model, wishes.quantization)
         others = [demand.scaled(q, s) for q, s in _SMALLER.get(wishes.quantization, {}).items()]
-        refused, flapping = self._refusals.held_off(), self._flaps.held_off(self._clock.monotonic())
+        refused = self._refusals.held_off() | self._avoided(snapshot)
+        flapping = self._flaps.held_off(self._clock.monotonic())
         answer = await asyncio.to_thread(place, snapshot, demand, wishes, others, refused | flapping, taken)
         if isinstance(answer, Infeasible) and flapping:
             # Nodes that come and go are better than none.
             anyhow = await asyncio.to_thread(place, snapshot, demand, wishes, others, refused, taken)
             answer = anyhow if isinstance(anyhow, Plan) else answer
         return answer
+
+    def _avoided(self, snapshot: ClusterSnapshot) -> dict[NodeId, str]:
+        by_name = self._orchestrator.avoid() if self._orchestrator else {}
+        return {n.id: by_name[n.name] for n in snapshot.nodes.values() if n.name in by_name}
 
     async def _demand(self, model: str, quantization: str) -> ModelDemand:
         """Raises ``InputError`` where this node lacks the model."""
@@ -176,6 +183,8 @@ class ControlLoop:
                 lock.cancel()
                 await asyncio.gather(lock, return_exceptions=True)
             self._drop_streams()
+            if self._orchestrator is not None:
+                self._orchestrator.follow(False)
 
     def _told_of_lock(self, leads: bool) -> None:
         self._lock = leads
@@ -189,6 +198,8 @@ class ControlLoop:
         term = self._leadership.look(snapshot, self._lock if able else False, now)
         if term != before:
             self._drop_streams()
+            if self._orchestrator is not None:
+                self._orchestrator.follow(term is not None)
             log.info("we lead in term %d", term.counter) if term else log.info("we lead no more")
         known = self.book.version
         if term is None or known == NO_POLICY or any(n.policy > known for n in snapshot.alive()):

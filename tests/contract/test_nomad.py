@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 from mesh.errors import InputError, PeerError, Unavailable
 from mesh.types import LayerRange
 from node_agent.adapters.nomad_api import NomadAccess, NomadApi, nomad_access
+from node_agent.adapters.nomad_follow import NomadFollower
 from scheduler.nomad_change import Change, dry_run, nowhere
 from scheduler.nomad_job import Autoscale, JobSettings, LeaseGroup, ModelJob, fingerprint, job_spec
+from scheduler.nomad_nodes import NomadNodes
+from tests.agents import until
 from tests.contract.nomad_replay import Replay, cassette, recorded, replay
 
 JOB = ModelJob(
@@ -178,6 +182,54 @@ def test_no_nomad_is_told_with_its_address(call: str) -> None:
     with pytest.raises(Unavailable, match=r"Nomad does not answer at http://127.0.0.1:9"):
         api.job("x") if call == "job" else api.nodes()
     api.close()
+
+
+def test_clients_are_kept_from_the_recorded_stream() -> None:
+    nodes = NomadNodes()
+    seen = {}
+    for batch in cassette("event_stream")["response"]["body_ndjson"]:
+        assert nodes.apply(int(batch.get("Index") or 0), batch.get("Events") or ())
+        seen[nodes.index] = nodes.avoid()
+    assert seen[42] == {"drone-2": "Nomad calls it ineligible"}
+    assert not any(avoid for index, avoid in seen.items() if index != 42), "down is no reason"
+    assert not nodes.apply(7, ()), "an index that went backwards asks for a new list"
+    assert nodes.apply(0, ()), "a heartbeat says nothing"
+
+
+def test_a_draining_client_is_avoided_until_its_deadline() -> None:
+    nodes = NomadNodes()
+    nodes.replace([*recorded("nodes_list_one_down"), recorded("node_read_draining")], 120)
+    assert nodes.avoid() == {"drone-2": "Nomad drains it, until 2026-11-21T04:43:23"}
+    nodes.replace(recorded("nodes_list_fleet"), 22)
+    assert nodes.avoid() == {}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_follower_lists_and_then_listens(stream: bool) -> None:
+    with replay("nodes_list_fleet") as book:
+        node = recorded("node_read_draining")
+        event = {"Topic": "Node", "Type": "NodeDrain", "Payload": {"Node": node}}
+        if stream:
+            book.say("GET", "/v1/event/stream", 200, json.dumps({"Index": 126, "Events": [event]}) + "\n")
+        follower = NomadFollower(NomadAccess(book.url))
+        follower.follow(True)
+        try:
+            if not stream:
+                until(
+                    lambda: any("wait" in a.query for a in book.asked),
+                    10,
+                    "without a stream it asks and waits",
+                )
+                listed = json.dumps([node])
+                book.say("GET", "/v1/nodes", 200, listed, "application/json")
+            until(lambda: "drone-2" in follower.avoid(), 10)
+        finally:
+            follower.follow(False)
+        assert follower.avoid() == {}
+        if stream:
+            (asked,) = [a for a in book.asked if a.path == "/v1/event/stream"][:1]
+            assert asked.query["index"] == ["23"], "from the list's index on"
+            assert asked.query["topic"] == cassette("event_stream")["request"]["query"]["topic"]
 
 
 def test_an_old_nomad_is_refused() -> None:

@@ -184,3 +184,20 @@ def test_undeploy_stops_the_job_and_no_other(agent: AgentProcess, nomad: Replay)
     done = mesh("model", "undeploy", MODEL, "--nomad", api=agent.api, nomad=nomad.url)
     assert done.returncode == 0, done.stderr
     assert ("DELETE", f"/v1/job/{MODEL}") in [(a.method, a.path) for a in nomad.asked]
+
+
+def test_a_client_that_nomad_drains_gets_no_shards(store: ModelStore, tmp_path: Path) -> None:
+    with replay("nodes_list_fleet") as book:
+        nodes = [n | {"Drain": n["Name"] == "drone-1"} for n in recorded("nodes_list_fleet")]
+        book.say("GET", "/v1/nodes", 200, json.dumps(nodes), "application/json")
+        settings = {"home": str(store.root.parent), "scheduler": "on", "name": "drone-1", "nomad": book.url}
+        drained = start_agent(tmp_path / "drone", (), None, **settings)
+        try:
+            until(lambda: any("wait" in a.query for a in book.asked), 15, "it leads and follows")
+            policy = tmp_path / "mesh.toml"
+            policy.write_text(f"[models.{MODEL}]\n")
+            done = mesh("plan", str(policy), api=drained.api)
+            assert done.returncode == 1
+            assert "drone-1 hosts nothing: Nomad drains it" in done.stdout
+        finally:
+            drained.end()
