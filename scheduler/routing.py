@@ -477,7 +477,7 @@ def _hopeful(held: list[_Held], speeds: list[StageSpeed]) -> list[StageSpeed]:
         for (_, r), s in zip(held, speeds, strict=True)
         if s.measured and r.shard.weight_bytes
     ]
-    if not known:
+    if not known or len(known) == len(held):
         return speeds
     decode, prefill = min(d for d, _ in known), min(p for _, p in known)
     return [

@@ -7,7 +7,7 @@ ends a stream whose far end has been silent for ``KEEPALIVE_NS``.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -108,7 +108,7 @@ class Stream:
     def close(self, reason: str, tell_source: bool = True, tell_target: bool = True) -> None:
         """Break it; the ends that are to be told hear of it a moment later, after what was under way."""
         loop, network = self.network.loop, self.network
-        if self not in network.streams:
+        if not network.forget(self):
             return
         if tell_source:
             at = loop.now_ns + network.transit_ns(self.target.address, self.source.address, 0)
@@ -117,7 +117,6 @@ class Stream:
             at = loop.now_ns + network.transit_ns(self.source.address, self.target.address, 0)
             self.target.machine.post(max(at, self._due[True] + 1), self.on_ended)
         loop.at_ns(loop.now_ns + network.longest_ns, self._shut)
-        network.streams.pop(self, None)
 
     def _shut(self) -> None:
         self.open = False
@@ -133,6 +132,8 @@ class Network:
         self.hosts: dict[Address, Host] = {}
         self.streams: dict[Stream, None] = {}
         """Open ones; a dict for its order."""
+        self._at: defaultdict[Address, dict[Stream, None]] = defaultdict(dict)
+        """The same by each end."""
         self.cuts: Counter[tuple[Address, Address]] = Counter()
         """Directions in which nothing passes, and for how many reasons."""
         self.bytes = 0
@@ -197,7 +198,14 @@ class Network:
         trip_ns = self.path(source.address, target).latency_ns + self.path(target, source.address).latency_ns
         stream.opens_at(self.loop.now_ns + DIAL_TRIPS * trip_ns + DIAL_NS)
         self.streams[stream] = None
+        self._at[source.address][stream] = self._at[target][stream] = None
         return stream
+
+    def forget(self, stream: Stream) -> bool:
+        """It is open no more; false if it was not."""
+        for end in (stream.source.address, stream.target.address):
+            self._at[end].pop(stream, None)
+        return self.streams.pop(stream, stream) is None
 
     def _count_dial(self, source: Address, target: Address) -> None:
         now_s = self.loop.now_ns // 1_000_000_000
@@ -238,13 +246,9 @@ class Network:
     def started(self, host: Host) -> None:
         """A process listens again where another one was: what still comes for that one is answered with a reset."""
         self.hosts[host.address] = host
-        for stream in list(self.streams):
-            known = host.address in (stream.source.address, stream.target.address)
-            if (
-                known
-                and not self._lives(stream)
-                and not self.is_cut(stream.source.address, stream.target.address)
-            ):
+        for stream in list(self._at[host.address]):
+            cut = self.is_cut(stream.source.address, stream.target.address)
+            if not cut and not self._lives(stream):
                 stream.close("reset by peer")
 
     def _keepalive(self, stream: Stream, cut_at_ns: int) -> None:
@@ -255,7 +259,7 @@ class Network:
         """A process died; its system resets its streams, or is gone as well (``silently``)."""
         if self.hosts.get(host.address) is host:
             del self.hosts[host.address]
-        for stream in list(self.streams):
+        for stream in list(self._at[host.address]):
             if host in (stream.source, stream.target):
                 if silently or stream.cut_at_ns:
                     stream.cut()

@@ -312,7 +312,9 @@ class SimNode:
     @property
     def at_rest(self) -> bool:
         """It stands still and feeds nobody: nothing of it has changed since the last look."""
-        return self._still and not self._stir.is_set() and not self.host.stages
+        if not self._still or self._stir.is_set():
+            return False
+        return not any(replica.book.live for replica in self.host.replicas.values())
 
     def disturbed(self) -> None:
         """Something happened to this node."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from simulations.world import World
 
 S = 1_000_000_000
-SETTLES_NS = 20 * S
+SETTLES_NS = 10 * S
 """Since the last disturbance: links have been measured and told by then."""
 
 

@@ -16,13 +16,13 @@ from node_agent.ports import PeerAgents
 from scheduler.cluster import ClusterSnapshot
 from scheduler.cold_load import SESSIONS, ColdLoad, cold_loads
 from scheduler.policy import ClassPolicy
+from scheduler.reconcile import Refusals, Wanted
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
 LINGER_S = 30.0
 """A shard that no session of ours uses any more is held for so long."""
-_REFUSED_S = 10.0
 _SHARDS_KNOWN = 256
 
 
@@ -43,7 +43,7 @@ class ColdLoads:
         self._shards: dict[Digest, ShardInfo] = {}
         """Of routes that we know: who is lost may be forgotten before it is needed."""
         self._loans: dict[Digest, asyncio.Task[None]] = {}
-        self._refused: dict[NodeId, float] = {}
+        self._refusals = Refusals()
 
     def note(self, route: LayeredRoute) -> None:
         """Remember what the stages of a route are."""
@@ -62,7 +62,7 @@ class ColdLoads:
         if not shards or self._scheduled(shards[0].model.ref.name):
             return
         now = asyncio.get_running_loop().time()
-        refused = frozenset(n for n, until in self._refused.items() if until > now)
+        refused = frozenset(w.node for w in self._refusals.now(now))
         context = min(self._context, shards[0].model.context_max)
         done = len(session.order.prompt) + len(session.generated)
         for load in cold_loads(self._view(), shards, context, done, avoid | refused, rules):
@@ -96,7 +96,8 @@ class ColdLoads:
                     pass
         except (PeerError, LeaseRefused) as error:
             log.warning("%s does not load %s: %s", load.node, shard, error)
-            self._refused[load.node] = asyncio.get_running_loop().time() + _REFUSED_S
+            wanted = Wanted(load.node, key.model, layers, key.runtime, key.quantization, SESSIONS, context)
+            self._refusals.add(wanted, str(error), asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         """Let go of everything."""
