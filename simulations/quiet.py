@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from simulations.node import SimNode
     from simulations.world import World
 
-S = 1_000_000_000
-SETTLES_NS = 10 * S
-"""Since the last disturbance: links have been measured and told by then."""
+SETTLE_PROBES = 10
+"""Probe intervals since the last disturbance: links have been measured and told by then, whatever the profile."""
 
 
 @dataclass(slots=True)
@@ -71,10 +70,13 @@ class Quiet:
         if not self._able or world.network.cuts:
             return
         for region in self._regions.values():
-            if region.still or world.loop.now_ns < region.disturbed_ns + SETTLES_NS:
+            if region.still:
                 continue
             up = self._up(region)
-            if _calm(up):
+            if not up:
+                continue
+            settles_ns = SETTLE_PROBES * up[0].membership.machine.profile.probe_interval
+            if world.loop.now_ns >= region.disturbed_ns + settles_ns and _calm(up):
                 region.still = True
                 for node in up:
                     node.stand_still()
