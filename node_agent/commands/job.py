@@ -142,10 +142,11 @@ def deploy_job(client: ApiClient, args: argparse.Namespace) -> int:
     from mesh.errors import InputError
     from node_agent.adapters.nomad_api import NomadApi, nomad_access
     from scheduler.nomad_change import change, dry_run
+    from scheduler.policy import parse_policy
 
     access = nomad_access(os.environ)
-    placed = client.get("/mesh/v1/plan")["policy"]
-    if f"[models.{args.name}]" in placed or f'[models."{args.name}"]' in placed:
+    policy = client.get("/mesh/v1/plan")["policy"]
+    if policy.strip() and args.name in parse_policy(policy, "the cluster's policy").models:
         raise InputError(
             f"{args.name} is placed by the mesh's own scheduler; 'mesh model undeploy {args.name}' first: a model has "
             "one who places it"

@@ -174,6 +174,21 @@ def test_without_nomad_nothing_is_done(agent: AgentProcess, tmp_path: Path) -> N
     assert "Nomad does not answer at http://127.0.0.1:9" in done.stderr
 
 
+def test_a_model_that_the_mesh_places_is_not_nomads_as_well(
+    agent: AgentProcess, nomad: Replay, tmp_path: Path
+) -> None:
+    policy = tmp_path / "mesh.toml"
+    policy.write_text(f"[ models . {MODEL} ]\nsessions = 1\ncontext = 512\n")
+    assert mesh("apply", str(policy), "--detach", api=agent.api).returncode == 0
+    try:
+        done = deploy(agent, nomad)
+        assert done.returncode == 2
+        assert "is placed by the mesh's own scheduler" in done.stderr
+        assert not registered(nomad)
+    finally:
+        mesh("model", "undeploy", MODEL, "--detach", api=agent.api)
+
+
 def test_undeploy_stops_the_job_and_no_other(agent: AgentProcess, nomad: Replay) -> None:
     done = mesh("model", "undeploy", MODEL, "--nomad", api=agent.api, nomad=nomad.url)
     assert done.returncode == 2
