@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from node_agent.adapters.api_client import ApiClient, api_base
-    from scheduler.nomad_job import job_spec, job_text
+    from scheduler.nomad_hcl import job_text
+    from scheduler.nomad_job import job_spec
 
     job = planned_job(
         ApiClient(api_base(args.api), timeout_s=120), args, os.environ.get("NOMAD_NAMESPACE", "")

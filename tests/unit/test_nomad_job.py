@@ -15,6 +15,7 @@ from mesh.errors import InputError
 from mesh.types import LayerRange
 from node_agent.config import fields, load_config, variable
 from scheduler.nomad_change import change
+from scheduler.nomad_hcl import job_text
 from scheduler.nomad_job import (
     Autoscale,
     Constraint,
@@ -25,7 +26,6 @@ from scheduler.nomad_job import (
     fingerprint,
     groups_of,
     job_spec,
-    job_text,
 )
 from scheduler.policy import ModelPolicy
 from simulations.command import configure as simulate_flags
