@@ -306,8 +306,12 @@ class SimNode:
     def go_on(self) -> int:
         """Something happens: as before. How long it stood still, ns."""
         self._still = False
-        self._stir.set()
+        self._wake()
         return self.membership.go_on()
+
+    def _wake(self) -> None:
+        self._stir.set()
+        self._quiet.stirred(self)
 
     @property
     def at_rest(self) -> bool:
@@ -342,7 +346,7 @@ class SimNode:
 
     def received(self, upstream: Any, message: Message) -> None:
         """A message came down a link."""
-        self._stir.set()
+        self._wake()
         self.host.received(upstream, message)
 
     def asks(
@@ -370,7 +374,7 @@ class SimNode:
         self, model: str, session: SessionId, prompt: tuple[int, ...], tokens: int
     ) -> tuple[SessionHandle, Group | None]:
         """As the API does: a route for a request, and its session; raises ``MeshError``."""
-        self._stir.set()
+        self._wake()
         order = self._order(session, prompt, tokens)
         plan = self.planner.plan(model, order, draw=self.planner.draw())
         standbys = self.planner.standbys(plan, ())
@@ -382,7 +386,7 @@ class SimNode:
     ) -> SessionHandle:
         """As the API does when a client reads on here: take the session over and go on with it. Raises ``RequestError``
         where fewer tokens are known than were ``seen``."""
-        self._stir.set()
+        self._wake()
         self.driver.let_go(session)
         known, epoch = await self.takeovers.claim(session, seen, lambda request: tokens)
         order = self._order(session, known.prompt, tokens)

@@ -11,7 +11,7 @@ and without against each other).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.gossip import MemberState
@@ -27,7 +27,6 @@ SETTLE_PROBES = 10
 
 @dataclass(slots=True)
 class _Region:
-    names: list[str] = field(default_factory=list)
     disturbed_ns: int = 0
     still: bool = False
 
@@ -38,16 +37,30 @@ class Quiet:
     def __init__(self, world: World, able: bool) -> None:
         self._world, self._able = world, able
         self._regions: dict[str, _Region] = {}
+        self.awake: dict[SimNode, None] = {}
+        """Those of which something may have changed since the last look; a dict for its order."""
+        self._resting: dict[SimNode, int] = {}
+        """The others, and how many replicas each has."""
+        self.resting_replicas = 0
         self.saved_ns = 0
         """Node time that passed without a look."""
 
     def started(self, node: SimNode) -> None:
         """A node boots."""
-        name = node.spec.name
-        region = self._regions.setdefault(node.config.region, _Region())
-        if name not in region.names:
-            region.names.append(name)
+        self.awake[node] = None
+        self._regions.setdefault(node.config.region, _Region())
         self.disturb(node.config.region)
+
+    def stirred(self, node: SimNode) -> None:
+        """Something reaches a node."""
+        if node in self._resting:
+            self.resting_replicas -= self._resting.pop(node)
+            self.awake[node] = None
+
+    def ended(self, node: SimNode) -> None:
+        """A node runs no more."""
+        self.stirred(node)
+        del self.awake[node]
 
     def disturb(self, region: str | None = None) -> None:
         """Something happens to one region, or to all."""
@@ -57,22 +70,19 @@ class Quiet:
                 known.disturbed_ns = now
                 if known.still:
                     known.still = False
-                    for node in self._up(known):
+                    for node in self._world.regions[name].values():
                         self.saved_ns += node.go_on()
-
-    def _up(self, region: _Region) -> list[SimNode]:
-        nodes = self._world.nodes
-        return [nodes[n] for n in region.names if n in nodes]
 
     def look(self) -> None:
         """Let those stand still that may."""
+        self._rest()
         world = self._world
         if not self._able or world.network.cuts:
             return
-        for region in self._regions.values():
+        for name, region in self._regions.items():
             if region.still:
                 continue
-            up = self._up(region)
+            up = list(world.regions[name].values())
             if not up:
                 continue
             settles_ns = SETTLE_PROBES * up[0].membership.machine.profile.probe_interval
@@ -80,6 +90,12 @@ class Quiet:
                 region.still = True
                 for node in up:
                     node.stand_still()
+
+    def _rest(self) -> None:
+        for node in [n for n in self.awake if n.at_rest]:
+            del self.awake[node]
+            self._resting[node] = len(node.host.replicas)
+            self.resting_replicas += self._resting[node]
 
 
 def _calm(up: list[SimNode]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,6 +115,8 @@ class World:
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
         """Those that run now."""
+        self.regions: defaultdict[str, dict[str, SimNode]] = defaultdict(dict)
+        """The same by region."""
         self.requests: list[Request] = []
         self.violations: list[Violation] = []
         self.events: list[tuple[int, str]] = []
@@ -158,24 +160,25 @@ class World:
         rngs = self.random(f"{life} membership"), self.random(life)
         others = self._seeds(spec)
         node = SimNode(self.loop, self.network, spec, rngs, others, self.terms, self.quiet)
-        self.nodes[name] = node
+        self.nodes[name] = self.regions[spec.config.region][name] = node
         self.quiet.started(node)
         self.tell(f"{name} starts")
 
     def _seeds(self, spec: NodeSpec) -> list[Address]:
         """Whom a node is told of: a few of its region. Regions that nobody joins stay meshes of their own."""
-        region = spec.config.region
-        near = (n.address for n in self.nodes.values() if n.config.region == region)
-        return list(islice(near, _SEEDS_TOLD))
+        near = self.regions[spec.config.region].values()
+        return [node.address for node in islice(near, _SEEDS_TOLD)]
 
     def crash(self, name: str, silently: bool = False, wipe: bool = False) -> None:
         """End a node's life; ``wipe``: its disk is lost as well."""
         node = self.nodes.pop(name, None)
         if node is None:
             return
+        del self.regions[node.config.region][name]
         check_node(self, node)
         node.disturbed()
         node.crash(silently)
+        self.quiet.ended(node)
         if wipe:
             spec = self.specs[name]
             spec.tokens, spec.policy = type(spec.tokens)(), type(spec.policy)()
@@ -423,13 +426,12 @@ class World:
     def sample(self) -> None:
         """Note how things stand."""
         self.quiet.look()
-        for node in self.nodes.values():
-            if not node.at_rest:
-                check_node(self, node)
+        for node in self.quiet.awake:
+            check_node(self, node)
         charges = [s.battery.percent for s in self.specs.values() if s.battery]
         charge = sum(charges) / len(charges) if charges else 100.0
-        running = sum(len(n.driver) for n in self.nodes.values())
-        replicas = sum(len(n.host.replicas) for n in self.nodes.values())
+        running = sum(len(n.driver) for n in self.quiet.awake)
+        replicas = self.quiet.resting_replicas + sum(len(n.host.replicas) for n in self.quiet.awake)
         self.samples.append(
             Sample(
                 self.loop.now_ns,
