@@ -89,6 +89,10 @@ class Faults:
                     world.part(chosen, length.ns(rng) / S, fault.what == "one-way")
             case "consul":
                 world.lose_consul(length.ns(rng) / S)
+            case "nomad":
+                world.lose_nomad(length.ns(rng) / S)
+            case "drain":
+                await asyncio.gather(*(self._drain(name, length.ns(rng) / S) for name in chosen))
             case "update":
                 await self._roll_out(fault, able, rng, length)
             case _:
@@ -131,6 +135,12 @@ class Faults:
                 self._world.slow(name, fault.factor, for_s)
                 self._loop.call_later(for_s, self._restart, name)
             await asyncio.sleep(time_ns(fault.wave) / S)
+
+    async def _drain(self, name: str, for_s: float) -> None:
+        """Nomad drains a client; when its time is up, or faults end, its machine is rebooted."""
+        self._world.drain(name)
+        await self._sleep_until(self._loop.now_ns / S + for_s)
+        await self._world.reboot(name, _RESTART_S)
 
     def _restart(self, name: str) -> None:
         self._world.crash(name)

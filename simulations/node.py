@@ -43,6 +43,7 @@ from simulations.control import SimAgents, SimPolicyFile
 from simulations.links import SimLinks, SimMembership, SimRecords, sim_ask
 from simulations.model import SimModel, SimShards
 from simulations.network import Network
+from simulations.nomad import SimFollower, SimNomad
 from simulations.quiet import Quiet
 from simulations.virtual_time import Machine, MachineClock, VirtualLoop
 
@@ -92,6 +93,8 @@ class NodeSpec:
     """Faults by which its activations come out wrong."""
     consul: SimConsul | None = None
     """Where it finds others, and who leads; else it is told."""
+    nomad: SimNomad | None = None
+    """Whose drains it follows while it leads."""
     labels: tuple[tuple[str, str], ...] = ()
     tokens: SimTokenLog = field(default_factory=SimTokenLog)
     """Its disk, with ``policy``."""
@@ -203,8 +206,9 @@ class SimNode:
         )
         consul = spec.consul
         lock = None if consul is None else lambda told: consul.compete(self, told)
+        nomad = None if spec.nomad is None else SimFollower(self, spec.nomad)
         self.control = ControlLoop(
-            config, self.id, self.view, spec.model.demand_of, self.policies, agents, lock, clock
+            config, self.id, self.view, spec.model.demand_of, self.policies, agents, lock, clock, nomad
         )
         self.loop.create_task(self.host.run())
         self.loop.create_task(self.driver.run())

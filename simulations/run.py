@@ -118,6 +118,7 @@ class Run:
                 battery=full(kind),
                 drift_ppm=drifts.randint(-kind.drift_ppm, kind.drift_ppm),
                 consul=self.world.consul if self.scenario.consul else None,
+                nomad=self.world.nomad if self.scenario.nomad else None,
             )
 
     def _config(self, name: str, kind: NodeKind) -> AgentConfig:

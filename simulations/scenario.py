@@ -211,6 +211,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         "clock",
         "corrupt",
         "consul",
+        "nomad",
+        "drain",
     ]
     at: str = ""
     every: str = ""
@@ -236,6 +238,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Nodes find each other in a Consul, and its lock says who leads; else they are told of three others."""
     day: str = "24h"
     """How long the sun takes; shorter to see a night within a run."""
+    nomad: bool = False
+    """The scheduler follows a Nomad, by which an operator drains nodes; needs a ``policy``."""
     patience: str = "30s"
     """A client that has seen nothing for so long gives up."""
     replay: Literal["exact", "fast"] = "exact"
@@ -307,6 +311,10 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
                 f"{name}:{_line(text, 'policy')}: the policy wants no replicas of {scenario.model.name}; "
                 f"write [models.{scenario.model.name}] in it"
             )
+    if scenario.nomad and not scenario.policy:
+        raise ConfigError(
+            f"{name}:{_line(text, 'nomad')}: nomad = true needs a policy: who drains nodes is followed by a scheduler"
+        )
     hosts = sum(n.count for n in scenario.nodes if n.hosts)
     if not scenario.policy and hosts < len(edges) - 1:
         raise ConfigError(
@@ -331,6 +339,10 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
                     f"{name}: the trace of {kind.kind} has a node {node!r}; they are {kind.kind}-1 to {kind.kind}-{kind.count}"
                 )
     for fault in scenario.faults:
+        if fault.what in ("nomad", "drain") and not scenario.nomad:
+            raise ConfigError(
+                f"{name}:{_line(text, 'what', fault.what)}: {fault.what} needs nomad = true at the top of the scenario"
+            )
         if bool(fault.at) == bool(fault.every):
             raise ConfigError(f"{name}:{_line(text, 'what', fault.what)}: a fault has either at or every")
         if fault.who and fault.who not in known:

@@ -32,6 +32,10 @@ _FAULTS = (
     Fault(what="consul", every="exponential(15s)", duration="uniform(2s, 20s)"),
     Fault(what="update", every="exponential(20s)", duration="uniform(3s, 10s)", count=2, wave="3s"),
 )
+_NOMAD_FAULTS = (
+    Fault(what="nomad", every="exponential(15s)", duration="uniform(2s, 20s)"),
+    Fault(what="drain", every="exponential(10s)", duration="uniform(1s, 10s)"),
+)
 
 
 def random_scenario(seed: int, time: str) -> Scenario:
@@ -52,6 +56,8 @@ def random_scenario(seed: int, time: str) -> Scenario:
         drift_ppm=rng.choice((0, 0, 300)),
     )
     gateways = NodeKind(kind="gateway", count=rng.randint(1, 3), hosts=False)
+    nomad = placed and rng.random() < 0.5
+    faults = _FAULTS + _NOMAD_FAULTS if nomad else _FAULTS
     load = rng.choice((Load(prompt=(2, 20), tokens=(1, 8)), Load(prompt=(20, 200), tokens=(10, 80))))
     clients = gateways.count + (hosts.count if hosts.ingress else 0)
     each_s = clients * _busy_s(load, hosts.speed) / (replicas * rng.choice((0.05, 0.2, 0.4)))
@@ -67,6 +73,7 @@ def random_scenario(seed: int, time: str) -> Scenario:
         log=rng.choice(("async", "async", "off")),
         log_mib=rng.choice((1, 256)),
         consul=rng.random() < 0.3,
+        nomad=nomad,
         policy=_POLICY.format(replicas=replicas, recovery=recovery) if placed else "",
         model=Model(cuts=tuple(cuts)),
         radio=Radio(
@@ -77,7 +84,7 @@ def random_scenario(seed: int, time: str) -> Scenario:
         ),
         load=msgspec.structs.replace(load, each=f"exponential({max(20, int(each_s * 1000))}ms)"),
         nodes=(hosts, gateways),
-        faults=tuple(rng.sample(_FAULTS, rng.randint(1, 4))),
+        faults=tuple(rng.sample(faults, rng.randint(1, 4))),
     )
 
 

@@ -20,9 +20,9 @@ from mesh.errors import MeshError, PeerError, RequestError, Unavailable
 from mesh.types import Address, ModelShape, SessionId
 from node_agent.adapters.session_driver import SessionHandle
 from scheduler.routing import Group
+from simulations import consul, nomad
 from simulations.checks import TermChecks, check_end, check_node
 from simulations.compute import expected
-from simulations.consul import SERVER, SimConsul
 from simulations.network import Network, Path
 from simulations.node import NodeSpec, SimNode
 from simulations.quiet import Quiet
@@ -32,6 +32,8 @@ S = 1_000_000_000
 _SEEDS_TOLD = 3
 _RETRY_S, _NOTICE_S, _READ_TIMEOUT_S = 0.5, 0.1, 10.0
 _SETTLE_S = 3.0
+_HANDED_OVER_NS = 30 * S
+"""An agent that is told to end waits for its sessions no longer."""
 _NEVER = frozenset({"bad_frame", "runtime"})
 """Causes of a loss that only a bug can bring about."""
 
@@ -110,7 +112,7 @@ class World:
         self.network = Network(loop, self.random("network"), path)
         self.network.broken = self.violated
         self.patience_s = patience_s
-        self.consul = SimConsul(self.network)
+        self.consul, self.nomad = consul.SimConsul(self.network), nomad.SimNomad(self.network)
         self.terms, self.quiet = TermChecks(self), Quiet(self, still)
         self.specs: dict[str, NodeSpec] = {}
         self.nodes: dict[str, SimNode] = {}
@@ -203,7 +205,7 @@ class World:
     def part(self, names: list[str], seconds: float, one_way: bool = False) -> None:
         """Cut some nodes off from the others; ``one_way``: what they send still arrives."""
         inside = {self.specs[n].address for n in names}
-        outside = {SERVER, *(s.address for s in self.specs.values())} - inside
+        outside = {consul.SERVER, nomad.SERVER, *(s.address for s in self.specs.values())} - inside
         pairs = {(a, b) for a in sorted(outside) for b in sorted(inside)}
         if not one_way:
             pairs |= {(b, a) for a, b in pairs}
@@ -265,6 +267,33 @@ class World:
         self.consul.lose(seconds)
         self.faults["consul away"] += 1
         self.tell(f"Consul is away for {seconds:g} s")
+
+    def lose_nomad(self, seconds: float) -> None:
+        """Nomad answers nobody for a while."""
+        self.nomad.lose(seconds)
+        self.faults["nomad away"] += 1
+        self.tell(f"Nomad is away for {seconds:g} s")
+
+    def drain(self, name: str) -> None:
+        """An operator has Nomad drain a client."""
+        self.nomad.drain(name, True)
+        self.faults["drain"] += 1
+        self.tell(f"Nomad drains {name}")
+
+    async def reboot(self, name: str, down_s: float) -> None:
+        """End a drained client's agent as SIGTERM does, and have both back after a while."""
+        node = self.nodes.get(name)
+        if node is not None:
+            node.draining = True
+            until_ns = self.loop.now_ns + _HANDED_OVER_NS
+            while node.replicas_busy() and self.loop.now_ns < until_ns:
+                await asyncio.sleep(_NOTICE_S)
+            if self.nodes.get(name) is node:
+                self.crash(name)
+            await asyncio.sleep(down_s)
+        if name not in self.nodes:
+            self.start(name)
+        self.nomad.drain(name, False)
 
     # -- clients -------------------------------------------------------------------------------
 

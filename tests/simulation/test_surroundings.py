@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from simulations.scenario import names_of, read_scenario
 from simulations.search import breaks, sweep
 from simulations.swarm import random_scenario
 from simulations.traces import read_trace
+from simulations.world import World
 
 S = 1_000_000_000
 THREE = 'name = "x"\ntime = "30s"\nquiet = "5s"\n{more}\n[load]\neach = "5s"\n[[nodes]]\nkind = "n"\ncount = 3\n{nodes}\n'
@@ -187,6 +189,57 @@ def test_nodes_find_each_other_in_consul_and_its_lock_says_who_leads() -> None:
     assert figures(outcome)["violations"] == []
 
 
+NOMAD = 'nomad = true\npolicy = """[models.smollm2-135m]\nreplicas = 2"""'
+DRAIN = '[[faults]]\nwhat = "drain"\nat = "8s"\nwho = "n-2"\nduration = "14s"\n'
+
+
+def hosted_while_drained(monkeypatch: pytest.MonkeyPatch, faults: str) -> tuple[Outcome, list[int]]:
+    """A run, and how many replicas the node had when its drain began and when its agent was told to end."""
+    hosted: list[int] = []
+
+    def noted(method: Any) -> Any:
+        def call(world: World, name: str, *more: Any) -> Any:
+            hosted.append(len(world.nodes[name].host.replicas))
+            return method(world, name, *more)
+
+        return call
+
+    for name in ("drain", "reboot"):
+        monkeypatch.setattr(World, name, noted(getattr(World, name)))
+    return run(more=NOMAD, faults=faults), hosted
+
+
+def test_what_nomad_drains_hosts_nothing_any_more_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, hosted = hosted_while_drained(monkeypatch, DRAIN)
+    assert hosted == [1, 0]
+    assert outcome.world.faults["drain"] == 1
+    assert "n-2 starts" in [what for at, what in outcome.world.events if at > 20 * S]
+    assert figures(outcome)["violations"] == []
+    assert figures(outcome)["availability"] == 1.0
+
+
+def test_with_nomad_away_nothing_that_serves_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = '[[faults]]\nwhat = "nomad"\nat = "6s"\nduration = "20s"\n'
+    outcome, hosted = hosted_while_drained(monkeypatch, away + DRAIN)
+    # Nobody heard of the drain: the agent is ended with what it hosts, and hands its sessions over.
+    assert hosted == [1, 1]
+    assert outcome.world.faults["nomad away"] == 1
+    assert figures(outcome)["violations"] == []
+    assert figures(outcome)["availability"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "faults", "said"),
+    [
+        ("nomad = true", "", "x:4: nomad = true needs a policy"),
+        ("", DRAIN, "drain needs nomad = true"),
+    ],
+)
+def test_nomad_needs_someone_who_follows_it(more: str, faults: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(more=more, faults=faults)
+
+
 # -- many runs -----------------------------------------------------------------------------------
 
 
@@ -200,7 +253,7 @@ def test_a_seed_draws_the_same_scenario_and_another_one_another() -> None:
     assert random_scenario(5, "60s") == random_scenario(5, "60s")
     assert random_scenario(5, "60s") != random_scenario(6, "60s")
     kinds = {f.what for seed in range(60) for f in random_scenario(seed, "60s").faults}
-    assert len(kinds) == 13
+    assert len(kinds) == 15
 
 
 # -- what is drawn -------------------------------------------------------------------------------
