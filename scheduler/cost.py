@@ -224,4 +224,5 @@ def way_us(a: Node, b: Node, size: int, percentile: Percentile) -> tuple[float, 
     if a.id == b.id:
         return 0.0, 0.0
     link = link_between(a, b)
-    return hop_us(link, apart_s(a, b), percentile), transfer_us(link, size)
+    apart = apart_s(a, b) if link is None else None
+    return hop_us(link, apart, percentile), transfer_us(link, size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.errors import LeaseRefused, MeshError, PeerError
 from mesh.types import Address, PolicyVersion, Term
 from node_agent.lease import Promise, ShardKey
+from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
 from scheduler.reconcile import Wanted
 
@@ -42,10 +43,18 @@ class SimAgents:
         self._node = node
 
     def hold(self, address: Address, term: Term, wanted: Wanted) -> AsyncGenerator[bool, None]:
-        return self._hold(address, lambda host, tell: serve(host, term, wanted, tell))
+        def serving(host: SimNode, tell: Tell) -> Coroutine[Any, Any, None]:
+            known, promise = host.terms.latest(host), Promise(wanted.sessions, wanted.context)
+            statuses = host.replicas.hold_planned(_key(wanted), term, promise)
+            return serve(statuses, tell, lambda: host.terms.obeyed(host, term, known), patient=True)
+
+        return self._hold(address, serving)
 
     def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool, None]:
-        return self._hold(address, lambda host, tell: lend(host, key, promise, tell))
+        def serving(host: SimNode, tell: Tell) -> Coroutine[Any, Any, None]:
+            return serve(host.replicas.hold(key, "ingress", promise), tell, lambda: None, patient=False)
+
+        return self._hold(address, serving)
 
     async def _hold(
         self, address: Address, serving_of: Callable[[SimNode, Tell], Coroutine[Any, Any, None]]
@@ -121,27 +130,17 @@ class SimAgents:
         return found
 
 
-async def serve(host: SimNode, term: Term, wanted: Wanted, tell: Tell) -> None:
-    """As ``AgentService.HoldShard``, on the agent that is asked."""
-    promise = Promise(wanted.sessions, wanted.context)
-    known = host.terms.latest(host)
+async def serve(
+    statuses: AsyncGenerator[ReplicaStatus, None], tell: Tell, met: Callable[[], None], patient: bool
+) -> None:
+    """As ``AgentService.HoldShard``, on the agent that is asked. ``met``: it does what was wanted. A lease that is not
+    ``patient`` ends with a load that failed."""
     try:
-        async with aclosing(host.replicas.hold_planned(_key(wanted), term, promise)) as statuses:
+        async with aclosing(statuses):
             async for status in statuses:
-                host.terms.obeyed(host, term, known)
-                tell(status.state is ReplicaState.SERVING)
-        tell(None)
-    except MeshError as error:
-        tell(LeaseRefused(str(error)))
-
-
-async def lend(host: SimNode, key: ShardKey, promise: Promise, tell: Tell) -> None:
-    """The same for a lease without a term."""
-    try:
-        async with aclosing(host.replicas.hold(key, "ingress", promise)) as statuses:
-            async for status in statuses:
-                if status.state is ReplicaState.FAILED:
+                if status.state is ReplicaState.FAILED and not patient:
                     raise LeaseRefused(status.reason)
+                met()
                 tell(status.state is ReplicaState.SERVING)
         tell(None)
     except MeshError as error:

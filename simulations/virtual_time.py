@@ -76,18 +76,11 @@ class Machine:
         self.power = Power.OFF
         held, self._held = self._held, []
         for handle in held:
-            self.drop(handle)
-
-    @property
-    def over(self) -> bool:
-        """The simulation ends: even the dead clean up."""
-        return self._loop.ending
+            self._loop.drop(handle)
 
     def hold(self, handle: events.Handle) -> None:
+        """It stands still: ``handle`` runs when it goes on."""
         self._held.append(handle)
-
-    def drop(self, handle: events.Handle) -> None:
-        self._loop.drop(handle)
 
 
 _MACHINE: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machine", default=None)
@@ -96,18 +89,6 @@ _MACHINE: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machi
 def this_machine() -> Machine | None:
     """Whose code runs; ``None``: the simulation's own."""
     return _MACHINE.get()
-
-
-def _gate(handle: events.Handle, context: contextvars.Context | None) -> bool:
-    """Whether a callback may run now; if not it is held or gone."""
-    machine = context.get(_MACHINE) if context is not None else None
-    if machine is None or machine.power is Power.ON or machine.over:
-        return True
-    if machine.power is Power.FROZEN:
-        machine.hold(handle)
-    else:
-        machine.drop(handle)
-    return False
 
 
 class _Handle(events.TimerHandle):
@@ -134,8 +115,13 @@ class _Handle(events.TimerHandle):
         self._repr = self._source_traceback = None
 
     def _run(self) -> None:
-        if _gate(self, self._context):
+        machine = self._context.get(_MACHINE)
+        if machine is None or machine.power is Power.ON or self._loop.ending:
             super()._run()
+        elif machine.power is Power.FROZEN:
+            machine.hold(self)
+        else:
+            self._loop.drop(self)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
