@@ -31,7 +31,7 @@ profile = "lan"
 [model]
 cuts = [15]
 [load]
-each = "uniform(50s, 59s)"
+each = "uniform(55s, 59s)"
 prompt = [4, 8]
 tokens = [1, 4]
 [[nodes]]
