@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, InputError
+from mesh.forms import parse_form
+from node_agent.lease import ShardKey
 
 
 def setting(default: Any, about: str, *, unit: str = "", low: float = -math.inf, bare: str = "") -> Any:
@@ -179,7 +181,7 @@ _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._/-]{0,63}")
 _URL = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?")
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,126}")
-_SHARD = re.compile(r"([A-Za-z0-9._-]+):(\d+)-(\d+)(?:/([a-z0-9]+))?")
+_SHARD = re.compile(r"([A-Za-z0-9._-]+):(\d+)-(\d+)(?:/([a-z0-9-]+))?")
 
 
 def fields() -> tuple[dataclasses.Field[Any], ...]:
@@ -290,12 +292,16 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def parse_shard(text: str) -> tuple[str, int, int, str]:
-    """``MODEL:START-END[/QUANTIZATION]`` -> model, start, end, quantization."""
+def parse_shard(text: str) -> ShardKey:
+    """``MODEL:START-END[/FORM]``, the form being ``int8``, ``litert`` or ``litert-int4``."""
     match = _SHARD.fullmatch(text)
     if not match or int(match[2]) >= int(match[3]):
         raise ConfigError(f"{text!r} names no shard; write MODEL:START-END, for example smollm2-135m:0-10")
-    return match[1], int(match[2]), int(match[3]), match[4] or "int8"
+    try:
+        runtime, quantization = parse_form(match[4] or "")
+    except InputError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
+    return ShardKey(match[1], int(match[2]), int(match[3]), runtime, quantization)
 
 
 def settings_table() -> str:

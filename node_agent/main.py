@@ -63,7 +63,6 @@ from node_agent.adapters.takeover import AskByRpc, Takeovers
 from node_agent.config import AgentConfig, join_address, parse_shard
 from node_agent.hop_log import HopLog
 from node_agent.hysteresis import below_floor
-from node_agent.lease import ShardKey
 from node_agent.nodes_report import nodes_report
 from node_agent.paths import default_home
 from node_agent.ports import Orchestrator, TokenLog
@@ -256,7 +255,7 @@ class Agent:
         self.view.on_twin = self._told_of_twin
         self.view.on_record = self.driver.note_record
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
-        source = ShardLoader(config, self.store, lambda: self.own.capabilities)
+        source = ShardLoader(config, self.store, lambda: self.own.capabilities, self.data_dir)
         self.replicas = ReplicaManager(
             config, source, self.host, self.metrics, self._announce, lambda: self.own.capabilities
         )
@@ -312,10 +311,10 @@ class Agent:
         add_HealthServicer_to_server(self.health, server)
         self.api_port = config.api_port
 
-    def _demand(self, model: str, quantization: str) -> ModelDemand:
+    def _demand(self, model: str, runtime: str, quantization: str) -> ModelDemand:
         from node_agent.adapters.shard_maker import demand_of
 
-        return demand_of(self.store, model, quantization)
+        return demand_of(self.store, model, quantization, runtime, self.config.context)
 
     def _link_lost(self, address: Address, reason: str) -> None:
         self.host.downstream_lost(address, reason)
@@ -361,9 +360,7 @@ class Agent:
 
     async def _hold(self, text: str) -> None:
         """A lease from the settings, for as long as the agent runs."""
-        model, start, end, quantization = parse_shard(text)
-        key = ShardKey(model, start, end, "onnx", quantization)
-        async for _ in self.replicas.hold(key, "settings"):
+        async for _ in self.replicas.hold(parse_shard(text), "settings"):
             pass
 
     def drain(self, on: bool) -> tuple[int, int]:

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 NO_EPOCH = Epoch(0, NodeId(""))
 
 
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """How a runtime computes. ``providers`` in order of preference; the first that is installed and loads is used."""
+
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    threads: int = 0
+    """Threads of one run; 0 leaves it to the runtime."""
+    cache: str = ""
+    """Folder of this process alone, for weights in the form that this machine's processor wants; empty: none is kept."""
+
+
 class Runtime(Protocol):
     """A loaded shard with KV memory for a fixed number of session slots.
 
@@ -39,6 +50,8 @@ class Runtime(Protocol):
     capacity: int
     provider: str
     """What computes, e.g. ``CPUExecutionProvider``, and is told to peers."""
+    batch: int
+    """Most sessions whose steps are computed in one run; 1 where that saves nothing."""
 
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True

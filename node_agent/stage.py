@@ -31,6 +31,7 @@ STANDBY_WINDOW = 512
 NOTHING_ONWARD = 1 << 30
 KEPT_NS = 600_000_000_000
 _GAP_MAX = 1
+BATCH_MAX = 64
 GATHER_MAX_NS = 50_000_000
 """Longest that a decode frame waits for others; usually a step's time at most, and only to join."""
 _CYCLE_SMOOTHING = 8
@@ -110,7 +111,11 @@ class Run:
 class StageBook:
     """All sessions of one replica."""
 
-    def __init__(self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int) -> None:
+    def __init__(
+        self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int, batch: int = BATCH_MAX
+    ) -> None:
+        """``batch``: most sessions whose decode steps run together."""
+        self._batch_max = batch
         self.shard, self.capacity, self.kv_budget_bytes = shard, capacity, kv_budget_bytes
         self.sessions: dict[SessionId, StageSession] = {}
         self.kept: OrderedDict[SessionId, StageSession] = OrderedDict()
@@ -341,11 +346,11 @@ class StageBook:
             return Run(prefill.slot, ((prefill, frame),), (frame.position,))
         if not decodes:
             return None
-        if self.shard.first and (until := self._gather(decodes, now)) is not None:
+        if self.shard.first and self._batch_max > 1 and (until := self._gather(decodes, now)) is not None:
             self.gathering_until = until
             return None
         self._decodes_since_prefill += 1
-        chosen = _neighbours(decodes)
+        chosen = _neighbours(decodes, self._batch_max)
         for session in chosen:
             self._stepped(session, now)
         return self._batch(chosen)
@@ -445,13 +450,16 @@ def _machines(order: Open) -> int:
     return len({stage.address.rsplit(":", 1)[0] for stage in order.route.stages})
 
 
-def _neighbours(sessions: list[StageSession]) -> list[StageSession]:
-    """The cluster of neighbouring slots that holds the frame that waits longest."""
+def _neighbours(sessions: list[StageSession], most: int) -> list[StageSession]:
+    """The cluster of neighbouring slots, ``most`` of them, that holds the frame that waits longest."""
     if len(sessions) == 1:
         return sessions
+    if most == 1:
+        return [min(sessions, key=lambda s: s.queue[0].arrived_ns)]
     clusters: list[list[StageSession]] = []
     for session in sorted(sessions, key=lambda s: s.slot):
-        if clusters and session.slot - clusters[-1][-1].slot <= 1 + _GAP_MAX:
+        near = clusters and session.slot - clusters[-1][-1].slot <= 1 + _GAP_MAX
+        if near and session.slot - clusters[-1][0].slot < most:
             clusters[-1].append(session)
         else:
             clusters.append([session])

@@ -26,7 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, InputError
+from mesh.forms import DEFAULT_RUNTIME, QUANTIZATIONS, form_of
 from scheduler.cluster import Node
 
 POLICY_BYTES_MAX = 64 * 1024
@@ -139,7 +140,10 @@ class ClassPolicy:
 class ModelPolicy(ClassPolicy):
     """What is wanted of a model's placement; its rules hold for every request to it as well."""
 
-    quantization: str = knob("int8", "int8 or fp32.", _choice("int8", "fp32"))
+    runtime: str = knob(DEFAULT_RUNTIME, "onnx or litert.", _choice(*QUANTIZATIONS))
+    quantization: str = knob(
+        "", "int4 (litert), int8 or fp32. Empty: the runtime's default.", _choice("int4", "int8", "fp32")
+    )
     replicas: int = knob(1, "Nodes that hold each layer, at least.", _count(1, 64))
     availability: float = knob(
         0.0, "Share of time that a whole route is up; more replicas are placed until it is.", _share
@@ -257,6 +261,11 @@ def _entry(
         except ValueError as error:
             raise fail([*path, name], f"{name} is {value!r}; it must be {error}") from None
     made = kind(**checked)
+    if isinstance(made, ModelPolicy):
+        try:
+            form_of(made.runtime, made.quantization)
+        except InputError as error:
+            raise fail([*path, "quantization"], str(error)) from None
     both_ways = [label for label in made.allow if label in made.deny]
     if both_ways:
         raise fail([*path, "deny"], f"{both_ways[0]} is both allowed and denied")

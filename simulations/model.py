@@ -77,9 +77,9 @@ class SimModel:
         told = self._told
         return Speed(RUNTIME, per_us / told.layer_us * factor, 2 * per_us / told.prefill_us * factor)
 
-    def demand_of(self, model: str, quantization: str) -> ModelDemand:
+    def demand_of(self, model: str, runtime: str, quantization: str) -> ModelDemand:
         """Raises ``InputError`` for any other."""
-        if (model, quantization) != (self.name, QUANTIZATION):
+        if (model, runtime, quantization or QUANTIZATION) != (self.name, RUNTIME, QUANTIZATION):
             raise InputError(f"there is no model {model} in {quantization} here; there is {self.name}")
         return self.demand
 

@@ -129,6 +129,7 @@ def write_gguf(
     kind: str = "F32",
     extra: dict[str, Any] | None = None,
     seed: int = 0,
+    context: int = 256,
 ) -> Path:
     """A tiny random model of the family, its tokenizer one token a byte."""
     import gguf
@@ -136,7 +137,7 @@ def write_gguf(
     width = heads * head_dim
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, family)
-    writer.add_context_length(256)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(feed_forward)

@@ -12,6 +12,7 @@ import grpc
 from mesh.adapters.codec import read_session
 from mesh.adapters.membership_codec import valid_address
 from mesh.errors import InputError, MeshError, PeerError, ShardError, StaleTerm
+from mesh.forms import DEFAULT_RUNTIME, QUANTIZATIONS
 from mesh.types import Address, PolicyVersion
 from node_agent.adapters.records import node_record, read_term, replica_record
 from node_agent.adapters.replicas import ReplicaManager
@@ -159,10 +160,7 @@ class AgentService(rpc.AgentServicer):
 
 
 def _key(request: pb.HoldShardRequest) -> ShardKey:
-    return ShardKey(
-        request.model,
-        request.layer_start,
-        request.layer_end,
-        request.runtime or "onnx",
-        request.quantization or "int8",
-    )
+    # What is unknown is refused where the shard is looked for, with the reason.
+    runtime = request.runtime or DEFAULT_RUNTIME
+    quantization = request.quantization or QUANTIZATIONS.get(runtime, ("",))[0]
+    return ShardKey(request.model, request.layer_start, request.layer_end, runtime, quantization)

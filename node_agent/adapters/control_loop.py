@@ -58,21 +58,21 @@ class ControlLoop:
         config: AgentConfig,
         me: NodeId,
         view: ClusterView,
-        demand: Callable[[str, str], ModelDemand],
+        demand: Callable[[str, str, str], ModelDemand],
         book: PolicyBook,
         agents: PeerAgents,
         lock: Lock | None = None,
         clock: Clock = time,
         orchestrator: Orchestrator | None = None,
     ) -> None:
-        """``demand`` of a model and quantization raises ``InputError`` where this node lacks the model, and may
+        """``demand`` of a model, runtime and quantization raises ``InputError`` where this node lacks the model, and may
         block; without a ``lock`` the eldest leads."""
         self._config, self._me, self._view, self._demand_of = config, me, view, demand
         self.book, self._agents, self._compete, self._clock = book, agents, lock, clock
         self._orchestrator = orchestrator
         self._leadership = Leadership(me)
         self._lock: bool | None = None if lock is None else False
-        self._demands: dict[tuple[str, str], ModelDemand] = {}
+        self._demands: dict[tuple[str, str, str], ModelDemand] = {}
         self._flaps, self._settling = FlapBook(), Settling()
         self._reconciler = Reconciler(config.moves)
         self._streams: dict[Wanted, asyncio.Task[None]] = {}
@@ -105,7 +105,7 @@ class ControlLoop:
         for model, answer in (await self._place_all(snapshot, policy)).items():
             here = {p: s for p, s in planned.items() if p[1] == model}
             if isinstance(answer, Plan):
-                digest = (await self._demand(model, answer.quantization)).shape.ref.digest
+                digest = (await self._demand(model, answer.runtime, answer.quantization)).shape.ref.digest
                 models[model] = plan_report(answer, here, snapshot, digest)
             else:
                 models[model] = infeasible_report(answer, names)
@@ -141,8 +141,8 @@ class ControlLoop:
     async def _place(
         self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy, taken: Mapping[NodeId, int]
     ) -> Plan | Infeasible:
-        demand = await self._demand(model, wishes.quantization)
-        others = [demand.scaled(q, s) for q, s in _SMALLER.get(wishes.quantization, {}).items()]
+        demand = await self._demand(model, wishes.runtime, wishes.quantization)
+        others = [demand.scaled(q, s) for q, s in _SMALLER.get(demand.quantization, {}).items()]
         refused = self._refusals.held_off() | self._avoided(snapshot)
         flapping = self._flaps.held_off(self._clock.monotonic())
         answer = await asyncio.to_thread(place, snapshot, demand, wishes, others, refused | flapping, taken)
@@ -156,12 +156,12 @@ class ControlLoop:
         by_name = self._orchestrator.avoid() if self._orchestrator else {}
         return {n.id: by_name[n.name] for n in snapshot.nodes.values() if n.name in by_name}
 
-    async def _demand(self, model: str, quantization: str) -> ModelDemand:
+    async def _demand(self, model: str, runtime: str, quantization: str) -> ModelDemand:
         """Raises ``InputError`` where this node lacks the model."""
-        known = self._demands.get((model, quantization))
+        key = (model, runtime, quantization)
+        known = self._demands.get(key)
         if known is None:
-            known = await asyncio.to_thread(self._demand_of, model, quantization)
-            self._demands[model, quantization] = known
+            known = self._demands[key] = await asyncio.to_thread(self._demand_of, *key)
         return known
 
     # -- the loop ------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +23,16 @@ import grpc
 
 from mesh.adapters.grpc_links import CHANNEL_OPTIONS
 from mesh.errors import InputError, NoRoute, Unavailable
-from mesh.types import LayerRange, NodeId
+from mesh.forms import parse_form
+from mesh.types import NodeId
 from node_agent.adapters.model_pull import CATALOGUE, pull_model
 from node_agent.adapters.model_store import ModelStore, Progress
 from node_agent.adapters.shard_maker import demand_of, make_shard
 from node_agent.config import AgentConfig, variable
+from node_agent.lease import ShardKey
 from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
+from scheduler.demand import ModelDemand
 from scheduler.even_split import DoesNotFit, EvenSplit, NodeRoom, split_evenly
 
 START_TIMEOUT_S = 60.0
@@ -158,21 +162,25 @@ class LocalMesh:
     async def serve(
         self,
         model: str,
-        quantization: str = "int8",
+        form: str = "",
         progress: Progress = lambda what, done, total: None,
     ) -> EvenSplit:
-        """Pull and shard a model if need be, place it evenly, load it, and wait until it serves."""
+        """Pull and shard a model if need be, place it evenly, load it, and wait until it serves. ``form``: as
+        ``mesh.forms.parse_form`` reads it."""
         store = ModelStore(self.options.home)
-        await asyncio.to_thread(prepare, store, model, quantization, self.options.nodes, progress)
-        placement = self._place(store, model, quantization, await self._records())
+        runtime, quantization = parse_form(form)
+        make = partial(
+            make_shard, store, model, quantization=quantization, progress=progress, runtime=runtime
+        )
+        await asyncio.to_thread(prepare, store, model, make, self.options.nodes, progress)
+        placement = self._place(demand_of(store, model, quantization, runtime), await self._records())
         for _, layers in placement.shards:
-            await asyncio.to_thread(
-                make_shard, store, model, layers.start, layers.end, quantization, progress
-            )
+            await asyncio.to_thread(make, layers.start, layers.end)
         by_id = {a.node: a for a in self.agents}
         loaded = [asyncio.get_running_loop().create_future() for _ in placement.shards]
         for (node, layers), future in zip(placement.shards, loaded, strict=True):
-            lease = self._hold(by_id[node], model, layers, quantization, future)
+            key = ShardKey(model, layers.start, layers.end, runtime, quantization)
+            lease = self._hold(by_id[node], key, future)
             self._leases.append(asyncio.create_task(lease, name=f"lease {layers}"))
         progress("loading shards", 0, len(loaded))
         for i, done in enumerate(asyncio.as_completed(loaded, timeout=LOAD_TIMEOUT_S)):
@@ -198,10 +206,7 @@ class LocalMesh:
         records = await asyncio.gather(*map(record, self.agents))
         return {NodeId(r.node): r for r in records}
 
-    def _place(
-        self, store: ModelStore, model: str, quantization: str, records: dict[NodeId, pb.NodeRecord]
-    ) -> EvenSplit:
-        demand = demand_of(store, model, quantization)
+    def _place(self, demand: ModelDemand, records: dict[NodeId, pb.NodeRecord]) -> EvenSplit:
         context = min(
             int(self.options.settings.get("context", AgentConfig().context)), demand.shape.context_max
         )
@@ -214,24 +219,22 @@ class LocalMesh:
         # KV memory may take half of what is free: one full context must fit in that half.
         answer = split_evenly(demand, 2 * context, rooms)
         if isinstance(answer, DoesNotFit):
-            raise NoRoute(f"{model} does not fit: {answer.reason}")
+            raise NoRoute(f"{demand.shape.ref.name} does not fit: {answer.reason}")
         return answer
 
     async def _hold(
         self,
         agent: LocalAgent,
-        model: str,
-        layers: LayerRange,
-        quantization: str,
+        key: ShardKey,
         loaded: asyncio.Future[None],
     ) -> None:
         request = pb.HoldShardRequest(
             cluster=self.options.cluster,
-            model=model,
-            layer_start=layers.start,
-            layer_end=layers.end,
-            runtime="onnx",
-            quantization=quantization,
+            model=key.model,
+            layer_start=key.start,
+            layer_end=key.end,
+            runtime=key.runtime,
+            quantization=key.quantization,
             holder=f"mesh up, process {os.getpid()}",
         )
         try:
@@ -243,7 +246,7 @@ class LocalMesh:
                         loaded.set_exception(Unavailable(status.reason))
         except grpc.aio.AioRpcError as error:
             if not loaded.done():
-                loaded.set_exception(Unavailable(f"layers {layers}: {error.details()}"))
+                loaded.set_exception(Unavailable(f"layers {key.start}-{key.end}: {error.details()}"))
 
     async def _until_routed(self, placement: EvenSplit) -> None:
         """Wait until every agent sees every replica serving."""
@@ -292,14 +295,16 @@ def _named_settings() -> Sequence[str]:
     return ("data_dir", "name", "port", "api_port", "peers", "shards", "cluster", "advertise", "host")
 
 
-def prepare(store: ModelStore, model: str, quantization: str, parts: int, progress: Progress) -> None:
+def prepare(
+    store: ModelStore, model: str, make: Callable[[int, int], object], parts: int, progress: Progress
+) -> None:
     """Pull a catalogue model that is not here, and make the shards of an even split."""
     if model in CATALOGUE:
         pull_model(store, model, progress=progress)
     layers = store.card(model).architecture.layers
     parts = min(parts, layers)
     for i in range(parts):
-        make_shard(store, model, layers * i // parts, layers * (i + 1) // parts, quantization, progress)
+        make(layers * i // parts, layers * (i + 1) // parts)
 
 
 async def _stop(agent: LocalAgent) -> None:

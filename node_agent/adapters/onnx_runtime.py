@@ -5,16 +5,16 @@ from __future__ import annotations
 import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
-from mesh.errors import ConfigError, ShardError
-from node_agent.adapters.model_store import verify_files
+from mesh.errors import ConfigError
+from node_agent.ports import RuntimeOptions
 from node_agent.shards.manifest import GRAPH_FILE, ShardManifest
+from node_agent.stage import BATCH_MAX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,15 +24,6 @@ _PAGE = mmap.PAGESIZE
 _MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
 _QUIET = 3
 _PREFILL_STEPS_MAX = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class OnnxOptions:
-    """``providers`` in order of preference; the first that is installed and loads is used."""
-
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    threads: int = 0
-    """Threads of one run; 0 leaves it to ONNX Runtime (all cores, each thread pinned to one)."""
 
 
 class _Binding:
@@ -76,6 +67,8 @@ class _Binding:
 class OnnxShard:
     """A shard on ONNX Runtime; see ``node_agent.ports.Runtime``."""
 
+    batch = BATCH_MAX
+
     def __init__(
         self,
         folder: Path,
@@ -83,7 +76,7 @@ class OnnxShard:
         *,
         slots: int,
         capacity: int,
-        options: OnnxOptions,
+        options: RuntimeOptions,
     ) -> None:
         self.info = manifest.info
         self.slots, self.capacity = slots, capacity
@@ -165,7 +158,7 @@ def _forget_pages(buffer: NDArray[np.float32], slot: int) -> None:
         memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _open(graph: Path, options: OnnxOptions) -> tuple[ort.InferenceSession, str]:
+def _open(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:
     settings = ort.SessionOptions()
     settings.log_severity_level = _QUIET
     settings.intra_op_num_threads = options.threads
@@ -192,29 +185,3 @@ def _open(graph: Path, options: OnnxOptions) -> tuple[ort.InferenceSession, str]
         f"no execution provider of {', '.join(options.providers)} can run {graph}: {'; '.join(reasons)}; "
         f"installed are {', '.join(installed)}"
     )
-
-
-def load_shard(
-    folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: OnnxOptions
-) -> OnnxShard:
-    """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError``."""
-    verify_files(folder, manifest.files)
-    shard = OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
-    with np.load(folder / manifest.test_vector.file) as vector:
-        inputs, expected = vector["input"], vector["expected"]
-    result = shard.prefill(0, 0, inputs)
-    error = relative_error(result[0] if shard.info.last else result, expected)
-    shard.release(0)
-    if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
-        raise ShardError(
-            f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
-            f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
-        )
-    return shard
-
-
-def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:
-    """RMS of the difference over RMS of what was expected; infinite where shapes differ."""
-    if result.shape != expected.shape:
-        return float("inf")
-    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))

@@ -71,7 +71,9 @@ class Replica:
         self.compute = compute or ComputeThread(f"compute {runtime.info.layers}", clock)
         self._speed, self._told = SpeedMeter(speed), speed
         # One position of each slot is for rows that nobody reads.
-        self.book = StageBook(runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes)
+        self.book = StageBook(
+            runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes, runtime.batch
+        )
         self.runs = 0
         self._forward, self._failed = forward, failed
         self._loop = asyncio.get_running_loop()

@@ -5,26 +5,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mesh.capabilities import Capabilities
-from mesh.errors import InputError, ShardError
+from mesh.errors import ConfigError, ShardError
+from mesh.forms import form_of
 from mesh.types import ShardInfo
-from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.model_store import ModelStore, verify_files
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
-from node_agent.ports import Runtime
+from node_agent.ports import Runtime, RuntimeOptions
 from node_agent.shards.manifest import ShardManifest
 
-RUNTIME = "onnx"
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class ShardLoader:
-    """A ``node_agent.ports.ShardSource`` over the model store and ONNX Runtime; its work is done on threads."""
+    """A ``node_agent.ports.ShardSource`` over the model store and the runtimes; its work is done on threads."""
 
     def __init__(
-        self, config: AgentConfig, store: ModelStore, capabilities: Callable[[], Capabilities]
+        self,
+        config: AgentConfig,
+        store: ModelStore,
+        capabilities: Callable[[], Capabilities],
+        data_dir: Path,
     ) -> None:
+        """``data_dir``: of this agent alone."""
         self._config, self._store, self._capabilities = config, store, capabilities
+        self._data_dir = data_dir
 
     async def find(self, key: ShardKey) -> ShardInfo:
         _, manifest = await asyncio.to_thread(self._find, key)
@@ -34,14 +45,21 @@ class ShardLoader:
         return await asyncio.to_thread(self._load, key, slots, capacity)
 
     def _find(self, key: ShardKey) -> tuple[Path, ShardManifest]:
-        if key.runtime != RUNTIME:
-            raise InputError(f"the runtime {key.runtime!r} is not in this agent; it has {RUNTIME}")
+        form_of(key.runtime, key.quantization)
         folder = self._store.shard_folder(key.model, key.runtime, key.quantization, key.start, key.end)
         if not folder.exists():
             # Needs the packages of the extra "shard"; a node that lacks them gets its shards made.
             from node_agent.adapters.shard_maker import make_shard
 
-            folder = make_shard(self._store, key.model, key.start, key.end, key.quantization)
+            folder = make_shard(
+                self._store,
+                key.model,
+                key.start,
+                key.end,
+                key.quantization,
+                runtime=key.runtime,
+                context=self._config.context,
+            )
         manifest = self._store.manifest(folder)
         wanted = (key.model, [key.start, key.end], key.runtime, key.quantization)
         found = (manifest.model, list(manifest.layers), manifest.runtime, manifest.quantization)
@@ -54,11 +72,51 @@ class ShardLoader:
         return folder, manifest
 
     def _load(self, key: ShardKey, slots: int, capacity: int) -> Runtime:
-        from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
-
         folder, manifest = self._find(key)
         # Left to itself, ONNX Runtime pins its threads to cores: on cores that others use as well, that
         # costs a fifth of the rate.
         threads = self._config.threads or self._capabilities().cpu.cores
-        options = OnnxOptions(self._config.providers, threads)
+        options = RuntimeOptions(self._config.providers, threads, str(self._data_dir / "packed"))
         return load_shard(folder, manifest, slots=slots, capacity=capacity, options=options)
+
+
+def load_shard(
+    folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
+) -> Runtime:
+    """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError`` or ``ConfigError``."""
+    verify_files(folder, manifest.files)
+    shard = _open(folder, manifest, slots, capacity, options)
+    with np.load(folder / manifest.test_vector.file) as vector:
+        inputs, expected = vector["input"], vector["expected"]
+    result = shard.prefill(0, 0, inputs)
+    error = relative_error(result[0] if shard.info.last else result, expected)
+    shard.release(0)
+    if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
+        raise ShardError(
+            f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
+            f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
+        )
+    return shard
+
+
+def _open(
+    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions
+) -> Runtime:
+    if manifest.runtime == "onnx":
+        from node_agent.adapters.onnx_runtime import OnnxShard
+
+        return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
+    try:
+        from node_agent.adapters.litert_runtime import LitertShard
+    except ImportError as error:
+        raise ConfigError(
+            f"{manifest.info} needs LiteRT ({error}); 'pip install inference-mesh[litert]'"
+        ) from None
+    return LitertShard(folder, manifest, slots=slots, capacity=capacity, options=options)
+
+
+def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:
+    """RMS of the difference over RMS of what was expected; infinite where shapes differ."""
+    if result.shape != expected.shape:
+        return float("inf")
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))

@@ -1,7 +1,7 @@
 """Makes shards on disk: reads the GGUF once per quantization, then cuts for the price of a graph.
 
-The numpy reference runs along with the first conversion and leaves the hidden states at every
-layer boundary (``check.npz``), from which the test vector of any cut is taken.
+The numpy reference runs once for a model's file and leaves the hidden states at every layer boundary, from which the test
+vector of any cut is taken. LiteRT shards are made by ``litert_maker``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import msgspec
 import numpy as np
 
 from mesh.errors import InputError, ModelFileError
+from mesh.forms import form_of
 from node_agent.adapters.model_store import (
     ModelStore,
     Progress,
     disk_errors,
+    new_file,
     new_folder,
     no_progress,
     sha256_of,
@@ -58,7 +60,7 @@ from node_agent.shards.packing import (
     pack_layer,
     units_of,
 )
-from node_agent.shards.quantize import QUANTIZATIONS, QuantizedMatrix, repack_q8_0
+from node_agent.shards.quantize import QuantizedMatrix, repack_q8_0
 from node_agent.shards.reference import rms_norm, run_layer
 from node_agent.shards.tokenizer import build_tokenizer_json
 from scheduler.demand import ModelDemand
@@ -66,11 +68,11 @@ from scheduler.demand import ModelDemand
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-RUNTIME = "onnx"
+RUNTIME, LITERT = "onnx", "litert"
 _ALIGNMENT = 64
 _CHECK_TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon."
 _CHECK_TOKENS_MAX = 24
-_TOLERANCE = {"fp32": 1e-3, "int8": 0.15}
+_TOLERANCE = {"fp32": 1e-3, "int8": 0.15, "int4": 0.25}
 """Relative RMS error allowed on a test vector; int8 rounds activations as well as weights."""
 _INDEX_FILE = "index.json"
 
@@ -96,10 +98,17 @@ def open_gguf(path: Path) -> tuple[memoryview, GgufFile]:
     return data, parse_gguf(data)
 
 
-def demand_of(store: ModelStore, model: str, quantization: str) -> ModelDemand:
-    """What a model asks of memory; converts its weights if that was not done yet."""
+def demand_of(
+    store: ModelStore, model: str, quantization: str = "", runtime: str = RUNTIME, context: int = 0
+) -> ModelDemand:
+    """What a model asks of memory; for ONNX it converts the weights if that was not done yet."""
+    runtime, quantization = form_of(runtime, quantization)
     card = store.card(model)
     spec = card.architecture
+    if runtime == LITERT:
+        from node_agent.adapters.litert_maker import CONTEXT, litert_demand
+
+        return litert_demand(card, quantization, min(spec.context_max, max(context, CONTEXT)))
     _, index = convert_weights(store, model, quantization)
     sizes = {unit: index.files[f"{unit}.bin"].size for unit in (EMBEDDING, HEAD, ROPE, layer_unit(0))}
     tied = sizes[EMBEDDING] if spec.head_tied else 0
@@ -161,7 +170,7 @@ def model_card(path: Path, name: str, digest: str, origin: str) -> tuple[ModelCa
 
 
 class _Converter:
-    """One pass over a GGUF: packs every unit and runs the reference beside it."""
+    """One pass over a GGUF: packs every unit."""
 
     def __init__(
         self, data: memoryview, gguf: GgufFile, spec: Architecture, quantization: str, folder: Path
@@ -195,15 +204,14 @@ class _Converter:
             file.flush()
             os.fsync(file.fileno())
         self.tensors[unit] = stored
-        self.files[path.name] = StoredFile(sha256_of(path), path.stat().st_size)
+        self.files[path.name] = stored_file(path)
 
 
 def convert_weights(
     store: ModelStore, name: str, quantization: str, progress: Progress = no_progress
 ) -> tuple[Path, WeightIndex]:
     """Weights of a model in ``quantization``, made if they are not there yet."""
-    if quantization not in QUANTIZATIONS:
-        raise InputError(f"quantization {quantization!r} is unknown; known are {', '.join(QUANTIZATIONS)}")
+    form_of(RUNTIME, quantization)
     card = store.card(name)
     spec = card.architecture
     folder = store.folder(name) / "weights" / quantization
@@ -224,17 +232,10 @@ def convert_weights(
         norm = maker.values("output_norm.weight")
         head = None if spec.head_tied else maker.matrix("output.weight")
         maker.write(HEAD, pack_head(norm, head, quantization))
-        tokens = check_tokens(store, name)
-        embedding = maker.values("token_embd.weight")
-        states = [embedding[tokens]]
         for layer in range(spec.layers):
             progress(what, layer + 1, total)
             weights = {r: maker.values(t) for r, t in layer_tensors(spec, layer).items()}
             maker.write(layer_unit(layer), pack_layer(spec, weights, quantization))
-            states.append(run_layer(spec, weights, states[-1], cos[: len(tokens)], sin[: len(tokens)]))
-        output = embedding if spec.head_tied else maker.values("output.weight")
-        logits = rms_norm(states[-1][-1], norm, spec.norm_epsilon) @ output.T
-        np.savez(temporary / CHECK_FILE, tokens=tokens, states=np.stack(states), logits=logits)
         index = WeightIndex(FORMAT, card.digest, maker.tensors, maker.files)
         (temporary / _INDEX_FILE).write_bytes(msgspec.json.encode(index))
         progress(what, total, total)
@@ -249,47 +250,79 @@ def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
     return np.array(ids[:_CHECK_TOKENS_MAX] or [0], dtype=np.int64)
 
 
+def reference(store: ModelStore, name: str, progress: Progress = no_progress) -> Path:
+    """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: what every shard
+    is held to. Made once for a model's file."""
+    card = store.card(name)
+    spec = card.architecture
+    path = store.folder(name) / f"reference-{card.digest[:12]}.npz"
+    if path.exists():
+        return path
+    what, total = f"reference of {name}", spec.layers
+    data, gguf = open_gguf(store.folder(name) / "model.gguf")
+
+    def values(tensor: str) -> NDArray[np.float32]:
+        return dequantize(data, gguf.tensors[tensor])
+
+    tokens = check_tokens(store, name)
+    factors = values("rope_freqs.weight") if "rope_freqs.weight" in gguf.tensors else None
+    cos, sin = rope_tables(spec, len(tokens), factors)
+    embedding = values("token_embd.weight")
+    states = [embedding[tokens]]
+    for layer in range(spec.layers):
+        progress(what, layer, total)
+        weights = {r: values(t) for r, t in layer_tensors(spec, layer).items()}
+        states.append(run_layer(spec, weights, states[-1], cos, sin))
+    output = embedding if spec.head_tied else values("output.weight")
+    logits = rms_norm(states[-1][-1], values("output_norm.weight"), spec.norm_epsilon) @ output.T
+    with new_file(path) as file:
+        np.savez(file, tokens=tokens, states=np.stack(states), logits=logits)
+    progress(what, total, total)
+    return path
+
+
 def make_shard(
     store: ModelStore,
     name: str,
     start: int,
     end: int,
-    quantization: str = "int8",
+    quantization: str = "",
     progress: Progress = no_progress,
+    runtime: str = RUNTIME,
+    context: int = 0,
 ) -> Path:
-    """Folder of the shard ``[start, end)``, made if it is not there yet.
+    """Folder of the shard ``[start, end)``, made if it is not there yet. ``context``: positions that a session may have,
+    where the graph's shapes are static.
 
     Raises ``InputError`` for a cut that the model does not have, ``ModelFileError`` for a GGUF
     that cannot be read.
     """
+    runtime, quantization = form_of(runtime, quantization)
     card = store.card(name)
     spec = card.architecture
     if not 0 <= start < end <= spec.layers:
         raise InputError(f"the cut {start}-{end} is not within the {spec.layers} layers of {name}")
-    target = store.shard_folder(name, RUNTIME, quantization, start, end)
-    if (target / MANIFEST_FILE).exists() and store.manifest(target).model_digest == card.digest:
-        return target
-    weights, index = convert_weights(store, name, quantization, progress)
-    what = f"shard {start}-{end}"
-    progress(what, 0, 1)
-    units = units_of(spec, start, end)
+    buckets: tuple[int, ...] = ()
+    if runtime == LITERT:
+        from node_agent.adapters.litert_maker import CONTEXT, buckets_for
+
+        buckets = buckets_for(min(spec.context_max, max(context, CONTEXT)))
+    target = store.shard_folder(name, runtime, quantization, start, end)
+    if (target / MANIFEST_FILE).exists():
+        there = store.manifest(target)
+        if there.model_digest == card.digest and there.buckets[-1:] >= buckets[-1:]:
+            return target
+    check = reference(store, name, progress)
+    make = _litert_files if runtime == LITERT else _onnx_files
     with new_folder(target) as temporary:
-        files = {}
-        for unit in units:
-            file = f"{unit}.bin"
-            _link(weights / file, temporary / file)
-            files[file] = index.files[file]
-        graph = build_graph(spec, start, end, quantization, index.tensors)
-        (temporary / GRAPH_FILE).write_bytes(graph)
-        with np.load(weights / CHECK_FILE) as reference:
+        files, weight_bytes = make(store, card, (start, end), quantization, temporary, progress, buckets)
+        with np.load(check) as found:
             np.savez(
                 temporary / CHECK_FILE,
-                input=reference["tokens"] if start == 0 else reference["states"][start],
-                expected=reference["logits"] if end == spec.layers else reference["states"][end],
+                input=found["tokens"] if start == 0 else found["states"][start],
+                expected=found["logits"] if end == spec.layers else found["states"][end],
             )
-        for file in (GRAPH_FILE, CHECK_FILE):
-            path = temporary / file
-            files[file] = StoredFile(sha256_of(path), path.stat().st_size)
+        files[CHECK_FILE] = stored_file(temporary / CHECK_FILE)
         manifest = ShardManifest(
             format=FORMAT,
             model=name,
@@ -302,17 +335,68 @@ def make_shard(
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             boundary=Boundary("float32", spec.width),
-            runtime=RUNTIME,
+            runtime=runtime,
             quantization=quantization,
-            weight_bytes=sum(index.files[f"{unit}.bin"].size for unit in units),
+            weight_bytes=weight_bytes,
             kv_bytes_per_token=spec.kv_bytes_per_token_layer * (end - start),
             files=files,
             test_vector=TestVector(CHECK_FILE, _TOLERANCE[quantization]),
+            buckets=buckets,
         )
         verify_files(temporary, files)
         (temporary / MANIFEST_FILE).write_bytes(write_document(manifest))
-    progress(what, 1, 1)
     return target
+
+
+def _onnx_files(
+    store: ModelStore,
+    card: ModelCard,
+    layers: tuple[int, int],
+    quantization: str,
+    folder: Path,
+    progress: Progress,
+    buckets: tuple[int, ...],
+) -> tuple[dict[str, StoredFile], int]:
+    """A graph that points into the model's converted weights; files, and bytes of weights."""
+    weights, index = convert_weights(store, card.name, quantization, progress)
+    what, spec = f"shard {layers[0]}-{layers[1]}", card.architecture
+    progress(what, 0, 1)
+    files = {}
+    for unit in units_of(spec, *layers):
+        file = f"{unit}.bin"
+        _link(weights / file, folder / file)
+        files[file] = index.files[file]
+    weight_bytes = sum(f.size for f in files.values())
+    (folder / GRAPH_FILE).write_bytes(build_graph(spec, *layers, quantization, index.tensors))
+    files[GRAPH_FILE] = stored_file(folder / GRAPH_FILE)
+    progress(what, 1, 1)
+    return files, weight_bytes
+
+
+def _litert_files(
+    store: ModelStore,
+    card: ModelCard,
+    layers: tuple[int, int],
+    quantization: str,
+    folder: Path,
+    progress: Progress,
+    buckets: tuple[int, ...],
+) -> tuple[dict[str, StoredFile], int]:
+    """A graph with its weights in it, and tables beside it; files, and their bytes."""
+    from node_agent.adapters.litert_maker import LitertMaker
+
+    what = f"shard {layers[0]}-{layers[1]}"
+    progress(what, 0, 1)
+    data, gguf = open_gguf(store.folder(card.name) / "model.gguf")
+    names = LitertMaker(data, gguf, card.architecture, quantization).write(folder, *layers, buckets)
+    files = {name: stored_file(folder / name) for name in names}
+    progress(what, 1, 1)
+    return files, sum(f.size for f in files.values())
+
+
+def stored_file(path: Path) -> StoredFile:
+    """As a manifest lists it."""
+    return StoredFile(sha256_of(path), path.stat().st_size)
 
 
 def _link(source: Path, target: Path) -> None:

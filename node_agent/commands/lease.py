@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster", help="of the agent [MESH_CLUSTER; default: default]")
     parser.add_argument("--runtime", default="onnx")
-    parser.add_argument("--quantization", default="int8")
+    parser.add_argument("--quantization", default="", help="[the runtime's default]")
     parser.add_argument(
         "--sessions", type=int, default=0, metavar="N", help="reserve KV memory for so many [the agent's]"
     )
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def order_of(args: argparse.Namespace) -> LeaseOrder:
     """Raises ``InputError``."""
     from mesh.errors import InputError
+    from mesh.forms import form_of
     from mesh.types import Address
     from node_agent.adapters.lease_holder import LeaseOrder
     from node_agent.lease import Promise, ShardKey
@@ -94,7 +95,7 @@ def order_of(args: argparse.Namespace) -> LeaseOrder:
     allocation = os.environ.get("NOMAD_ALLOC_ID", "")
     holder = f"allocation {allocation[:8]}" if allocation else f"{socket.gethostname()} pid {os.getpid()}"
     promise = Promise(args.sessions, args.context) if args.sessions else None
-    key = ShardKey(match[1], int(match[3]), int(match[4]), args.runtime, args.quantization)
+    key = ShardKey(match[1], int(match[3]), int(match[4]), *form_of(args.runtime, args.quantization))
     return LeaseOrder(
         Address(agent),
         key,

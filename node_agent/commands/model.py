@@ -36,7 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--sha256", help="refuse any other file")
     shard = actions.add_parser("shard", help="cut a model into shards")
     shard.add_argument("name")
-    shard.add_argument("--quantization", default="int8", help="int8 (default) or fp32")
+    shard.add_argument("--runtime", default="onnx", help="onnx (default) or litert")
+    shard.add_argument(
+        "--quantization", default="", help="int8 (default of onnx), fp32, or int4 (default of litert)"
+    )
+    shard.add_argument(
+        "--context", type=int, default=0, help="positions of a session that LiteRT shards are for [2048]"
+    )
     cut = shard.add_mutually_exclusive_group()
     cut.add_argument("--cuts", metavar="A,B,...", help="cut before these layers, e.g. 10,20")
     cut.add_argument("--layers", metavar="START-END", help="one shard only")
@@ -191,7 +197,10 @@ def _shard(store: ModelStore, args: argparse.Namespace) -> int:
 
     ranges = _ranges(args, store.card(args.name).architecture.layers)
     with progress_bars() as progress:
-        folders = [make_shard(store, args.name, s, e, args.quantization, progress) for s, e in ranges]
+        folders = [
+            make_shard(store, args.name, s, e, args.quantization, progress, args.runtime, args.context)
+            for s, e in ranges
+        ]
     for folder in folders:
         info = store.manifest(folder).info
         print(f"{info}  {info.weight_bytes / 2**20:.0f} MiB  {info.digest[:12]}")
@@ -256,7 +265,8 @@ def _list(store: ModelStore, args: argparse.Namespace) -> int:
 def _verify(store: ModelStore, args: argparse.Namespace) -> int:
     from mesh.errors import ShardError
     from node_agent.adapters.model_store import sha256_of
-    from node_agent.adapters.onnx_runtime import OnnxOptions, load_shard
+    from node_agent.adapters.shard_loader import load_shard
+    from node_agent.ports import RuntimeOptions
 
     card = store.card(args.name)
     file = store.folder(args.name) / "model.gguf"
@@ -269,7 +279,7 @@ def _verify(store: ModelStore, args: argparse.Namespace) -> int:
         try:
             if manifest.model_digest != card.digest:
                 raise ShardError(f"{folder} is of another file ({manifest.model_digest[:12]}); make it again")
-            load_shard(folder, manifest, slots=1, capacity=64, options=OnnxOptions()).close()
+            load_shard(folder, manifest, slots=1, capacity=64, options=RuntimeOptions()).close()
             print(f"{manifest.info}  good")
         except ShardError as error:
             wrong += 1

@@ -16,12 +16,9 @@ from mesh.types import Digest, LayerRange, ModelRef, ModelShape, ShardInfo
 from node_agent.shards.architecture import Architecture
 
 FORMAT = 1
-CARD_FILE, MANIFEST_FILE, GRAPH_FILE, CHECK_FILE = (
-    "model.json",
-    "shard.json",
-    "graph.onnx",
-    "check.npz",
-)
+CARD_FILE, MANIFEST_FILE, CHECK_FILE = "model.json", "shard.json", "check.npz"
+GRAPH_FILE, LITERT_GRAPH_FILE = "graph.onnx", "graph.tflite"
+_GRAPHS = {"onnx": GRAPH_FILE, "litert": LITERT_GRAPH_FILE}
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -98,6 +95,8 @@ class ShardManifest(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     files: dict[str, StoredFile]
     test_vector: TestVector
+    buckets: tuple[int, ...] = ()
+    """Contexts that a graph of static shapes was built for, positions; empty: any."""
 
     @property
     def digest(self) -> Digest:
@@ -164,7 +163,9 @@ def _check_manifest(manifest: ShardManifest, where: str) -> None:
     for name in manifest.files:
         if "/" in name or name.startswith("."):
             raise ShardError(f"{where} names the file {name!r} outside its own folder")
-    for name in (GRAPH_FILE, manifest.test_vector.file):
+    if manifest.runtime not in _GRAPHS:
+        raise ShardError(f"{where} is for the runtime {manifest.runtime!r}; known are {', '.join(_GRAPHS)}")
+    for name in (_GRAPHS[manifest.runtime], manifest.test_vector.file):
         if name not in manifest.files:
             raise ShardError(f"{where} is damaged: it does not list {name}")
 

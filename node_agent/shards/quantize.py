@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 32
-QUANTIZATIONS = ("int8", "fp32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +51,63 @@ def repack_q8_0(raw: NDArray[np.uint8], rows: int, columns: int) -> QuantizedMat
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     values = (blocks[..., 2:] ^ np.uint8(0x80)).reshape(rows, columns)
     return QuantizedMatrix(np.ascontiguousarray(values), scales, np.full(scales.shape, 128, dtype=np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelInt8:
+    """One scale a row: ``values`` int8 ``[rows, columns]``, ``scales`` float32 ``[rows]``."""
+
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedInt4:
+    """Blocks of 32 along the columns, ``w = q * scale + offset``, ``q`` from -8 to 7.
+
+    ``packed`` uint8 ``[rows, columns / 2]``, the first of two in the low bits; ``scales`` float16 and ``offsets`` float32,
+    both ``[rows, columns / 32]``.
+    """
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    offsets: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+
+def quantize_channels(matrix: NDArray[np.float32]) -> ChannelInt8:
+    """Symmetric 8-bit fit of each row."""
+    scales = (np.abs(matrix).max(axis=1) / 127.0).astype(np.float32)
+    safe = np.where(scales > 0.0, scales, np.float32(1.0))
+    values = np.clip(np.rint(matrix / safe[:, None]), -127, 127).astype(np.int8)
+    return ChannelInt8(values, safe)
+
+
+def quantize_int4(matrix: NDArray[np.float32]) -> BlockedInt4:
+    """Affine 4-bit fit of each block of 32."""
+    rows, columns = matrix.shape
+    blocks = matrix.reshape(rows, columns // BLOCK, BLOCK)
+    low, high = blocks.min(axis=2), blocks.max(axis=2)
+    scales = ((high - low) / 15.0).astype(np.float16)
+    safe = np.where(scales > 0, scales, np.float16(1.0)).astype(np.float32)
+    values = np.clip(np.rint((blocks - low[..., None]) / safe[..., None]), 0, 15).astype(np.uint8)
+    return _blocked(values.reshape(rows, columns), scales, low)
+
+
+def repack_q4_1(raw: NDArray[np.uint8], rows: int, columns: int) -> BlockedInt4:
+    """GGML's Q4_1 blocks (float16 scale and minimum, 16 bytes: the first half of 32 values in the low bits) as they are."""
+    blocks = raw.reshape(rows, columns // BLOCK, 4 + BLOCK // 2)
+    head = np.ascontiguousarray(blocks[..., :4]).view(np.float16)
+    nibbles = blocks[..., 4:]
+    values = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(rows, columns)
+    return _blocked(values, np.ascontiguousarray(head[..., 0]), head[..., 1].astype(np.float32))
+
+
+def _blocked(values: NDArray[np.uint8], scales: NDArray[np.float16], low: NDArray[np.float32]) -> BlockedInt4:
+    signed = (values ^ 8) & 15  # q - 8 in four bits
+    packed = (signed[:, 0::2] | (signed[:, 1::2] << 4)).astype(np.uint8)
+    return BlockedInt4(packed, scales, (low + 8 * scales.astype(np.float32)).astype(np.float32))

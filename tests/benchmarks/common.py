@@ -16,9 +16,10 @@ import numpy as np
 from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.model_pull import pull_model
 from node_agent.adapters.model_store import ModelStore
-from node_agent.adapters.onnx_runtime import OnnxOptions, OnnxShard, load_shard
+from node_agent.adapters.shard_loader import load_shard
 from node_agent.adapters.shard_maker import make_shard
 from node_agent.paths import default_home
+from node_agent.ports import Runtime, RuntimeOptions
 
 MODEL = "smollm2-135m"
 LAYERS = 30
@@ -45,12 +46,12 @@ def cut(parts: int) -> list[tuple[int, int]]:
 
 def load(
     store: ModelStore, parts: int, quantization: str, slots: int = 1, capacity: int = 1024
-) -> list[OnnxShard]:
+) -> list[Runtime]:
     """All shards of an even cut, in this process."""
     shards = []
     for start, end in cut(parts):
         folder = make_shard(store, MODEL, start, end, quantization)
-        options = OnnxOptions(threads=THREADS)
+        options = RuntimeOptions(threads=THREADS)
         shards.append(
             load_shard(folder, store.manifest(folder), slots=slots, capacity=capacity, options=options)
         )
@@ -122,9 +123,7 @@ def trace_of(base: str, timing: Timing) -> dict[str, Any]:
     return report
 
 
-def bare_decode(
-    shards: list[OnnxShard], prompt: list[int], tokens: int, batch: int = 1
-) -> tuple[float, float]:
+def bare_decode(shards: list[Runtime], prompt: list[int], tokens: int, batch: int = 1) -> tuple[float, float]:
     """The runtime in a loop, greedy, without the end of text: seconds of prefill and per step."""
     begin = time.perf_counter()
     hidden: Any = None

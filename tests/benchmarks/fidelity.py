@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from node_agent.adapters.model_store import ModelStore
-from node_agent.adapters.onnx_runtime import OnnxShard
+from node_agent.ports import Runtime
 from simulations.run import Run
 from simulations.scenario import Scenario, read_scenario
 from simulations.virtual_time import VirtualLoop
@@ -102,7 +102,7 @@ def calm(running: Fleet, text: list[int]) -> dict[str, float]:
     }
 
 
-def bare_us(shard: OnnxShard, position: int, positions: int = 1) -> float:
+def bare_us(shard: Runtime, position: int, positions: int = 1) -> float:
     """Of a layer and a position, of a run right after another one, microseconds."""
     rows = np.zeros((positions, shard.info.model.width), dtype=np.float32)
     times = []
@@ -113,7 +113,7 @@ def bare_us(shard: OnnxShard, position: int, positions: int = 1) -> float:
     return 1e6 * median(times) / len(shard.info.layers) / positions
 
 
-def rates_of(running: Fleet, bare: OnnxShard, text: list[int]) -> dict[str, float]:
+def rates_of(running: Fleet, bare: Runtime, text: list[int]) -> dict[str, float]:
     """All that the simulator is given, as it is now."""
     found, middle = calm(running, text), CALM + ANSWER // 2
     first, usual, late = (bare_us(bare, at) for at in (1, middle, LATE))

@@ -48,7 +48,7 @@ PROMPTS = (
 
 def perplexity(store: ModelStore, quantization: str, ids: list[int]) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
-    (shard,) = load(store, 1, quantization, capacity=WINDOW)
+    shard: Any = load(store, 1, quantization, capacity=WINDOW)[0]
     total, count = 0.0, 0
     for begin in range(0, len(ids) - 1, WINDOW):
         window = ids[begin : begin + WINDOW + 1]

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from mesh.errors import ConfigError, InputError, ModelFileError, ShardError
+from mesh.forms import QUANTIZATIONS, parse_form
 from node_agent.adapters.model_pull import pull_model
 from node_agent.adapters.model_store import ModelStore
-from node_agent.adapters.onnx_runtime import OnnxOptions, OnnxShard, load_shard, relative_error
-from node_agent.adapters.shard_maker import make_shard
+from node_agent.adapters.shard_loader import load_shard, relative_error
+from node_agent.adapters.shard_maker import make_shard, reference
+from node_agent.ports import Runtime, RuntimeOptions
 from tests.builders import VOCABULARY, write_gguf
 
-OPTIONS = OnnxOptions(threads=1)
+OPTIONS = RuntimeOptions(threads=1)
 
 
 def pulled(folder: Path, **shape: Any) -> ModelStore:
@@ -24,13 +26,14 @@ def pulled(folder: Path, **shape: Any) -> ModelStore:
     return store
 
 
-def load(store: ModelStore, start: int, end: int, quantization: str = "fp32", slots: int = 2) -> OnnxShard:
-    folder = make_shard(store, "tiny", start, end, quantization)
+def load(store: ModelStore, start: int, end: int, form: str = "fp32", slots: int = 2) -> Runtime:
+    runtime, quantization = parse_form(form)
+    folder = make_shard(store, "tiny", start, end, quantization, runtime=runtime)
     return load_shard(folder, store.manifest(folder), slots=slots, capacity=64, options=OPTIONS)
 
 
-def reference(store: ModelStore, name: str) -> Any:
-    with np.load(store.folder("tiny") / "weights" / "fp32" / "check.npz") as made:
+def expected(store: ModelStore, name: str) -> Any:
+    with np.load(reference(store, "tiny")) as made:
         return made[name]
 
 
@@ -51,23 +54,36 @@ def reference(store: ModelStore, name: str) -> Any:
     ],
     ids=lambda s: "-".join(map(str, s.values())) or "plain",
 )
-def test_every_kind_of_model_matches_the_reference(tmp_path: Path, shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize("runtime", QUANTIZATIONS)
+def test_every_kind_of_model_matches_the_reference(
+    tmp_path: Path, shape: dict[str, Any], runtime: str
+) -> None:
     store = pulled(tmp_path, **shape)
-    shard = load(store, 0, 3)
-    logits = shard.prefill(0, 0, reference(store, "tokens"))
-    assert relative_error(logits[0], reference(store, "logits")) < 1e-4
-    # int8 computes something close to it; the shard's own test vector has the bound.
-    load(store, 0, 3, "int8")
+    shard = load(store, 0, 3, f"{runtime}-fp32")
+    logits = shard.prefill(0, 0, expected(store, "tokens"))
+    assert relative_error(logits[0], expected(store, "logits")) < 1e-4
+    # Fewer bits compute something close to it; the shard's own test vector has the bound.
+    for quantization in QUANTIZATIONS[runtime]:
+        load(store, 0, 3, f"{runtime}-{quantization}")
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
-def test_a_cut_changes_no_bit(tmp_path: Path, quantization: str) -> None:
+@pytest.mark.parametrize("form", ["fp32", "int8", "litert-fp32", "litert-int8", "litert-int4"])
+def test_a_cut_changes_no_bit(tmp_path: Path, form: str) -> None:
     store = pulled(tmp_path)
     tokens = np.arange(9, dtype=np.int64)
-    whole = load(store, 0, 3, quantization).prefill(0, 0, tokens)
+    whole = load(store, 0, 3, form).prefill(0, 0, tokens)
     for cut in (1, 2):
-        hidden = load(store, 0, cut, quantization).prefill(0, 0, tokens)
-        assert np.array_equal(load(store, cut, 3, quantization).prefill(0, 0, hidden), whole)
+        hidden = load(store, 0, cut, form).prefill(0, 0, tokens)
+        assert np.array_equal(load(store, cut, 3, form).prefill(0, 0, hidden), whole)
+
+
+def test_a_route_may_mix_runtimes(tmp_path: Path) -> None:
+    store = pulled(tmp_path)
+    forms = ("fp32", "litert-fp32", "fp32")
+    state = expected(store, "tokens")
+    for layer, form in enumerate(forms):
+        state = load(store, layer, layer + 1, form).prefill(0, 0, state)
+    assert relative_error(state[0], expected(store, "logits")) < 1e-4
 
 
 def test_chunks_batches_and_truncation_change_no_bit(tmp_path: Path) -> None:
@@ -88,8 +104,9 @@ def test_chunks_batches_and_truncation_change_no_bit(tmp_path: Path) -> None:
     assert np.array_equal(shard.decode(0, [13], np.array([8]))[0], alone[1])
 
 
-def test_a_released_slot_starts_anew(tmp_path: Path) -> None:
-    shard = load(pulled(tmp_path), 0, 3)
+@pytest.mark.parametrize("form", ["fp32", "litert-fp32"])
+def test_a_released_slot_starts_anew(tmp_path: Path, form: str) -> None:
+    shard = load(pulled(tmp_path), 0, 3, form)
     tokens = np.arange(6, dtype=np.int64)
     first = shard.prefill(0, 0, tokens).copy()
     shard.release(0)
@@ -97,9 +114,10 @@ def test_a_released_slot_starts_anew(tmp_path: Path) -> None:
     shard.close()
 
 
-def test_a_flipped_bit_in_any_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", QUANTIZATIONS)
+def test_a_flipped_bit_in_any_file_is_refused(tmp_path: Path, runtime: str) -> None:
     store = pulled(tmp_path)
-    folder = make_shard(store, "tiny", 0, 2)
+    folder = make_shard(store, "tiny", 0, 2, runtime=runtime)
     manifest = store.manifest(folder)
     for name in manifest.files:
         path = folder / name
@@ -137,7 +155,7 @@ def test_weights_that_compute_something_else_fail_their_test_vector(tmp_path: Pa
 def test_the_first_provider_that_is_there_is_used_and_the_others_are_named(tmp_path: Path) -> None:
     store = pulled(tmp_path)
     folder = make_shard(store, "tiny", 0, 3)
-    options = OnnxOptions(("CUDAExecutionProvider", "CPUExecutionProvider"), threads=1)
+    options = RuntimeOptions(("CUDAExecutionProvider", "CPUExecutionProvider"), threads=1)
     shard = load_shard(folder, store.manifest(folder), slots=1, capacity=64, options=options)
     assert shard.provider.startswith("CPUExecutionProvider (not CUDAExecutionProvider is not in this build")
     with pytest.raises(ConfigError, match="installed are"):
@@ -146,7 +164,7 @@ def test_the_first_provider_that_is_there_is_used_and_the_others_are_named(tmp_p
             store.manifest(folder),
             slots=1,
             capacity=64,
-            options=OnnxOptions(("NoSuchProvider",)),
+            options=RuntimeOptions(("NoSuchProvider",)),
         )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
 from node_agent.config import AgentConfig, fields, join_address, load_config, parse_shard, settings_table
+from node_agent.lease import ShardKey
 
 
 def test_later_sources_win() -> None:
@@ -54,9 +55,11 @@ def test_addresses_of_both_kinds() -> None:
 
 
 def test_shards_by_name() -> None:
-    assert parse_shard("m.1-x:0-10") == ("m.1-x", 0, 10, "int8")
-    assert parse_shard("m:3-4/fp32") == ("m", 3, 4, "fp32")
-    for bad in ("m", "m:3", "m:4-3", "m:3-3", ":1-2", "m:a-b"):
+    assert parse_shard("m.1-x:0-10") == ShardKey("m.1-x", 0, 10, "onnx", "int8")
+    assert parse_shard("m:3-4/fp32") == ShardKey("m", 3, 4, "onnx", "fp32")
+    assert parse_shard("m:3-4/litert") == ShardKey("m", 3, 4, "litert", "int4")
+    assert parse_shard("m:3-4/litert-fp32") == ShardKey("m", 3, 4, "litert", "fp32")
+    for bad in ("m", "m:3", "m:4-3", "m:3-3", ":1-2", "m:a-b", "m:3-4/int4", "m:3-4/tpu-int8"):
         with pytest.raises(ConfigError):
             parse_shard(bad)
 

@@ -63,7 +63,7 @@ def test_a_policy_is_read_and_written_alike() -> None:
         ("[models.tiny\n", "is no TOML"),
         (
             "[models.tiny]\nquantization = 'int3'",
-            "line 2: quantization is 'int3'; it must be one of int8, fp32",
+            "line 2: quantization is 'int3'; it must be one of int4, int8, fp32",
         ),
         ("[models.tiny]\nsessions = true", "line 2: sessions is True"),
         ("a = " + "[" * 5000 + "]" * 5000, "is no TOML"),

@@ -1,0 +1,81 @@
+"""Memory of ours as LiteRT tensors, without a copy.
+
+The package's own ``TensorBuffer.create_from_host_memory`` knows one-dimensional tensors only. Its library has a versioned C
+interface that takes any shape (``LiteRtCreateTensorBufferFromHostMemory``, ``litert_tensor_buffer.h``), and its Python
+classes take whatever stands in a capsule of the right name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ai_edge_litert
+import numpy as np
+from ai_edge_litert.tensor_buffer import TensorBuffer
+
+from mesh.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ALIGNMENT = 64
+_FLOAT32 = 1
+_RANK_MAX = 8
+_CAPSULE = b"LiteRtTensorBuffer"
+_MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
+
+
+class _TensorType(ctypes.Structure):
+    """``LiteRtRankedTensorType``: the strides are read only where a bit beside the rank says so."""
+
+    _fields_ = (
+        ("element", ctypes.c_int32),
+        ("rank", ctypes.c_uint32),
+        ("dimensions", ctypes.c_int32 * _RANK_MAX),
+        ("strides", ctypes.c_uint32 * _RANK_MAX),
+    )
+
+
+@cache
+def _library() -> Any:
+    path = Path(ai_edge_litert.__file__).parent / "libLiteRt.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.LiteRtCreateTensorBufferFromHostMemory.restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise ConfigError(
+            f"this build of ai-edge-litert cannot take memory of ours ({error}); install ai-edge-litert 2.3"
+        ) from None
+    return library
+
+
+def bound(array: NDArray[np.float32]) -> TensorBuffer:
+    """``array`` as a tensor buffer, which must not outlive it; contiguous and aligned, as ``aligned`` makes them."""
+    kind = _TensorType(element=_FLOAT32, rank=array.ndim)
+    for i, size in enumerate(array.shape):
+        kind.dimensions[i] = size
+    made = ctypes.c_void_p()
+    status = _library().LiteRtCreateTensorBufferFromHostMemory(
+        ctypes.byref(kind),
+        ctypes.c_void_p(array.ctypes.data),
+        ctypes.c_size_t(array.nbytes),
+        None,
+        ctypes.byref(made),
+    )
+    if status:
+        raise ConfigError(f"LiteRT does not take a tensor of the shape {array.shape} (status {status})")
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return TensorBuffer(capsule(made, _CAPSULE, None))
+
+
+def aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeroed memory that the system hands out page by page as it is touched, and takes back with the last reference."""
+    count = int(np.prod(shape))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, max(1, count * 4), flags=flags)
+    return np.frombuffer(memory, dtype=np.float32)[:count].reshape(shape)

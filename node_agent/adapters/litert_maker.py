@@ -1,0 +1,202 @@
+"""Makes LiteRT shards: straight from the GGUF, without TensorFlow or torch. See ``shards.tflite_graph`` for what comes out.
+
+``int4``: blocks of 32 with an offset each, which is what Q4_1 and Q4_0 files hold: their numbers stay as they are.
+``int8``: one scale a row. ``fp32``: as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mesh.errors import ModelFileError
+from node_agent.shards.architecture import Architecture, layer_tensors, rope_tables
+from node_agent.shards.gguf_file import GgufFile, dequantize
+from node_agent.shards.litert_tables import table_files
+from node_agent.shards.manifest import LITERT_GRAPH_FILE, ModelCard
+from node_agent.shards.quantize import (
+    BLOCK,
+    BlockedInt4,
+    ChannelInt8,
+    QuantizedMatrix,
+    quantize_channels,
+    quantize_int4,
+    quantize_int8,
+    repack_q4_1,
+    repack_q8_0,
+)
+from node_agent.shards.tflite_graph import build_model
+from scheduler.demand import ModelDemand
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float32] | ChannelInt8 | BlockedInt4
+
+RUNTIME = "litert"
+CONTEXT = 2048
+"""Positions that a shard is made for, unless more are asked for."""
+_BUCKETS = (256, 512, 1024, 2048)
+_CHUNKS = (1, 16, 64)
+
+
+def buckets_for(context: int) -> tuple[int, ...]:
+    """Context buckets that hold ``context`` positions: doubling, for a static context is paid for in full."""
+    buckets = [b for i, b in enumerate(_BUCKETS) if i == 0 or _BUCKETS[i - 1] < context]
+    while buckets[-1] < context:
+        buckets.append(buckets[-1] * 2)
+    return tuple(buckets)
+
+
+def litert_demand(card: ModelCard, quantization: str, context: int) -> ModelDemand:
+    """What a model's parts weigh, from its shape alone."""
+    spec = card.architecture
+    heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    shapes = (
+        (heads, spec.width),
+        (spec.width, spec.heads * spec.head_dim),
+        (2 * spec.feed_forward, spec.width),
+        (spec.width, spec.feed_forward),
+    )
+    whole = quantization == "fp32"
+    vocabulary = spec.vocabulary * spec.width
+    return ModelDemand(
+        shape=card.shape,
+        runtime=RUNTIME,
+        quantization=quantization,
+        layer_bytes=sum(_matrix_bytes(r, c, quantization) for r, c in shapes) + 8 * spec.width,
+        embedding_bytes=4 * vocabulary if whole else vocabulary + vocabulary // BLOCK * 5,
+        head_bytes=_matrix_bytes(spec.vocabulary, spec.width, "fp32" if whole else "int8"),
+        kv_layer_bytes=spec.kv_bytes_per_token_layer,
+        shard_bytes=8 * max(buckets_for(context)) * spec.head_dim,
+        tied_bytes=0,
+    )
+
+
+def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
+    match quantization:
+        case "int4":
+            return rows * (columns // 2 + columns // BLOCK * 6)
+        case "int8":
+            return rows * (columns + 4)
+        case _:
+            return rows * columns * 4
+
+
+class LitertMaker:
+    """Of one GGUF file."""
+
+    def __init__(self, data: memoryview, gguf: GgufFile, spec: Architecture, quantization: str) -> None:
+        self._data, self._gguf, self._spec, self._quantization = data, gguf, spec, quantization
+
+    def write(self, folder: Path, start: int, end: int, buckets: tuple[int, ...]) -> list[str]:
+        """Graph and tables of the layers ``[start, end)``; names of the files."""
+        spec, positions = self._spec, max(buckets)
+        factors = self._values("rope_freqs.weight") if "rope_freqs.weight" in self._gguf.tensors else None
+        tables = table_files(
+            *rope_tables(spec, positions, factors), self._embedding() if start == 0 else None
+        )
+        names = []
+        for name, array in tables:
+            np.save(folder / name, np.ascontiguousarray(array))
+            names.append(name)
+        weights: dict[str, Any] = {}
+        for layer in range(start, end):
+            weights |= {f"{layer}.{k}": v for k, v in self._layer(layer).items()}
+        if end == spec.layers:
+            weights["output_norm"] = self._values("output_norm.weight")
+            weights["output"] = self._head()
+        (folder / LITERT_GRAPH_FILE).write_bytes(build_model(spec, start, end, weights, buckets, _CHUNKS))
+        return [*names, LITERT_GRAPH_FILE]
+
+    def _values(self, name: str) -> NDArray[np.float32]:
+        return dequantize(self._data, self._gguf.tensors[name])
+
+    def _raw(self, name: str) -> NDArray[np.uint8]:
+        tensor = self._gguf.tensors[name]
+        return np.frombuffer(self._data[tensor.offset : tensor.offset + tensor.nbytes], dtype=np.uint8)
+
+    def _matrix(self, name: str) -> Matrix:
+        tensor = self._gguf.tensors[name]
+        if self._quantization == "fp32":
+            return self._values(name)
+        if self._quantization == "int8":
+            return quantize_channels(self._values(name))
+        if tensor.kind_name == "Q4_1":
+            return repack_q4_1(self._raw(name), *tensor.shape)
+        if tensor.shape[1] % BLOCK:
+            raise ModelFileError(
+                f"{name} has {tensor.shape[1]} columns, int4 needs a multiple of {BLOCK}; use --quantization int8"
+            )
+        return quantize_int4(self._values(name))
+
+    def _layer(self, layer: int) -> dict[str, Any]:
+        spec, names = self._spec, layer_tensors(self._spec, layer)
+        q, k = self._matrix(names["q"]), self._matrix(names["k"])
+        order_q, order_k = _halves(spec.heads, spec), _halves(spec.kv_heads, spec)
+        made: dict[str, Any] = {
+            "attn_norm": self._values(names["attn_norm"]),
+            "ffn_norm": self._values(names["ffn_norm"]),
+            "qkv": _stacked([_ordered(q, order_q), _ordered(k, order_k), self._matrix(names["v"])]),
+            "gate_up": _stacked([self._matrix(names["gate"]), self._matrix(names["up"])]),
+            "o": self._matrix(names["o"]),
+            "down": self._matrix(names["down"]),
+        }
+        if spec.qkv_bias:
+            parts = (
+                self._values(names["q_bias"])[order_q],
+                self._values(names["k_bias"])[order_k],
+                self._values(names["v_bias"]),
+            )
+            made["qkv.bias"] = np.concatenate(parts)
+        return made
+
+    def _head(self) -> Matrix:
+        # A 4-bit head alone would cost a quarter of the tokens.
+        values = self._values("token_embd.weight" if self._spec.head_tied else "output.weight")
+        return values if self._quantization == "fp32" else quantize_channels(values)
+
+    def _embedding(self) -> NDArray[np.float32] | QuantizedMatrix:
+        tensor = self._gguf.tensors["token_embd.weight"]
+        if self._quantization == "fp32" or tensor.shape[1] % BLOCK:
+            return self._values("token_embd.weight")
+        if tensor.kind_name == "Q8_0":
+            return repack_q8_0(self._raw("token_embd.weight"), *tensor.shape)
+        return quantize_int8(self._values("token_embd.weight"))
+
+
+def _halves(heads: int, spec: Architecture) -> NDArray[np.int64]:
+    """Rows of Q or K in the order in which a head's halves rotate against each other."""
+    rows = np.arange(heads * spec.head_dim)
+    if not spec.rope_interleaved:
+        return rows
+    return rows.reshape(heads, spec.head_dim // 2, 2).transpose(0, 2, 1).reshape(-1)
+
+
+def _ordered(matrix: Matrix, rows: NDArray[np.int64]) -> Matrix:
+    match matrix:
+        case BlockedInt4():
+            return BlockedInt4(matrix.packed[rows], matrix.scales[rows], matrix.offsets[rows])
+        case ChannelInt8():
+            return ChannelInt8(matrix.values[rows], matrix.scales[rows])
+        case _:
+            return matrix[rows]
+
+
+def _stacked(parts: list[Any]) -> Matrix:
+    """One matrix of several with the same columns."""
+    match parts[0]:
+        case BlockedInt4():
+            return BlockedInt4(
+                np.concatenate([p.packed for p in parts]),
+                np.concatenate([p.scales for p in parts]),
+                np.concatenate([p.offsets for p in parts]),
+            )
+        case ChannelInt8():
+            return ChannelInt8(
+                np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts])
+            )
+        case _:
+            return np.concatenate(parts)

@@ -1,0 +1,284 @@
+"""Runtime over LiteRT: a signature for each chunk length and context bucket, KV memory of ours bound without a copy.
+
+A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once. What a
+run computes for the cache comes out as new rows, which are written to their place here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.cpu_options import CpuOptions
+from ai_edge_litert.environment import Environment
+from ai_edge_litert.options import Options
+
+from mesh.errors import ShardError
+from node_agent.adapters.litert_buffers import aligned, bound
+from node_agent.ports import RuntimeOptions
+from node_agent.shards.litert_tables import Tables, read_tables
+from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
+from node_agent.shards.tflite_graph import HEAD_NAME
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+PROVIDER = "XNNPACK"
+_RUN = re.compile(r"run_(\d+)_(\d+)")
+_MASKED = np.float32(-1e9)
+_OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
+"""How LiteRT's lines on stderr begin."""
+
+
+class _Signature:
+    """Everything bound for one chunk length and bucket, but for the KV memory of a slot."""
+
+    def __init__(self, shard: LitertShard, name: str, chunk: int, bucket: int) -> None:
+        self.chunk, self.bucket = chunk, bucket
+        model, manifest = shard.model, shard.manifest
+        self.index = model.get_signature_index(name)
+        self._names = model.get_signature_list()[name]
+        rows = 1 if chunk == 1 else manifest.heads // manifest.kv_heads * chunk
+        self.hidden = aligned((chunk, manifest.boundary.width))
+        self.cos, self.sin = (aligned((chunk, 1, manifest.head_dim)) for _ in range(2))
+        self.mask = aligned((1, 1, rows, bucket + chunk))
+        self.out = aligned((chunk, manifest.boundary.width))
+        new = (1, manifest.kv_heads, chunk, manifest.head_dim)
+        self.new = {f"new_{side}.{layer}": aligned(new) for layer in range(*manifest.layers) for side in "kv"}
+        given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin, "mask": self.mask}
+        self._given = {k: bound(v) for k, v in given.items()}
+        results = {"hidden_out": self.out, **self.new}
+        self._results = [bound(results[k]) for k in self._names["outputs"]]
+        self._open = 0
+        """Positions before the chunk that it sees."""
+        self.mask[..., :bucket] = _MASKED
+        if chunk > 1:
+            within = np.tril(np.ones((chunk, chunk), dtype=bool))
+            by_group = self.mask[0, 0, :, bucket:].reshape(-1, chunk, chunk)
+            by_group[:] = np.where(within, np.float32(0.0), _MASKED)
+
+    def run(self, model: CompiledModel, slot: _Slot) -> None:
+        inputs = [self._given[k] if k in self._given else slot.bound[k] for k in self._names["inputs"]]
+        model.run_by_index(self.index, inputs, self._results)
+
+    def place(self, tables: Tables, position: int, steps: int) -> None:
+        """Set where the chunk begins; rows past ``steps`` are computed for nobody."""
+        self.cos[:steps, 0] = tables.cos[position : position + steps]
+        self.sin[:steps, 0] = tables.sin[position : position + steps]
+        if position > self._open:
+            self.mask[..., self._open : position] = 0.0
+        else:
+            self.mask[..., position : self._open] = _MASKED
+        self._open = position
+
+
+class _Slot:
+    """KV memory of one session, in one bucket."""
+
+    def __init__(self, manifest: ShardManifest, bucket: int) -> None:
+        self.bucket = bucket
+        shape = (1, manifest.kv_heads, bucket, manifest.head_dim)
+        self.memory = {
+            f"{side}.{layer}": aligned(shape) for layer in range(*manifest.layers) for side in "kv"
+        }
+        self.bound = {k: bound(v) for k, v in self.memory.items()}
+
+    def take(self, before: _Slot, positions: int) -> None:
+        """The rows of a smaller one."""
+        for name, array in self.memory.items():
+            array[:, :, :positions] = before.memory[name][:, :, :positions]
+
+    def write(self, new: dict[str, Array], position: int, steps: int) -> None:
+        for name, array in self.memory.items():
+            array[:, :, position : position + steps] = new[f"new_{name}"][:, :, :steps]
+
+
+class LitertShard:
+    """A shard on LiteRT; see ``node_agent.ports.Runtime``."""
+
+    provider = PROVIDER
+    batch = 1
+
+    def __init__(
+        self, folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
+    ) -> None:
+        self.info, self.manifest = manifest.info, manifest
+        self.slots, self.capacity = slots, capacity
+        graph = folder / LITERT_GRAPH_FILE
+        if options.cache:
+            packed = Path(options.cache) / f"{manifest.digest[:16]}.xnnpack"
+            self.model = _open_packed(graph, options.threads, packed)
+        else:
+            self.model = _open(graph, options.threads)
+        found = [m.groups() for m in map(_RUN.fullmatch, self.model.get_signature_list()) if m]
+        self._sizes = sorted((int(bucket), int(chunk)) for chunk, bucket in found)
+        # One position of a capacity is for rows that nobody reads; there are none here.
+        wanted = capacity - 1
+        buckets = sorted({b for b, _ in self._sizes})
+        if not buckets or buckets[-1] < wanted:
+            raise ShardError(
+                f"{folder} has context buckets up to {max(buckets, default=0)}, {wanted} positions are asked for; "
+                "make the shard again with --context, or lower the setting 'context'"
+            )
+        self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
+        self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
+        self._signatures: dict[tuple[int, int], _Signature] = {}
+        self._held: dict[int, _Slot] = {}
+        if self.info.last:
+            self._last = aligned((1, manifest.boundary.width))
+            self._logits = aligned((1, manifest.vocabulary))
+            self._head = (
+                self.model.get_signature_index(HEAD_NAME),
+                [bound(self._last)],
+                [bound(self._logits)],
+            )
+
+    def decode(
+        self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
+    ) -> NDArray[Any]:
+        rows = [
+            self._chunk(slot + i, position, inputs[i : i + 1], logits).copy()
+            for i, position in enumerate(positions)
+        ]
+        return np.concatenate(rows)
+
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
+        steps, longest = len(inputs), max(c for _, c in self._sizes)
+        if not steps > 0 or position + steps > self._buckets[-1]:
+            raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
+        parts = []
+        for begin in range(0, steps, longest):
+            part = inputs[begin : begin + longest]
+            ends = logits and begin + longest >= steps
+            parts.append(self._chunk(slot, position + begin, part, ends))
+            if begin + longest < steps:
+                parts[-1] = parts[-1].copy()
+        if self.info.last:
+            return parts[-1]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def logits_of_all(self, slot: int, position: int, tokens: NDArray[Any]) -> NDArray[Any]:
+        """Logits after every step, float32 ``[steps, vocabulary]``: to measure perplexity."""
+        found = [self._chunk(slot, position + i, tokens[i : i + 1], True).copy() for i in range(len(tokens))]
+        return np.concatenate(found)
+
+    def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: bool) -> Array:
+        """One run: activations ``[steps, width]``, or of a last shard logits ``[1, vocabulary]`` (``[0, vocabulary]``
+        where they are not wanted)."""
+        steps = len(inputs)
+        memory = self._memory(slot, position, steps)
+        signature = self._signature(memory.bucket, steps)
+        signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
+        signature.place(self._tables, position, steps)
+        signature.run(self.model, memory)
+        memory.write(signature.new, position, steps)
+        if not self.info.last:
+            return signature.out[:steps]
+        if not logits:
+            return self._logits[:0]
+        self._last[0] = signature.out[steps - 1]
+        self.model.run_by_index(*self._head)
+        return self._logits
+
+    def _memory(self, slot: int, position: int, steps: int) -> _Slot:
+        """A slot's memory, with room for what comes."""
+        held = self._held.get(slot)
+        if held is None or held.bucket < position + steps:
+            bucket = next(b for b in self._buckets if b >= position + steps)
+            grown = _Slot(self.manifest, bucket)
+            if held is not None:
+                grown.take(held, min(position, held.bucket))
+            held = self._held[slot] = grown
+        return held
+
+    def _signature(self, bucket: int, steps: int) -> _Signature:
+        chunk = min(c for b, c in self._sizes if b == bucket and c >= steps)
+        key = (chunk, bucket)
+        if key not in self._signatures:
+            self._signatures[key] = _Signature(self, f"run_{chunk}_{bucket}", chunk, bucket)
+        return self._signatures[key]
+
+    def release(self, slot: int) -> None:
+        self._held.pop(slot, None)
+
+    def close(self) -> None:
+        self._held.clear()
+        self._signatures.clear()
+        self.model.close()
+
+
+def _open_packed(graph: Path, threads: int, packed: Path) -> CompiledModel:
+    """With weights packed for XNNPACK in a file: signatures share them, and the next start maps them. The file appears whole,
+    or not at all."""
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    if packed.exists():
+        try:
+            return _open(graph, threads, packed)
+        except ShardError as error:
+            log.warning("%s is packed anew: %s", packed, error)
+            packed.unlink()
+    fresh = packed.with_suffix(f".tmp-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        model = _open(graph, threads, fresh)
+        if fresh.exists():
+            fresh.rename(packed)
+        return model
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _open(graph: Path, threads: int, packed: Path | None = None) -> CompiledModel:
+    settings = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed or ""))
+    with _own_words() as words:
+        try:
+            return CompiledModel.from_file(
+                str(graph), environment=_environment(), options=Options(cpu_options=settings)
+            )
+        except Exception as error:  # the library raises RuntimeError with a trace of its own
+            reason = " ".join(words().split()) or str(error)
+            raise ShardError(f"LiteRT cannot load {graph}: {reason}; make the shard again") from None
+
+
+@cache
+def _environment() -> Environment:
+    return Environment.create()
+
+
+@contextlib.contextmanager
+def _own_words() -> Iterator[Any]:
+    """Keep what LiteRT says on stderr while it loads out of our logs; yields what reads its errors."""
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+
+        def lines() -> list[bytes]:
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            return file.read().splitlines(keepends=True)
+
+        def errors() -> str:
+            return b"".join(w for w in lines() if w.startswith((b"ERROR", "└".encode()))).decode(
+                errors="replace"
+            )
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield errors
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            for line in lines():
+                if not _OWN_WORDS.match(line):
+                    os.write(2, line)

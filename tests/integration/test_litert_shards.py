@@ -1,0 +1,116 @@
+"""LiteRT shards: context buckets, chunks, sessions beside each other, and files that are not what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from mesh.errors import ShardError
+from node_agent.adapters.litert_maker import buckets_for
+from node_agent.adapters.model_store import sha256_of
+from node_agent.adapters.shard_loader import load_shard, relative_error
+from node_agent.adapters.shard_maker import make_shard
+from node_agent.ports import Runtime, RuntimeOptions
+from node_agent.shards.manifest import LITERT_GRAPH_FILE, StoredFile
+from tests.integration.test_tiny_models import pulled
+
+OPTIONS = RuntimeOptions(threads=1)
+
+
+def load(folder: Path, capacity: int = 1025, quantization: str = "fp32", slots: int = 3) -> Runtime:
+    store = pulled(folder, context=1024)
+    made = make_shard(store, "tiny", 0, 3, quantization, runtime="litert", context=1024)
+    return load_shard(made, store.manifest(made), slots=slots, capacity=capacity, options=OPTIONS)
+
+
+def text(count: int) -> Any:
+    return (np.arange(count, dtype=np.int64) * 7 + 3) % 90
+
+
+def test_buckets_double_until_a_context_fits() -> None:
+    assert buckets_for(100) == (256,)
+    assert buckets_for(256) == (256,)
+    assert buckets_for(257) == (256, 512)
+    assert buckets_for(8192) == (256, 512, 1024, 2048, 4096, 8192)
+
+
+def test_a_session_moves_to_the_next_bucket_and_goes_on(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(600)
+    whole = shard.prefill(0, 0, tokens).copy()
+    # Steps across the first edge, then a chunk across the second.
+    shard.prefill(1, 0, tokens[:250])
+    for i in range(250, 260):
+        shard.decode(1, [i], tokens[i : i + 1], logits=False)
+    stepped = shard.prefill(1, 260, tokens[260:])
+    assert relative_error(stepped, whole) < 1e-4
+
+
+def test_sessions_beside_each_other_do_not_mix(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(40)
+    shard.prefill(0, 0, tokens)
+    alone = shard.decode(0, [40], np.array([5])).copy()
+    shard.prefill(1, 0, tokens[::-1].copy())
+    shard.prefill(2, 0, text(300))
+    both = shard.decode(0, [40, 40, 300], np.array([5, 6, 7]))
+    assert np.array_equal(both[:1], alone)
+    assert both.shape == (3, alone.shape[1])
+
+
+def test_truncating_is_running_at_an_earlier_position(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(30)
+    shard.prefill(0, 0, tokens)
+    right = shard.decode(0, [30], np.array([5])).copy()
+    shard.prefill(0, 20, text(70)[30:])
+    shard.prefill(0, 20, tokens[20:])
+    assert relative_error(shard.decode(0, [30], np.array([5])), right) < 1e-5
+
+
+def test_no_head_is_computed_where_nobody_samples(tmp_path: Path) -> None:
+    shard = load(tmp_path)
+    assert shard.prefill(0, 0, text(70), logits=False).shape[0] == 0
+    assert shard.decode(0, [70], np.array([5]), logits=False).shape[0] == 0
+
+
+def test_a_context_beyond_the_largest_bucket_is_refused_at_load(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"context buckets up to \d+, 4096 positions are asked for"):
+        load(tmp_path, capacity=4097)
+
+
+def test_the_graph_of_another_model_is_refused(tmp_path: Path) -> None:
+    store = pulled(tmp_path)
+    folder = make_shard(store, "tiny", 0, 3, runtime="litert")
+    (tmp_path / "other").mkdir()
+    other = pulled(tmp_path / "other", seed=5)
+    strange = make_shard(other, "tiny", 0, 3, runtime="litert") / LITERT_GRAPH_FILE
+    path = folder / LITERT_GRAPH_FILE
+    path.write_bytes(strange.read_bytes())
+    manifest = store.manifest(folder)
+    with pytest.raises(ShardError, match="does not match the SHA-256"):
+        load_shard(folder, manifest, slots=1, capacity=64, options=OPTIONS)
+    files = manifest.files | {path.name: StoredFile(sha256_of(path), path.stat().st_size)}
+    with pytest.raises(ShardError, match="computes wrong results on XNNPACK"):
+        load_shard(
+            folder, msgspec.structs.replace(manifest, files=files), slots=1, capacity=64, options=OPTIONS
+        )
+
+
+def test_packed_weights_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    store = pulled(tmp_path)
+    folder = make_shard(store, "tiny", 0, 3, "int8", runtime="litert")
+    options = RuntimeOptions(threads=1, cache=str(tmp_path / "packed"))
+
+    def answer() -> Any:
+        shard = load_shard(folder, store.manifest(folder), slots=1, capacity=64, options=options)
+        return shard.prefill(0, 0, text(20)).copy()
+
+    first = answer()
+    (packed,) = (tmp_path / "packed").iterdir()
+    written = packed.stat().st_mtime_ns
+    assert np.array_equal(answer(), first)
+    assert packed.stat().st_mtime_ns == written
+    packed.write_bytes(b"not what it was")
+    assert np.array_equal(answer(), first)
