@@ -61,7 +61,7 @@ from node_agent.shards.packing import (
     units_of,
 )
 from node_agent.shards.quantize import QuantizedMatrix, repack_q8_0
-from node_agent.shards.reference import rms_norm, run_layer
+from node_agent.shards.reference import attend, gated, rms_norm, rounded
 from node_agent.shards.tokenizer import build_tokenizer_json
 from scheduler.demand import ModelDemand
 
@@ -252,7 +252,8 @@ def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
 
 def reference(store: ModelStore, name: str, progress: Progress = no_progress) -> Path:
     """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: what every shard
-    is held to. Made once for a model's file."""
+    is held to; and ``down_error``: the share of a layer's output that is lost when the last matrix's input is rounded to
+    8 bits. Made once for a model's file."""
     card = store.card(name)
     spec = card.architecture
     path = store.folder(name) / f"reference-{card.digest[:12]}.npz"
@@ -268,15 +269,19 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
     factors = values("rope_freqs.weight") if "rope_freqs.weight" in gguf.tensors else None
     cos, sin = rope_tables(spec, len(tokens), factors)
     embedding = values("token_embd.weight")
-    states = [embedding[tokens]]
+    states, down_error = [embedding[tokens]], []
     for layer in range(spec.layers):
         progress(what, layer, total)
         weights = {r: values(t) for r, t in layer_tensors(spec, layer).items()}
-        states.append(run_layer(spec, weights, states[-1], cos, sin))
+        middle = attend(spec, weights, states[-1], cos, sin)
+        inner = gated(spec, weights, middle)
+        states.append(middle + inner @ weights["down"].T)
+        lost = np.linalg.norm((rounded(inner) - inner) @ weights["down"].T, axis=1)
+        down_error.append(np.median(lost / np.linalg.norm(states[-1], axis=1)))
     output = embedding if spec.head_tied else values("output.weight")
     logits = rms_norm(states[-1][-1], values("output_norm.weight"), spec.norm_epsilon) @ output.T
     with new_file(path) as file:
-        np.savez(file, tokens=tokens, states=np.stack(states), logits=logits)
+        np.savez(file, tokens=tokens, states=np.stack(states), logits=logits, down_error=np.array(down_error))
     progress(what, total, total)
     return path
 
@@ -312,16 +317,20 @@ def make_shard(
         there = store.manifest(target)
         if there.model_digest == card.digest and there.buckets[-1:] >= buckets[-1:]:
             return target
-    check = reference(store, name, progress)
-    make = _litert_files if runtime == LITERT else _onnx_files
+    with np.load(reference(store, name, progress)) as arrays:
+        found = dict(arrays)
     with new_folder(target) as temporary:
-        files, weight_bytes = make(store, card, (start, end), quantization, temporary, progress, buckets)
-        with np.load(check) as found:
-            np.savez(
-                temporary / CHECK_FILE,
-                input=found["tokens"] if start == 0 else found["states"][start],
-                expected=found["logits"] if end == spec.layers else found["states"][end],
+        if runtime == LITERT:
+            files, weight_bytes = _litert_files(
+                store, card, (start, end), quantization, temporary, progress, buckets, found
             )
+        else:
+            files, weight_bytes = _onnx_files(store, card, (start, end), quantization, temporary, progress)
+        np.savez(
+            temporary / CHECK_FILE,
+            input=found["tokens"] if start == 0 else found["states"][start],
+            expected=found["logits"] if end == spec.layers else found["states"][end],
+        )
         files[CHECK_FILE] = stored_file(temporary / CHECK_FILE)
         manifest = ShardManifest(
             format=FORMAT,
@@ -355,7 +364,6 @@ def _onnx_files(
     quantization: str,
     folder: Path,
     progress: Progress,
-    buckets: tuple[int, ...],
 ) -> tuple[dict[str, StoredFile], int]:
     """A graph that points into the model's converted weights; files, and bytes of weights."""
     weights, index = convert_weights(store, card.name, quantization, progress)
@@ -381,14 +389,16 @@ def _litert_files(
     folder: Path,
     progress: Progress,
     buckets: tuple[int, ...],
+    found: dict[str, NDArray[Any]],
 ) -> tuple[dict[str, StoredFile], int]:
-    """A graph with its weights in it, and tables beside it; files, and their bytes."""
+    """A graph with its weights in it, and tables beside it; files, and their bytes. ``found``: the model's reference."""
     from node_agent.adapters.litert_maker import LitertMaker
 
     what = f"shard {layers[0]}-{layers[1]}"
     progress(what, 0, 1)
     data, gguf = open_gguf(store.folder(card.name) / "model.gguf")
-    names = LitertMaker(data, gguf, card.architecture, quantization).write(folder, *layers, buckets)
+    maker = LitertMaker(data, gguf, card.architecture, quantization, found["down_error"], found["states"][-1])
+    names = maker.write(folder, *layers, buckets)
     files = {name: stored_file(folder / name) for name in names}
     progress(what, 1, 1)
     return files, sum(f.size for f in files.values())

@@ -79,6 +79,24 @@ class BlockedInt4:
         return self.packed.shape[0], 2 * self.packed.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class SplitInt8:
+    """``rest`` without the ``columns``, which are zero in it and stand in ``kept``, float32 ``[rows, columns]``."""
+
+    rest: ChannelInt8
+    columns: NDArray[np.int64]
+    kept: NDArray[np.float32]
+
+
+def split_columns(matrix: NDArray[np.float32], peaks: NDArray[np.float32], count: int) -> SplitInt8:
+    """Keep the ``count`` columns that matter most to rounding: where inputs peak, and weights too (Dettmers et al. 2022)."""
+    weight = peaks * np.abs(matrix).max(axis=0)
+    columns = np.sort(np.argsort(-weight, kind="stable")[:count])
+    rest = matrix.copy()
+    rest[:, columns] = 0.0
+    return SplitInt8(quantize_channels(rest), columns, np.ascontiguousarray(matrix[:, columns]))
+
+
 def quantize_channels(matrix: NDArray[np.float32]) -> ChannelInt8:
     """Symmetric 8-bit fit of each row."""
     scales = (np.abs(matrix).max(axis=1) / 127.0).astype(np.float32)

@@ -43,6 +43,29 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
 
 def run_layer(spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array) -> Array:
     """One decoder layer over a whole sequence: float32 ``[positions, width]`` in and out."""
+    middle = attend(spec, weights, x, cos, sin)
+    return middle + gated(spec, weights, middle) @ weights["down"].T
+
+
+def gated(spec: Architecture, weights: Mapping[str, Array], middle: Array) -> Array:
+    """What goes into the last matrix of a layer, float32 ``[positions, feed_forward]``."""
+    h = rms_norm(middle, weights["ffn_norm"], spec.norm_epsilon)
+    gate = h @ weights["gate"].T
+    inner: Array = (gate / (1.0 + np.exp(-gate)) * (h @ weights["up"].T)).astype(np.float32)
+    return inner
+
+
+def rounded(x: Array) -> Array:
+    """Each row in 8 bits over its own range, as runtimes round activations."""
+    low = np.minimum(x.min(axis=1, keepdims=True), 0.0)
+    step = np.maximum((np.maximum(x.max(axis=1, keepdims=True), 0.0) - low) / 255.0, np.float32(1e-30))
+    zero = np.rint(-low / step)
+    made: Array = ((np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step).astype(np.float32)
+    return made
+
+
+def attend(spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array) -> Array:
+    """A layer's first half: ``x`` and what attention adds."""
     positions = x.shape[0]
     h = rms_norm(x, weights["attn_norm"], spec.norm_epsilon)
     q, k, v = (h @ weights[role].T for role in "qkv")
@@ -59,8 +82,5 @@ def run_layer(spec: Architecture, weights: Mapping[str, Array], x: Array, cos: A
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
     scores /= scores.sum(axis=-1, keepdims=True)
     attended = np.einsum("hqk,khd->qhd", scores, v).reshape(positions, -1)
-    x = x + attended @ weights["o"].T
-    h = rms_norm(x, weights["ffn_norm"], spec.norm_epsilon)
-    gate = h @ weights["gate"].T
-    x = x + (gate / (1.0 + np.exp(-gate)) * (h @ weights["up"].T)) @ weights["down"].T
-    return x.astype(np.float32)
+    middle: Array = (x + attended @ weights["o"].T).astype(np.float32)
+    return middle

@@ -21,7 +21,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
-from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8
+from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8, SplitInt8
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -325,8 +325,25 @@ def _named(graph: Any, index: int) -> Any:
 def _head(file: _File, spec: Architecture, weights: Mapping[str, Any]) -> _Subgraph:
     graph = _Subgraph(file, HEAD_NAME)
     x = graph.given("last", [1, spec.width])
-    normed = graph.norm(x, weights["output_norm"], "output_norm", spec.norm_epsilon, "output_normed")
-    graph.result(graph.linear(normed, "output", weights["output"], "logits"))
+    norm, output = weights["output_norm"], weights["output"]
+    if not isinstance(output, SplitInt8):
+        normed = graph.norm(x, norm, "output_norm", spec.norm_epsilon, "output_normed")
+        graph.result(graph.linear(normed, "output", output, "logits"))
+        return graph
+    # The columns that stay in float32 are picked by a small matrix, and are zero in what is rounded.
+    others, picked = norm.copy(), np.zeros((len(output.columns), spec.width), dtype=np.float32)
+    others[output.columns] = 0.0
+    picked[np.arange(len(output.columns)), output.columns] = norm[output.columns]
+    normed = graph.norm(x, np.ones_like(norm), "ones", spec.norm_epsilon, "output_normed")
+    rest = graph.mul(normed, graph.constant("output_norm", others), "output_rest")
+    few = graph.linear(normed, "output_picked", picked, "output_few")
+    graph.result(
+        graph.add(
+            graph.linear(rest, "output", output.rest, "logits_rest"),
+            graph.linear(few, "output_kept", output.kept, "logits_few"),
+            "logits",
+        )
+    )
     return graph
 
 
