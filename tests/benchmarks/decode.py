@@ -1,7 +1,8 @@
 """One stream through the mesh against the bare runtime and llama.cpp, interleaved in one run.
 
 (0) the runtime in a loop, (a) one agent with one shard, (b) three agents over gRPC, (c) llama.cpp
-through llama-cpp-python on the same GGUF; 128 tokens after a prompt of 128, greedy, 2 threads each.
+through llama-cpp-python on the same GGUF; 128 tokens after a prompt of 128, greedy, 2 threads each. And three agents
+with LiteRT shards against (c), after prompts of 128 and 512.
 """
 
 from __future__ import annotations
@@ -90,15 +91,21 @@ async def measure(rounds: int) -> dict[str, Any]:
     bare = load(store, 1, "int8", slots=STREAMS)
     llama = LlamaCpp(store) if importlib.util.find_spec("llama_cpp") else None
     seen: dict[str, list[float]] = {
-        k: [] for k in ("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99")
+        k: []
+        for k in (
+            *("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99"),
+            *("l128", "l512", "lp512", "c512", "cp512"),
+        )
     }
     settings = {"threads": str(THREADS)}
     async with (
         temporary_mesh(1, store.root.parent, settings) as one,
         temporary_mesh(3, store.root.parent, settings) as three,
+        temporary_mesh(3, store.root.parent, settings) as lite,
     ):
         await one.serve(MODEL)
         await three.serve(MODEL)
+        await lite.serve(MODEL, "litert")
         for round_ in range(-1, rounds):
             values: dict[str, float] = {}
             values["0"] = bare_decode(bare, prompt, TOKENS)[1]
@@ -114,6 +121,11 @@ async def measure(rounds: int) -> dict[str, Any]:
             values["b8"] = 1 / await asyncio.to_thread(together, three.endpoint, prompt)
             long = await asyncio.to_thread(stream, three.endpoint, long_prompt, 4)
             values["p512"] = long.ttft / len(long_prompt)
+            values["l128"] = (await asyncio.to_thread(stream, lite.endpoint, prompt, TOKENS)).tpot
+            deep = await asyncio.to_thread(stream, lite.endpoint, long_prompt, TOKENS)
+            values |= {"l512": deep.tpot, "lp512": deep.ttft}
+            if llama:
+                values["cp512"], values["c512"] = llama.run(long_prompt, TOKENS)
             if round_ >= 0:  # the first round warms everything up
                 for key, value in values.items():
                     seen[key].append(value)
@@ -147,6 +159,11 @@ def report(seen: dict[str, list[float]]) -> dict[str, Any]:
         "batch8_ratio": gain,
         "batch8_bare_ratio": bare_gain,
         "batch8_efficiency": round(gain / bare_gain, 4),
+        "litert_tok_s": round(1 / mid["l128"], 1),
+        "litert_ratio_onnx": ratio("l128", "b"),
+        "litert_ratio_llamacpp_ctx128": ratio("l128", "c"),
+        "litert_ratio_llamacpp_ctx512": ratio("l512", "c512"),
+        "litert_prefill512_ratio_llamacpp": ratio("lp512", "cp512"),
         "ttft_ms_p50": round(mid["ttft"] * 1000, 1),
         "tpot_ms_p50": round(mid["b"] * 1000, 3),
         "prefill512_tok_s": round(rate["p512"], 1),
@@ -167,6 +184,9 @@ def main() -> None:
         "ratio_sharded_llamacpp": ">= 0.7",
         "hop_overhead_ms_p50": "<= 0.25",
         "batch8_efficiency": ">= 0.85",
+        "litert_ratio_llamacpp_ctx128": ">= 1.1",
+        "litert_ratio_llamacpp_ctx512": ">= 1.0",
+        "litert_prefill512_ratio_llamacpp": ">= 2",
     }
     rows = [("what", "median", "wanted")] + [(k, str(v), wanted.get(k, "")) for k, v in keys.items()]
     finish(rows, keys, args.json)
