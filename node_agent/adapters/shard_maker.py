@@ -75,6 +75,8 @@ _CHECK_TOKENS_MAX = 24
 _TOLERANCE = {"fp32": 1e-3, "int8": 0.15, "int4": 0.25}
 """Relative RMS error allowed on a test vector; int8 rounds activations as well as weights."""
 _INDEX_FILE = "index.json"
+_REFERENCE = 1
+"""Of what a reference holds: one of another number is made anew."""
 
 
 class WeightIndex(msgspec.Struct, frozen=True):
@@ -256,7 +258,7 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
     8 bits. Made once for a model's file."""
     card = store.card(name)
     spec = card.architecture
-    path = store.folder(name) / f"reference-{card.digest[:12]}.npz"
+    path = store.folder(name) / f"reference-{_REFERENCE}-{card.digest[:12]}.npz"
     if path.exists():
         return path
     what, total = f"reference of {name}", spec.layers

@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from mesh.forms import parse_form
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.shard_maker import make_shard
 from tests.agents import AgentProcess, agent, until
@@ -22,10 +23,14 @@ TOKENS = 120
 
 
 @pytest.fixture
-def mesh_of_five(store: ModelStore, tmp_path: Path) -> Iterator[tuple[AgentProcess, list[AgentProcess]]]:
-    """An ingress that hosts nothing, and two agents for each half of the model."""
+def mesh_of_five(
+    store: ModelStore, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[AgentProcess, list[AgentProcess]]]:
+    """An ingress that hosts nothing, and two agents for each half of the model, in the form that is asked for."""
+    form = getattr(request, "param", "int8")
+    runtime, quantization = parse_form(form)
     for start, end in ((0, 15), (15, 30)):
-        make_shard(store, MODEL, start, end, "int8")
+        make_shard(store, MODEL, start, end, quantization, runtime=runtime)
     home = str(store.root.parent)
     from contextlib import ExitStack
 
@@ -37,7 +42,7 @@ def mesh_of_five(store: ModelStore, tmp_path: Path) -> Iterator[tuple[AgentProce
                     tmp_path / f"h{i}",
                     home=home,
                     peers=ingress.address,
-                    shards=f"{MODEL}:{'0-15' if i < 2 else '15-30'}",
+                    shards=f"{MODEL}:{'0-15' if i < 2 else '15-30'}/{form}",
                     threads="1",
                     slots="4",
                     context="512",
@@ -108,7 +113,11 @@ def victim(hosts: list[AgentProcess], told: dict[str, Any], stage: int) -> Agent
     return next(h for h in hosts if h.node == told["stages"][stage]["node"])
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(
+    ("mesh_of_five", "stage"),
+    [("int8", 0), ("int8", 1), ("litert-int4", 0), ("litert-int4", 1)],
+    indirect=["mesh_of_five"],
+)
 def test_a_stage_killed_in_mid_answer_costs_no_token(
     mesh_of_five: tuple[AgentProcess, list[AgentProcess]], stage: int
 ) -> None:
