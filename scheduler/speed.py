@@ -166,7 +166,9 @@ def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
 
 def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
     """From the probe: decode reads every weight once, prefill takes two operations a weight and position."""
-    known = [s for s in have.speeds if s.runtime == shard.runtime and s.gb_s > 0 and s.gflop_s > 0]
+    probed = [s for s in have.speeds if s.gb_s > 0 and s.gflop_s > 0]
+    # A machine that is slow with one runtime is slow with the other.
+    known = [s for s in probed if s.runtime == shard.runtime] or probed
     gb_s, gflop_s = (known[0].gb_s, known[0].gflop_s) if known else (_GB_S, _GFLOP_S)
     decode = shard.weight_bytes / (gb_s * 1e9 * EFFICIENCY) * _US
     prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * EFFICIENCY) * _US

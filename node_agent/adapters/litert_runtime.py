@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +125,10 @@ class LitertShard:
         else:
             self.model = _open(graph, options.threads)
         found = [m.groups() for m in map(_RUN.fullmatch, self.model.get_signature_list()) if m]
-        self._sizes = sorted((int(bucket), int(chunk)) for chunk, bucket in found)
+        self._chunks = sorted({int(chunk) for chunk, _ in found})
         # One position of a capacity is for rows that nobody reads; there are none here.
         wanted = capacity - 1
-        buckets = sorted({b for b, _ in self._sizes})
+        buckets = sorted({int(bucket) for _, bucket in found})
         if not buckets or buckets[-1] < wanted:
             raise ShardError(
                 f"{folder} has context buckets up to {max(buckets, default=0)}, {wanted} positions are asked for; "
@@ -156,16 +157,15 @@ class LitertShard:
         return np.concatenate(rows)
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
-        steps, longest = len(inputs), max(c for _, c in self._sizes)
-        if not steps > 0 or position + steps > self._buckets[-1]:
+        steps = len(inputs)
+        if not steps or position + steps > self._buckets[-1]:
             raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
-        parts = []
-        for begin in range(0, steps, longest):
-            part = inputs[begin : begin + longest]
-            ends = logits and begin + longest >= steps
-            parts.append(self._chunk(slot, position + begin, part, ends))
-            if begin + longest < steps:
-                parts[-1] = parts[-1].copy()
+        parts, done = [], 0
+        for length in pieces(steps, self._chunks):
+            ends = done + length == steps
+            part = self._chunk(slot, position + done, inputs[done : done + length], logits and ends)
+            parts.append(part if ends else part.copy())
+            done += length
         if self.info.last:
             return parts[-1]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -205,7 +205,7 @@ class LitertShard:
         return held
 
     def _signature(self, bucket: int, steps: int) -> _Signature:
-        chunk = min(c for b, c in self._sizes if b == bucket and c >= steps)
+        chunk = next(c for c in self._chunks if c >= steps)
         key = (chunk, bucket)
         if key not in self._signatures:
             self._signatures[key] = _Signature(self, f"run_{chunk}_{bucket}", chunk, bucket)
@@ -218,6 +218,20 @@ class LitertShard:
         self._held.clear()
         self._signatures.clear()
         self.model.close()
+
+
+def pieces(steps: int, chunks: Sequence[int]) -> list[int]:
+    """Lengths of the runs that ``steps`` positions take, by ``chunks`` that rise from 1. A run costs what its chunk is long,
+    however little of it is used, but a chunk of several costs half of as many single steps."""
+    found = []
+    while steps:
+        chunk = chunks[0]
+        for smaller, longer in pairwise(chunks):
+            if steps > (longer // 2 if smaller == 1 else longer - smaller):
+                chunk = longer
+        found.append(min(chunk, steps))
+        steps -= found[-1]
+    return found
 
 
 def _open_packed(graph: Path, threads: int, packed: Path) -> CompiledModel:

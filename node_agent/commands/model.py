@@ -59,6 +59,7 @@ _DEPLOY_FLAGS = {
     "replicas": int,
     "max-tpot": str,
     "availability": float,
+    "runtime": str,
     "quantization": str,
     "sessions": int,
     "context": int,

@@ -11,6 +11,7 @@ import pytest
 
 from mesh.errors import ShardError
 from node_agent.adapters.litert_maker import buckets_for
+from node_agent.adapters.litert_runtime import pieces
 from node_agent.adapters.model_store import sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
@@ -36,6 +37,23 @@ def test_buckets_double_until_a_context_fits() -> None:
     assert buckets_for(256) == (256,)
     assert buckets_for(257) == (256, 512)
     assert buckets_for(8192) == (256, 512, 1024, 2048, 4096, 8192)
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted"),
+    [
+        (1, [1]),
+        (8, [1] * 8),
+        (9, [9]),
+        (27, [16, 11]),
+        (48, [16, 16, 16]),
+        (49, [49]),
+        (64, [64]),
+        (150, [64, 64, 16, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_little_of_a_run_is_for_nobody(steps: int, wanted: list[int]) -> None:
+    assert pieces(steps, (1, 16, 64)) == wanted
 
 
 def test_a_session_moves_to_the_next_bucket_and_goes_on(tmp_path: Path) -> None:

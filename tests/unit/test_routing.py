@@ -345,6 +345,10 @@ def test_a_guess_comes_from_the_probe() -> None:
     held = replace(shard(), weight_bytes=100_000_000)
     slow = guess(held, CAPABILITIES)
     quick = guess(held, replace(CAPABILITIES, speeds=(Speed("onnx", 50.0, 400.0),)))
+    other = guess(
+        replace(held, runtime="litert"), replace(CAPABILITIES, speeds=(Speed("onnx", 50.0, 400.0),))
+    )
+    assert other.decode == quick.decode  # known by its other runtime
     assert slow.decode == pytest.approx(10 * quick.decode)
     assert quick.decode == pytest.approx(100e6 / 30e9 * 1e6)
 
