@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mesh.forms import parse_form
 from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.model_pull import pull_model
 from node_agent.adapters.model_store import ModelStore
@@ -44,18 +45,19 @@ def cut(parts: int) -> list[tuple[int, int]]:
     return [(LAYERS * i // parts, LAYERS * (i + 1) // parts) for i in range(parts)]
 
 
-def load(
-    store: ModelStore, parts: int, quantization: str, slots: int = 1, capacity: int = 1024
-) -> list[Runtime]:
+def load(store: ModelStore, parts: int, form: str, slots: int = 1, capacity: int = 1024) -> list[Runtime]:
     """All shards of an even cut, in this process."""
-    shards = []
-    for start, end in cut(parts):
-        folder = make_shard(store, MODEL, start, end, quantization)
-        options = RuntimeOptions(threads=THREADS)
-        shards.append(
-            load_shard(folder, store.manifest(folder), slots=slots, capacity=capacity, options=options)
-        )
-    return shards
+    return [load_one(store, start, end, form, slots, capacity) for start, end in cut(parts)]
+
+
+def load_one(
+    store: ModelStore, start: int, end: int, form: str, slots: int = 1, capacity: int = 1024
+) -> Runtime:
+    """One shard; ``form`` as in ``mesh.forms``."""
+    runtime, quantization = parse_form(form)
+    folder = make_shard(store, MODEL, start, end, quantization, runtime=runtime)
+    options = RuntimeOptions(threads=THREADS)
+    return load_shard(folder, store.manifest(folder), slots=slots, capacity=capacity, options=options)
 
 
 def tokens_of(store: ModelStore, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Does cutting, batching or quantizing change the text? Greedy text over cuts, perplexity of the default.
+"""Does cutting, batching or quantizing change the text? Greedy text over cuts, perplexity of each runtime and quantization, a route over both.
 
 Perplexity is measured with this project's own float32 graph as the reference, over a text of over
 4,000 tokens in windows of 512.
@@ -13,13 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from mesh.forms import QUANTIZATIONS
 from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.local_mesh import temporary_mesh
 from node_agent.adapters.model_store import ModelStore
-from tests.benchmarks.common import MODEL, arguments, finish, load, the_store, tokens_of
+from node_agent.adapters.shard_loader import relative_error
+from node_agent.adapters.shard_maker import reference
+from tests.benchmarks.common import MODEL, arguments, cut, finish, load, load_one, the_store, tokens_of
 
 WINDOW = 512
 CHUNK = 64
+MIXED_MAX = 0.25
+"""The largest tolerance among the manifests of its stages."""
 TOKENS = 64
 CUTS = (1, 2, 3, 5)
 PROMPTS = (
@@ -46,9 +51,9 @@ PROMPTS = (
 )
 
 
-def perplexity(store: ModelStore, quantization: str, ids: list[int]) -> float:
+def perplexity(store: ModelStore, form: str, ids: list[int]) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
-    shard: Any = load(store, 1, quantization, capacity=WINDOW)[0]
+    shard: Any = load(store, 1, form, capacity=WINDOW + 1)[0]
     total, count = 0.0, 0
     for begin in range(0, len(ids) - 1, WINDOW):
         window = ids[begin : begin + WINDOW + 1]
@@ -73,10 +78,10 @@ def ask(base: str, prompt: str) -> str:
     return "".join(c["choices"][0]["delta"].get("content") or "" for c in ApiClient(base).chat(body))
 
 
-async def texts(store: ModelStore, parts: int, together: int) -> list[str]:
+async def texts(store: ModelStore, parts: int, together: int, form: str = "") -> list[str]:
     """Greedy answers of a mesh of ``parts`` agents, ``together`` sessions at a time."""
     async with temporary_mesh(parts, store.root.parent, {"threads": "2"}) as mesh:
-        await mesh.serve(MODEL)
+        await mesh.serve(MODEL, form)
         answers: list[str] = []
         for at in range(0, len(PROMPTS), together):
             batch = PROMPTS[at : at + together]
@@ -89,16 +94,32 @@ async def compare(store: ModelStore) -> dict[str, Any]:
     for parts in CUTS:
         print(f"greedy text over {parts} agents", file=sys.stderr, flush=True)
         by_cut[parts] = await texts(store, parts, 1)
+    lite = []
+    for parts in CUTS:
+        print(f"greedy text over {parts} agents on LiteRT", file=sys.stderr, flush=True)
+        lite.append(await texts(store, parts, 1, "litert"))
     print("greedy text, 8 sessions at a time", file=sys.stderr, flush=True)
     batched = await texts(store, 3, 8)
     alone = by_cut[CUTS[0]]
     same_cut = all(answers == alone for answers in by_cut.values())
     return {
         "identical_across_cuts": same_cut,
+        "identical_across_cuts_litert": all(answers == lite[0] for answers in lite),
         "identical_batched": batched == alone,
         "prompts": len(PROMPTS),
         "tokens_each": TOKENS,
     }
+
+
+def mixed_route(store: ModelStore) -> float:
+    """Relative error of the logits of a route ONNX -> LiteRT -> ONNX against the reference, over its text."""
+    with np.load(reference(store, MODEL)) as made:
+        state, expected = made["tokens"], made["logits"]
+    for (start, end), form in zip(cut(3), ("int8", "litert", "int8"), strict=True):
+        shard = load_one(store, start, end, form)
+        state = shard.prefill(0, 0, state).copy()
+        shard.close()
+    return relative_error(state[0], expected)
 
 
 def main() -> None:
@@ -107,14 +128,25 @@ def main() -> None:
     keys = asyncio.run(compare(store))
     ids = tokens_of(store, (Path(__file__).parent / "text.txt").read_text())
     print(f"perplexity over {len(ids)} tokens", file=sys.stderr, flush=True)
-    reference, default = perplexity(store, "fp32", ids), perplexity(store, "int8", ids)
+    forms = [f"{runtime}-{q}" for runtime, known in QUANTIZATIONS.items() for q in known]
+    found = {form: perplexity(store, form, ids) for form in forms}
+    exact, mixed = found["onnx-fp32"], mixed_route(store)
     keys |= {
         "ppl_tokens": len(ids),
-        "ppl_reference": round(reference, 4),
-        "ppl_default": round(default, 4),
-        "ppl_ratio": round(default / reference, 5),
+        "ppl_reference": round(exact, 4),
+        "ppl_default": round(found["onnx-int8"], 4),
+        "ppl_ratio": round(found["onnx-int8"] / exact, 5),
+        "ppl_ratio_by_profile": {form: round(ppl / exact, 5) for form, ppl in found.items()},
+        "mixed_route_error": round(mixed, 4),
+        "mixed_route_ok": mixed <= MIXED_MAX,
     }
-    wanted = {"identical_across_cuts": "True", "identical_batched": "True", "ppl_ratio": "<= 1.01"}
+    wanted = {
+        "identical_across_cuts": "True",
+        "identical_across_cuts_litert": "True",
+        "mixed_route_ok": "True",
+        "identical_batched": "True",
+        "ppl_ratio": "<= 1.01",
+    }
     finish(
         [("what", "value", "wanted"), *((k, str(v), wanted.get(k, "")) for k, v in keys.items())],
         keys,
