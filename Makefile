@@ -21,7 +21,7 @@ help: ## this list
 
 .venv/run: .venv/made pyproject.toml
 	@echo "installing packages ..."
-	@$(PIP) -e '.[onnx,shard]'
+	@$(PIP) -e '.[onnx,litert,shard]'
 	@touch $@
 
 .venv/dev: .venv/run
