@@ -51,7 +51,9 @@ class Runtime(Protocol):
     provider: str
     """What computes, e.g. ``CPUExecutionProvider``, and is told to peers."""
     batch: int
-    """Most sessions whose steps are computed in one run; 1 where that saves nothing."""
+    """Most sessions whose steps are computed in one run."""
+    batch_exact: bool
+    """Whether a session's row of such a run has the bits that it has alone."""
 
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True

@@ -112,10 +112,17 @@ class StageBook:
     """All sessions of one replica."""
 
     def __init__(
-        self, shard: ShardInfo, slots: int, capacity: int, kv_budget_bytes: int, batch: int = BATCH_MAX
+        self,
+        shard: ShardInfo,
+        slots: int,
+        capacity: int,
+        kv_budget_bytes: int,
+        batch: int = BATCH_MAX,
+        batch_exact: bool = True,
     ) -> None:
-        """``batch``: most sessions whose decode steps run together."""
-        self._batch_max = batch
+        """``batch``: most sessions whose decode steps run together; ``batch_exact``: whether those do as well whose text
+        must be what it would be alone."""
+        self._batch_max, self._batch_exact = batch, batch_exact
         self.shard, self.capacity, self.kv_budget_bytes = shard, capacity, kv_budget_bytes
         self.sessions: dict[SessionId, StageSession] = {}
         self.kept: OrderedDict[SessionId, StageSession] = OrderedDict()
@@ -346,11 +353,15 @@ class StageBook:
             return Run(prefill.slot, ((prefill, frame),), (frame.position,))
         if not decodes:
             return None
-        if self.shard.first and self._batch_max > 1 and (until := self._gather(decodes, now)) is not None:
+        able = [s for s in decodes if self._batch_exact or not s.order.exact]
+        waits = self.shard.first and self._batch_max > 1 and len(able) == len(decodes)
+        if waits and (until := self._gather(decodes, now)) is not None:
             self.gathering_until = until
             return None
         self._decodes_since_prefill += 1
-        chosen = _neighbours(decodes, self._batch_max)
+        oldest = min(decodes, key=lambda s: s.queue[0].arrived_ns)
+        together = self._batch_exact or not oldest.order.exact
+        chosen = _neighbours(able, self._batch_max) if together else [oldest]
         for session in chosen:
             self._stepped(session, now)
         return self._batch(chosen)
@@ -454,8 +465,6 @@ def _neighbours(sessions: list[StageSession], most: int) -> list[StageSession]:
     """The cluster of neighbouring slots, ``most`` of them, that holds the frame that waits longest."""
     if len(sessions) == 1:
         return sessions
-    if most == 1:
-        return [min(sessions, key=lambda s: s.queue[0].arrived_ns)]
     clusters: list[list[StageSession]] = []
     for session in sorted(sessions, key=lambda s: s.slot):
         near = clusters and session.slot - clusters[-1][-1].slot <= 1 + _GAP_MAX

@@ -59,7 +59,7 @@ def expected(prompt: Sequence[int], tokens: int, layers: int, vocabulary: int) -
 class ModelledRuntime:
     """``node_agent.ports.Runtime``; ``took_us`` is what the last run would have taken."""
 
-    provider, batch = "modelled", 64
+    provider, batch, batch_exact = "modelled", 64, True
 
     def __init__(
         self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed, prefill_context: float

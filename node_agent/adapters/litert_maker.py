@@ -43,6 +43,7 @@ CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 1024, 2048)
 _CHUNKS = (1, 16, 64)
+_BATCHES = (4,)
 _ROUGH = 0.01
 """A layer that loses more when the input of its last matrix is rounded to 8 bits keeps that matrix in float32: three of
 thirty, and half of what perplexity lost."""
@@ -127,7 +128,9 @@ class LitertMaker:
         if end == spec.layers:
             weights["output_norm"] = self._values("output_norm.weight")
             weights["output"] = self._head()
-        (folder / LITERT_GRAPH_FILE).write_bytes(build_model(spec, start, end, weights, buckets, _CHUNKS))
+        (folder / LITERT_GRAPH_FILE).write_bytes(
+            build_model(spec, start, end, weights, buckets, _CHUNKS, _BATCHES)
+        )
         return [*names, LITERT_GRAPH_FILE]
 
     def _values(self, name: str) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +22,14 @@ from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.cpu_options import CpuOptions
 from ai_edge_litert.environment import Environment
 from ai_edge_litert.options import Options
+from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from mesh.errors import ShardError
 from node_agent.adapters.litert_buffers import aligned, bound
 from node_agent.ports import RuntimeOptions
-from node_agent.shards.litert_tables import Tables, read_tables
+from node_agent.shards.litert_tables import read_tables
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
-from node_agent.shards.tflite_graph import HEAD_NAME
+from node_agent.shards.tflite_graph import HEAD_NAME, batch_name, run_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,52 +39,77 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROVIDER = "XNNPACK"
-_RUN = re.compile(r"run_(\d+)_(\d+)")
+_RUN = re.compile(r"(run|batch)_(\d+)_(\d+)")
+_BATCH_LEAST = 3
+"""Fewer sessions are computed one after the other: a batch costs what it is made for, as 2.3 single steps of four."""
 _MASKED = np.float32(-1e9)
 _OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
 """How LiteRT's lines on stderr begin."""
 
 
-class _Signature:
-    """Everything bound for one chunk length and bucket, but for the KV memory of a slot."""
+class _Mask:
+    """What is added to a row's scores. ``shape`` ends in ``bucket`` positions before the chunk and the chunk itself."""
 
-    def __init__(self, shard: LitertShard, name: str, chunk: int, bucket: int) -> None:
-        self.chunk, self.bucket = chunk, bucket
+    def __init__(self, shape: tuple[int, ...], bucket: int) -> None:
+        self.array, self._bucket = aligned(shape), bucket
+        self.array[..., :bucket] = _MASKED
+        self._open = 0
+        """Positions before the chunk that are seen."""
+
+    def open_to(self, position: int) -> None:
+        if position > self._open:
+            self.array[..., self._open : position] = 0.0
+        else:
+            self.array[..., position : self._open] = _MASKED
+        self._open = position
+
+
+class _Signature:
+    """Everything bound for one graph, but for the KV memory of slots."""
+
+    def __init__(
+        self, shard: LitertShard, name: str, rows: int, masks: dict[str, _Mask], new: tuple[int, ...]
+    ) -> None:
         model, manifest = shard.model, shard.manifest
         self.index = model.get_signature_index(name)
-        self._names = model.get_signature_list()[name]
-        rows = 1 if chunk == 1 else manifest.heads // manifest.kv_heads * chunk
-        self.hidden = aligned((chunk, manifest.boundary.width))
-        self.cos, self.sin = (aligned((chunk, 1, manifest.head_dim)) for _ in range(2))
-        self.mask = aligned((1, 1, rows, bucket + chunk))
-        self.out = aligned((chunk, manifest.boundary.width))
-        new = (1, manifest.kv_heads, chunk, manifest.head_dim)
-        self.new = {f"new_{side}.{layer}": aligned(new) for layer in range(*manifest.layers) for side in "kv"}
-        given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin, "mask": self.mask}
+        names = model.get_signature_list()[name]
+        self.masks = list(masks.values())
+        self.hidden = aligned((rows, manifest.boundary.width))
+        self.cos, self.sin = (aligned((rows, 1, manifest.head_dim)) for _ in range(2))
+        self.out = aligned((rows, manifest.boundary.width))
+        self.new = {f"{side}.{layer}": aligned(new) for layer in range(*manifest.layers) for side in "kv"}
+        given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
+        given |= {k: m.array for k, m in masks.items()}
         self._given = {k: bound(v) for k, v in given.items()}
-        results = {"hidden_out": self.out, **self.new}
-        self._results = [bound(results[k]) for k in self._names["outputs"]]
-        self._open = 0
-        """Positions before the chunk that it sees."""
-        self.mask[..., :bucket] = _MASKED
-        if chunk > 1:
-            within = np.tril(np.ones((chunk, chunk), dtype=bool))
-            by_group = self.mask[0, 0, :, bucket:].reshape(-1, chunk, chunk)
-            by_group[:] = np.where(within, np.float32(0.0), _MASKED)
+        self._inputs = names["inputs"]
+        results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in self.new.items()}}
+        self._results = [bound(results[k]) for k in names["outputs"]]
 
-    def run(self, model: CompiledModel, slot: _Slot) -> None:
-        inputs = [self._given[k] if k in self._given else slot.bound[k] for k in self._names["inputs"]]
-        model.run_by_index(self.index, inputs, self._results)
+    def run(self, model: CompiledModel, memory: Mapping[str, TensorBuffer]) -> None:
+        """``memory``: the inputs that are KV memory."""
+        given = self._given
+        model.run_by_index(
+            self.index, [given[k] if k in given else memory[k] for k in self._inputs], self._results
+        )
 
-    def place(self, tables: Tables, position: int, steps: int) -> None:
-        """Set where the chunk begins; rows past ``steps`` are computed for nobody."""
-        self.cos[:steps, 0] = tables.cos[position : position + steps]
-        self.sin[:steps, 0] = tables.sin[position : position + steps]
-        if position > self._open:
-            self.mask[..., self._open : position] = 0.0
-        else:
-            self.mask[..., position : self._open] = _MASKED
-        self._open = position
+
+def _chunk_signature(shard: LitertShard, chunk: int, bucket: int) -> _Signature:
+    manifest = shard.manifest
+    rows = 1 if chunk == 1 else manifest.heads // manifest.kv_heads * chunk
+    mask = _Mask((1, 1, rows, bucket + chunk), bucket)
+    if chunk > 1:
+        within = np.tril(np.ones((chunk, chunk), dtype=bool))
+        by_group = mask.array[0, 0, :, bucket:].reshape(-1, chunk, chunk)
+        by_group[:] = np.where(within, np.float32(0.0), _MASKED)
+    new = (1, manifest.kv_heads, chunk, manifest.head_dim)
+    return _Signature(shard, run_name(chunk, bucket), chunk, {"mask": mask}, new)
+
+
+def _batch_signature(shard: LitertShard, rows: int, bucket: int) -> _Signature:
+    manifest = shard.manifest
+    masks = {f"mask.{row}": _Mask((1, 1, 1, bucket + 1), bucket) for row in range(rows)}
+    new = (rows, manifest.kv_heads, manifest.head_dim)
+    return _Signature(shard, batch_name(rows, bucket), rows, masks, new)
 
 
 class _Slot:
@@ -102,16 +128,22 @@ class _Slot:
         for name, array in self.memory.items():
             array[:, :, :positions] = before.memory[name][:, :, :positions]
 
-    def write(self, new: dict[str, Array], position: int, steps: int) -> None:
+    def write(self, new: Mapping[str, Array], position: int, steps: int) -> None:
+        """Rows of a chunk."""
         for name, array in self.memory.items():
-            array[:, :, position : position + steps] = new[f"new_{name}"][:, :, :steps]
+            array[:, :, position : position + steps] = new[name][:, :, :steps]
+
+    def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
+        """One of a step of several sessions."""
+        for name, array in self.memory.items():
+            array[0, :, position] = new[name][row]
 
 
 class LitertShard:
     """A shard on LiteRT; see ``node_agent.ports.Runtime``."""
 
     provider = PROVIDER
-    batch = 1
+    batch_exact = False
 
     def __init__(
         self, folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
@@ -125,10 +157,11 @@ class LitertShard:
         else:
             self.model = _open(graph, options.threads)
         found = [m.groups() for m in map(_RUN.fullmatch, self.model.get_signature_list()) if m]
-        self._chunks = sorted({int(chunk) for chunk, _ in found})
+        self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
+        self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
         # One position of a capacity is for rows that nobody reads; there are none here.
         wanted = capacity - 1
-        buckets = sorted({int(bucket) for _, bucket in found})
+        buckets = sorted({int(bucket) for _, _, bucket in found})
         if not buckets or buckets[-1] < wanted:
             raise ShardError(
                 f"{folder} has context buckets up to {max(buckets, default=0)}, {wanted} positions are asked for; "
@@ -151,10 +184,41 @@ class LitertShard:
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
     ) -> NDArray[Any]:
         rows = [
-            self._chunk(slot + i, position, inputs[i : i + 1], logits).copy()
-            for i, position in enumerate(positions)
+            (slot + i, position, self._memory(slot + i, position, 1)) for i, position in enumerate(positions)
         ]
-        return np.concatenate(rows)
+        together = _BATCH_LEAST <= len(rows) <= self.batch
+        if together and len({memory.bucket for _, _, memory in rows}) == 1:
+            hidden = self._together(rows, inputs)
+            if not self.info.last:
+                return hidden
+            if not logits:
+                return self._logits[:0]
+            return np.concatenate([self._logits_of(row).copy() for row in hidden])
+        found = [
+            self._chunk(at, position, inputs[i : i + 1], logits).copy()
+            for i, (at, position, _) in enumerate(rows)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _together(self, rows: list[tuple[int, int, _Slot]], inputs: NDArray[Any]) -> Array:
+        """A step of several sessions in one run: activations ``[rows, width]``."""
+        count, bucket = len(rows), rows[0][2].bucket
+        signature = self._signature(-self.batch, bucket)
+        signature.hidden[:count] = self._tables.embed(inputs) if self.info.first else inputs
+        memory: dict[str, TensorBuffer] = {}
+        for row in range(self.batch):
+            # Rows past the last are computed over its memory, for nobody.
+            _, position, slot = rows[min(row, count - 1)]
+            signature.cos[row, 0], signature.sin[row, 0] = (
+                self._tables.cos[position],
+                self._tables.sin[position],
+            )
+            signature.masks[row].open_to(position)
+            memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
+        signature.run(self.model, memory)
+        for row, (_, position, slot) in enumerate(rows):
+            slot.write_row(signature.new, position, row)
+        return signature.out[:count]
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
         steps = len(inputs)
@@ -180,16 +244,22 @@ class LitertShard:
         where they are not wanted)."""
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
-        signature = self._signature(memory.bucket, steps)
+        signature = self._signature(next(c for c in self._chunks if c >= steps), memory.bucket)
         signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
-        signature.place(self._tables, position, steps)
-        signature.run(self.model, memory)
+        # Rows past the steps are computed for nobody.
+        signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
+        signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
+        signature.masks[0].open_to(position)
+        signature.run(self.model, memory.bound)
         memory.write(signature.new, position, steps)
         if not self.info.last:
             return signature.out[:steps]
         if not logits:
             return self._logits[:0]
-        self._last[0] = signature.out[steps - 1]
+        return self._logits_of(signature.out[steps - 1])
+
+    def _logits_of(self, hidden: Array) -> Array:
+        self._last[0] = hidden
         self.model.run_by_index(*self._head)
         return self._logits
 
@@ -204,11 +274,12 @@ class LitertShard:
             held = self._held[slot] = grown
         return held
 
-    def _signature(self, bucket: int, steps: int) -> _Signature:
-        chunk = next(c for c in self._chunks if c >= steps)
-        key = (chunk, bucket)
+    def _signature(self, size: int, bucket: int) -> _Signature:
+        """Of a chunk of ``size``; below zero: of so many sessions."""
+        key = (size, bucket)
         if key not in self._signatures:
-            self._signatures[key] = _Signature(self, f"run_{chunk}_{bucket}", chunk, bucket)
+            make = _chunk_signature if size > 0 else _batch_signature
+            self._signatures[key] = make(self, abs(size), bucket)
         return self._signatures[key]
 
     def release(self, slot: int) -> None:

@@ -67,7 +67,7 @@ class _Binding:
 class OnnxShard:
     """A shard on ONNX Runtime; see ``node_agent.ports.Runtime``."""
 
-    batch = BATCH_MAX
+    batch, batch_exact = BATCH_MAX, True
 
     def __init__(
         self,

@@ -72,7 +72,12 @@ class Replica:
         self._speed, self._told = SpeedMeter(speed), speed
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(
-            runtime.info, runtime.slots, runtime.capacity - 1, kv_budget_bytes, runtime.batch
+            runtime.info,
+            runtime.slots,
+            runtime.capacity - 1,
+            kv_budget_bytes,
+            runtime.batch,
+            runtime.batch_exact,
         )
         self.runs = 0
         self._forward, self._failed = forward, failed

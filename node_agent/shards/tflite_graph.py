@@ -5,8 +5,9 @@ each *chunk* (positions that it computes). Inputs of ``run_{chunk}_{bucket}``: `
 and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the sine of the first one negated); ``mask``
 float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
 ``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
-rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong. A last
-shard has a signature ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
+rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
+``batch_{rows}_{bucket}`` is a step of several sessions: ``mask.r``, ``k.i.r`` and ``v.i.r`` of each, and new rows
+``[rows, kv_heads, head_dim]``. A last shard has a signature ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
 
 Only operators that XNNPACK takes on are used. Format: https://github.com/google-ai-edge/LiteRT, ``schema.fbs``.
 """
@@ -43,6 +44,11 @@ _TYPES = {
 def run_name(chunk: int, bucket: int) -> str:
     """Of the signature."""
     return f"run_{chunk}_{bucket}"
+
+
+def batch_name(rows: int, bucket: int) -> str:
+    """Of the signature for a step of several sessions."""
+    return f"batch_{rows}_{bucket}"
 
 
 HEAD_NAME = "head"
@@ -280,6 +286,7 @@ def build_model(
     weights: Mapping[str, Any],
     buckets: Sequence[int],
     chunks: Sequence[int],
+    batches: Sequence[int] = (),
 ) -> bytes:
     """Serialized model of layers ``[start, end)``. ``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``,
     ``.gate_up``, ``.down`` (matrices ``[out, in]``, rows of Q and K in halves; ``.qkv.bias`` where the family has it), and of
@@ -290,6 +297,9 @@ def build_model(
         for chunk in chunks:
             name = run_name(chunk, bucket)
             graphs.append((name, _run(file, spec, (start, end), weights, (chunk, bucket), name)))
+        for rows in batches:
+            name = batch_name(rows, bucket)
+            graphs.append((name, _batch(file, spec, (start, end), weights, (rows, bucket), name)))
     if end == spec.layers:
         graphs.append((HEAD_NAME, _head(file, spec, weights)))
     model.version, model.description = _VERSION, f"layers {start}-{end}"
@@ -360,75 +370,126 @@ def _run(
     x = graph.given("hidden", [chunk, spec.width])
     turns = [graph.given(side, [chunk, 1, spec.head_dim]) for side in ("cos", "sin")]
     mask = graph.given("mask", [1, 1, rows, bucket + chunk])
-    cache = [
-        [graph.given(f"{side}.{layer}", [1, spec.kv_heads, bucket, spec.head_dim]) for side in "kv"]
+    shape = [1, spec.kv_heads, bucket, spec.head_dim]
+    caches = [[[graph.given(f"{side}.{layer}", shape) for side in "kv"]] for layer in range(*layers)]
+    return _layers(graph, spec, layers, weights, x, turns, [mask], caches)
+
+
+def _batch(
+    file: _File,
+    spec: Architecture,
+    layers: tuple[int, int],
+    weights: Mapping[str, Any],
+    size: tuple[int, int],
+    name: str,
+) -> _Subgraph:
+    graph, (rows, bucket) = _Subgraph(file, name), size
+    x = graph.given("hidden", [rows, spec.width])
+    turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
+    masks = [graph.given(f"mask.{row}", [1, 1, 1, bucket + 1]) for row in range(rows)]
+    shape = [1, spec.kv_heads, bucket, spec.head_dim]
+    caches = [
+        [[graph.given(f"{side}.{layer}.{row}", shape) for side in "kv"] for row in range(rows)]
         for layer in range(*layers)
     ]
-    new = []
-    for layer, past in zip(range(*layers), cache, strict=True):
-        last = layer == layers[1] - 1
-        x, rows_of = _layer(
-            graph, spec, layer, weights, x, turns, mask, past, "hidden_out" if last else f"x{layer}"
-        )
-        new += rows_of
+    return _layers(graph, spec, layers, weights, x, turns, masks, caches)
+
+
+def _layers(
+    graph: _Subgraph,
+    spec: Architecture,
+    layers: tuple[int, int],
+    weights: Mapping[str, Any],
+    x: int,
+    turns: list[int],
+    masks: list[int],
+    caches: list[list[list[int]]],
+) -> _Subgraph:
+    """``caches``: by layer and session, keys and values."""
+    new: list[int] = []
+    for layer, pasts in zip(range(*layers), caches, strict=True):
+        out = "hidden_out" if layer == layers[1] - 1 else f"x{layer}"
+        p = f"{layer}."
+        h = graph.norm(x, weights[f"{p}attn_norm"], f"{p}attn_norm", spec.norm_epsilon, f"{p}h")
+        qkv = graph.linear(h, f"{p}qkv", weights[f"{p}qkv"], f"{p}qkv_out", weights.get(f"{p}qkv.bias"))
+        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts)
+        new += rows
+        middle = graph.add(x, graph.linear(attended, f"{p}o", weights[f"{p}o"], f"{p}o_out"), f"{p}middle")
+        x = _feed_forward(graph, spec, p, weights, middle, out)
     graph.result(x)
     for index in new:
         graph.result(index)
     return graph
 
 
-def _layer(
-    graph: _Subgraph,
-    spec: Architecture,
-    layer: int,
-    weights: Mapping[str, Any],
-    x: int,
-    turns: list[int],
-    mask: int,
-    past: list[int],
-    out: str,
-) -> tuple[int, list[int]]:
-    p = f"{layer}."
-    h = graph.norm(x, weights[f"{p}attn_norm"], f"{p}attn_norm", spec.norm_epsilon, f"{p}h")
-    qkv = graph.linear(h, f"{p}qkv", weights[f"{p}qkv"], f"{p}qkv_out", weights.get(f"{p}qkv.bias"))
-    attended, new = _attention(graph, spec, layer, qkv, turns, mask, past)
-    middle = graph.add(x, graph.linear(attended, f"{p}o", weights[f"{p}o"], f"{p}o_out"), f"{p}middle")
+def _feed_forward(
+    graph: _Subgraph, spec: Architecture, p: str, weights: Mapping[str, Any], middle: int, out: str
+) -> int:
     h = graph.norm(middle, weights[f"{p}ffn_norm"], f"{p}ffn_norm", spec.norm_epsilon, f"{p}h2")
     both = graph.linear(h, f"{p}gate_up", weights[f"{p}gate_up"], f"{p}gate_up_out")
     gate = graph.part(both, 1, 0, spec.feed_forward, f"{p}gate")
     up = graph.part(both, 1, spec.feed_forward, spec.feed_forward, f"{p}up")
     half = graph.op(fb.BuiltinOperator.LOGISTIC, [gate], f"{p}logistic", graph.shapes[gate])
     inner = graph.mul(graph.mul(gate, half, f"{p}silu"), up, f"{p}inner")
-    down = graph.linear(inner, f"{p}down", weights[f"{p}down"], f"{p}down_out")
-    return graph.add(middle, down, out), new
+    return graph.add(middle, graph.linear(inner, f"{p}down", weights[f"{p}down"], f"{p}down_out"), out)
 
 
 def _attention(
-    graph: _Subgraph, spec: Architecture, layer: int, qkv: int, turns: list[int], mask: int, past: list[int]
+    graph: _Subgraph,
+    spec: Architecture,
+    layer: int,
+    qkv: int,
+    turns: list[int],
+    masks: list[int],
+    pasts: list[list[int]],
 ) -> tuple[int, list[int]]:
-    p, chunk = f"{layer}.", graph.shapes[qkv][0]
-    dim, kv, group = spec.head_dim, spec.kv_heads, spec.heads // spec.kv_heads
-    bucket = graph.shapes[past[0]][2]
+    """Of a chunk of one session, or of a step of several; and the new rows of the cache."""
+    p, rows = f"{layer}.", graph.shapes[qkv][0]
+    dim, kv = spec.head_dim, spec.kv_heads
+    q, k, v = _turned(graph, spec, p, qkv, turns)
+    if len(pasts) == 1:
+        attended, new = _attend(graph, spec, p, (q, k, v), masks[0], pasts[0])
+        return attended, [
+            graph.reshape(x, [1, kv, rows, dim], f"new_{s}.{layer}") for x, s in zip(new, "kv", strict=True)
+        ]
+    parts = []
+    for row, past in enumerate(pasts):
+        own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
+        parts.append(_attend(graph, spec, f"{p}{row}.", own, masks[row], past)[0])
+    flat = [graph.reshape(x, [rows, kv, dim], f"new_{s}.{layer}") for x, s in ((k, "k"), (v, "v"))]
+    return graph.joined(parts, 0, f"{p}attended_rows"), flat
+
+
+def _turned(graph: _Subgraph, spec: Architecture, p: str, qkv: int, turns: list[int]) -> tuple[int, int, int]:
+    """Queries, scaled, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
+    rows, dim, kv = graph.shapes[qkv][0], spec.head_dim, spec.kv_heads
     turned = spec.heads + kv
     qk = graph.part(qkv, 1, 0, turned * dim, f"{p}qk")
-    qk = graph.reshape(qk, [chunk, turned, dim], f"{p}qk_heads")
+    qk = graph.reshape(qk, [rows, turned, dim], f"{p}qk_heads")
     first = graph.part(qk, 2, 0, dim // 2, f"{p}first")
     second = graph.part(qk, 2, dim // 2, dim // 2, f"{p}second")
     swapped = graph.joined([second, first], 2, f"{p}swapped")
     qk = graph.add(graph.mul(qk, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}rotated")
-    q = graph.part(qk, 1, 0, spec.heads, f"{p}q")
-    scale = graph.constant("scale", np.array([spec.head_dim**-0.5], dtype=np.float32))
-    q = graph.mul(q, scale, f"{p}q_scaled")
+    scale = graph.constant("scale", np.array([dim**-0.5], dtype=np.float32))
+    q = graph.mul(graph.part(qk, 1, 0, spec.heads, f"{p}q"), scale, f"{p}q_scaled")
     k = graph.part(qk, 1, spec.heads, kv, f"{p}k_rows")
-    v = graph.reshape(
-        graph.part(qkv, 1, turned * dim, kv * dim, f"{p}v_flat"), [chunk, kv, dim], f"{p}v_rows"
-    )
+    v = graph.part(qkv, 1, turned * dim, kv * dim, f"{p}v_flat")
+    return q, k, graph.reshape(v, [rows, kv, dim], f"{p}v_rows")
+
+
+def _attend(
+    graph: _Subgraph, spec: Architecture, p: str, qkv: tuple[int, ...], mask: int, past: list[int]
+) -> tuple[int, list[int]]:
+    """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
+    q, k, v = qkv
+    chunk, dim, kv, group = graph.shapes[q][0], spec.head_dim, spec.kv_heads, spec.heads // spec.kv_heads
+    bucket = graph.shapes[past[0]][2]
     if chunk > 1:
         q = graph.transpose(graph.reshape(q, [chunk, kv, group, dim], f"{p}q4"), [1, 2, 0, 3], f"{p}q_turned")
         k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
         v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
     q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
-    new = [graph.reshape(x, [1, kv, chunk, dim], f"new_{side}.{layer}") for side, x in (("k", k), ("v", v))]
+    new = [graph.reshape(x, [1, kv, chunk, dim], f"{p}{side}_new") for side, x in (("k", k), ("v", v))]
     scores = graph.joined(
         [
             graph.products(q, past[0], f"{p}before", turned=True),

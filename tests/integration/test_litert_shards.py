@@ -78,6 +78,22 @@ def test_sessions_beside_each_other_do_not_mix(tmp_path: Path) -> None:
     assert both.shape == (3, alone.shape[1])
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_step_of_several_sessions_is_theirs_alone(tmp_path: Path, count: int) -> None:
+    shard = load(tmp_path, slots=4)
+    positions = [20 + 9 * i for i in range(count)]
+    for slot, position in enumerate(positions):
+        shard.prefill(slot, 0, text(position + slot)[slot:])
+    tokens = np.arange(5, 5 + count)
+    alone = [shard.decode(i, [p], tokens[i : i + 1])[0].copy() for i, p in enumerate(positions)]
+    for _ in range(2):  # again, over what the first time wrote
+        together = shard.decode(0, positions, tokens)
+        for row, wanted in zip(together, alone, strict=True):
+            assert relative_error(row, wanted) < 1e-5
+    following = [p + 1 for p in positions]
+    assert shard.decode(0, following, tokens).shape == (count, together.shape[1])
+
+
 def test_truncating_is_running_at_an_earlier_position(tmp_path: Path) -> None:
     shard, tokens = load(tmp_path), text(30)
     shard.prefill(0, 0, tokens)

@@ -32,7 +32,7 @@ ROUTE = LayeredRoute((Stage(OWNER, ADDRESS, INFO.layers, INFO.digest),))
 class CountingRuntime:
     """Says position modulo the vocabulary, so that a token tells its place."""
 
-    info, slots, capacity, provider, batch = INFO, 4, 1024, "test", 64
+    info, slots, capacity, provider, batch, batch_exact = INFO, 4, 1024, "test", 64, True
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s

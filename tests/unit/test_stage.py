@@ -145,6 +145,25 @@ def test_steps_of_neighbouring_slots_run_together_gaps_included() -> None:
     assert run.rows[4] is None
 
 
+def test_a_run_takes_no_more_sessions_than_the_runtime() -> None:
+    b = StageBook(shard(2, 4), 8, 64, 10_000, batch=3)
+    for i in range(5):
+        opened(b, i)
+        b.accept(frame(0, session=name(i), arrived_ns=i + 1))
+    assert computed(b, b.next_run(1)) == [(0, 0), (1, 0), (2, 0)]
+    assert computed(b, b.next_run(1)) == [(3, 0), (4, 0)]
+
+
+def test_fixed_texts_run_alone_where_a_batch_would_change_their_bits() -> None:
+    b = StageBook(shard(2, 4), 8, 64, 10_000, batch=4, batch_exact=False)
+    for i, exact in enumerate((False, True, False)):
+        opened(b, i, exact=exact)
+    for i, arrived in ((0, 2), (1, 1), (2, 3)):
+        b.accept(frame(0, session=name(i), arrived_ns=arrived))
+    assert computed(b, b.next_run(1)) == [(1, 0)]
+    assert computed(b, b.next_run(1)) == [(0, 0), (2, 0)]
+
+
 def test_r8_prefill_yields_to_decode_steps_but_not_for_ever() -> None:
     b = book(start=2, end=4)
     opened(b, 1)
