@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -35,6 +35,7 @@ from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, 
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.hop_log import HopLog
+from node_agent.hop_times import HopTimes
 from node_agent.hop_watch import HopWatch
 from node_agent.ports import NO_EPOCH, TokenLog
 from node_agent.stage import Refusal, StageSession
@@ -54,8 +55,6 @@ _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
-_HOP_SAMPLES = 32
-_SENT_KEPT = 1024
 
 Key = tuple[SessionId, int]
 
@@ -122,8 +121,7 @@ class StageHost:
         """Rows not acknowledged yet."""
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
-        self._sent_ns: OrderedDict[tuple[SessionId, int, int], int] = OrderedDict()
-        self._hops: dict[Address, deque[int]] = {}
+        self._hop_times = HopTimes()
         self._local = _LocalUpstream(self)
         self._work = asyncio.Event()
         """There may be something to look after."""
@@ -320,7 +318,7 @@ class StageHost:
             frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
             placed.replica.book.resent(session, start + len(payload))
             if address != self.address:
-                self._note_sent([frame])
+                self._hop_times.sent([frame], self._clock.monotonic_ns())
             self.deliver(address, [frame])
             self._loop.call_soon(self._resend, placed)
 
@@ -437,7 +435,7 @@ class StageHost:
             elif row.output is not None and row.session.told:
                 stage = order.stage + 1
                 address = route.stages[stage].address
-                hop_us = self.hop_us(address)
+                hop_us = self._hop_times.one_way_us(address)
                 position, output = row.frame.position, row.output
                 known = row.session.onward - position
                 if known >= len(output):
@@ -462,7 +460,7 @@ class StageHost:
             self.deliver(address, batch)
         for address, onward in frames.items():
             if address != self.address:
-                self._note_sent(onward)
+                self._hop_times.sent(onward, self._clock.monotonic_ns())
             self.deliver(address, onward)
         for address, onward in copies.items():
             self.deliver(address, onward)
@@ -488,13 +486,6 @@ class StageHost:
         here = session.order.here
         assert here is not None
         return here.shard
-
-    def _note_sent(self, frames: list[Frame]) -> None:
-        now = self._clock.monotonic_ns()
-        for frame in frames:
-            self._sent_ns[frame.session, frame.stage, frame.position + frame.length] = now
-        while len(self._sent_ns) > _SENT_KEPT:
-            self._sent_ns.popitem(last=False)
 
     # -- acknowledgements ----------------------------------------------------------------------
 
@@ -529,11 +520,7 @@ class StageHost:
             upstream.reply(list(acks.values()))
 
     def _acknowledged(self, address: Address, ack: Ack) -> None:
-        sent = self._sent_ns.pop((ack.session, ack.stage, ack.position), None)
-        if sent is not None:
-            round_us = (self._clock.monotonic_ns() - sent) // 1000
-            samples = self._hops.setdefault(address, deque(maxlen=_HOP_SAMPLES))
-            samples.append(max(0, (round_us - ack.held_us) // 2))
+        measured = self._hop_times.acknowledged(address, ack, self._clock.monotonic_ns())
         if ack.stage == 0:
             if self.owner is not None:
                 self.owner.on_message([ack])
@@ -542,28 +529,24 @@ class StageHost:
         if placed is not None:
             placed.replica.acknowledged(ack.session, ack.epoch, ack.position)
             self._resend(placed)
-            if sent is not None:
-                placed.metrics.hopped(self.hop_us(address))
+            if measured:
+                placed.metrics.hopped(self._hop_times.one_way_us(address))
 
     def hop_us(self, address: Address) -> int:
-        """Estimate of the one-way time to an address, microseconds; 0 if unknown.
-
-        The least of the last samples: an acknowledgement that found us computing says nothing of the
-        hop.
-        """
-        return min(self._hops.get(address, (0,)))
+        """Estimate of the one-way time to an address, microseconds; 0 if unknown."""
+        return self._hop_times.one_way_us(address)
 
     def note_sent(self, address: Address, frames: list[Frame]) -> None:
         """The ingress sends frames itself; note when, so that its hop is measured as well."""
         self._work.set()
         if address != self.address:
-            self._note_sent(frames)
+            self._hop_times.sent(frames, self._clock.monotonic_ns())
 
     # -- losses --------------------------------------------------------------------------------
 
     def downstream_lost(self, address: Address, reason: str) -> None:
         """A link that we dialled broke: every session whose next stage is there is reported."""
-        self._hops.pop(address, None)
+        self._hop_times.forget(address)
         self.watch.forget(address)
         self._lose(address, Cause.STREAM_BROKEN, reason)
 
