@@ -14,6 +14,11 @@ variable "datacenters" {
   default = ["dc1"]
 }
 
+variable "host" {
+  description = "Address that the agent listens on and tells peers. Several clients on one machine each have theirs in meta."
+  default     = "$${attr.unique.network.ip-address}"
+}
+
 variable "data_dir" {
   description = "Identity, token log, hop log and models. Outside the allocation, so that an update of this job keeps them."
   default     = "/var/lib/inference-mesh"
@@ -105,7 +110,7 @@ job "mesh-agent" {
       # Every setting of `mesh agent --help` can stand here as MESH_NAME.
       env {
         MESH_NAME       = "${node.unique.name}"
-        MESH_HOST       = "${attr.unique.network.ip-address}"
+        MESH_HOST       = var.host
         MESH_PORT       = "${NOMAD_PORT_grpc}"
         MESH_API_PORT   = "${NOMAD_PORT_api}"
         MESH_HOME       = var.data_dir
