@@ -19,6 +19,11 @@ variable "host" {
   default     = "$${attr.unique.network.ip-address}"
 }
 
+variable "api_host" {
+  description = "Address of the OpenAI API: the client's loopback. Several clients on one machine each have theirs."
+  default     = "127.0.0.1"
+}
+
 variable "data_dir" {
   description = "Identity, token log, hop log and models. Outside the allocation, so that an update of this job keeps them."
   default     = "/var/lib/inference-mesh"
@@ -112,6 +117,7 @@ job "mesh-agent" {
         MESH_NAME       = "${node.unique.name}"
         MESH_HOST       = var.host
         MESH_PORT       = "${NOMAD_PORT_grpc}"
+        MESH_API_HOST   = var.api_host
         MESH_API_PORT   = "${NOMAD_PORT_api}"
         MESH_HOME       = var.data_dir
         MESH_DATA_DIR   = "${var.data_dir}/agent"

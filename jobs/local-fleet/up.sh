@@ -5,8 +5,8 @@
 #
 # Everything listens on loopback: the server on 127.0.0.1, clients on 127.0.0.11 to 127.0.0.14. With it up, in another terminal:
 #
-#   nomad job run -var 'host=${meta.mesh_host}' -var 'data_dir=FOLDER/mesh/${node.unique.name}' \
-#     -var 'consul=http://${meta.mesh_host}:8500' jobs/node-agent.nomad.hcl
+#   nomad job run -var 'host=${meta.mesh_host}' -var 'api_host=${meta.mesh_host}' \
+#     -var 'consul=http://${meta.mesh_host}:8500' -var 'data_dir=FOLDER/mesh/${node.unique.name}' jobs/node-agent.nomad.hcl
 #   mesh model deploy smollm2-135m --nomad --replicas 2 --agent '${meta.mesh_host}:7070' --api http://127.0.0.11:8080
 #
 # Needs consul and nomad (1.1 or newer) on the PATH, and root or cgroups that Nomad may write for drivers other than raw_exec.
