@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mesh.adapters.membership_driver import open_socket, probe_agent
 from mesh.discovery import Advert, Sighting
-from mesh.errors import MeshError, PeerError
+from mesh.errors import ConfigError, MeshError, PeerError
 from mesh.types import Address, NodeId
 from node_agent.adapters.discovery_setup import consul_wanted
 from node_agent.adapters.fingerprint.machine import probe_machine
@@ -223,24 +223,45 @@ async def _consul(config: AgentConfig) -> list[Finding]:
 
 
 async def _runtimes(config: AgentConfig) -> list[Finding]:
+    found = [f for f in (_onnx(config), _litert()) if f is not None]
+    if found:
+        return found
+    advice = "pip install 'inference-mesh[onnx]' (or [litert]) to host shards; an ingress alone does without"
+    return [Finding("runtimes", Verdict.NOTE, "no runtime: this node hosts no shards", advice)]
+
+
+def _litert() -> Finding | None:
+    try:
+        installed = version("ai-edge-litert")
+    except PackageNotFoundError:
+        return None
+    try:
+        from node_agent.adapters.litert_buffers import aligned, bound
+
+        bound(aligned((1, 1)))
+    except (ConfigError, ImportError) as error:
+        advice = "pip install 'inference-mesh[litert]'"
+        return Finding("runtimes", Verdict.BAD, f"LiteRT {installed}: {error}", advice)
+    return Finding("runtimes", Verdict.FINE, f"LiteRT {installed} with XNNPACK")
+
+
+def _onnx(config: AgentConfig) -> Finding | None:
     try:
         installed = version("onnxruntime")
     except PackageNotFoundError:
-        advice = "pip install 'inference-mesh[onnx]' to host shards; an ingress alone does without"
-        return [Finding("runtimes", Verdict.NOTE, "no ONNX Runtime: this node hosts no shards", advice)]
+        return None
     import onnxruntime
 
     have = onnxruntime.get_available_providers()
     missing = [p for p in config.providers if p not in have]
     if missing == list(config.providers):
         advice = f"name one of {', '.join(have)} in 'providers', or install a build that has it"
-        return [
-            Finding("runtimes", Verdict.BAD, f"ONNX Runtime {installed} lacks {', '.join(missing)}", advice)
-        ]
+        said = f"ONNX Runtime {installed} lacks {', '.join(missing)}"
+        return Finding("runtimes", Verdict.BAD, said, advice)
     said = f"ONNX Runtime {installed} with {', '.join(have)}"
     if missing:
-        return [Finding("runtimes", Verdict.NOTE, f"{said}; without {', '.join(missing)}", "it falls back")]
-    return [Finding("runtimes", Verdict.FINE, said)]
+        return Finding("runtimes", Verdict.NOTE, f"{said}; without {', '.join(missing)}", "it falls back")
+    return Finding("runtimes", Verdict.FINE, said)
 
 
 async def _machine(config: AgentConfig) -> list[Finding]:
