@@ -8,7 +8,7 @@ Q ?= What is the capital of France?
 N ?= 3
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help ask up test check format protos bench clean
+.PHONY: help ask up test test-nomad check format protos bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,10 @@ up: .venv/run ## keep three agents running
 test: .venv/dev ## all tests, on the real model and a real Consul
 	@tests/fetch_consul.sh $(MESH_HOME)/tools/consul
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-nomad: .venv/dev ## the jobs on a local fleet; skips by name where there is no nomad
+	@tests/fetch_consul.sh $(MESH_HOME)/tools/consul
+	@$(BIN)/python -m pytest -s tests/nomad
 
 check: .venv/dev protos ## format, lint, types, imports, generated code
 	$(BIN)/ruff format --check .
