@@ -54,7 +54,8 @@ def _library() -> Any:
 
 
 def bound(array: NDArray[np.float32]) -> TensorBuffer:
-    """``array`` as a tensor buffer, which must not outlive it; contiguous and aligned, as ``aligned`` makes them."""
+    """``array`` as a tensor buffer, which must not outlive it and wants to be destroyed; contiguous and aligned, as
+    ``aligned`` makes them."""
     kind = _TensorType(element=_FLOAT32, rank=array.ndim)
     for i, size in enumerate(array.shape):
         kind.dimensions[i] = size

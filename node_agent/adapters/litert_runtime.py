@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -45,6 +46,8 @@ _BATCH_LEAST = 3
 _MASKED = np.float32(-1e9)
 _OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
 """How LiteRT's lines on stderr begin."""
+_STDERR = threading.Lock()
+"""Shards are loaded on threads, and there is one stderr."""
 
 
 class _Mask:
@@ -85,6 +88,11 @@ class _Signature:
         results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in self.new.items()}}
         self._results = [bound(results[k]) for k in names["outputs"]]
 
+    def close(self) -> None:
+        """Let go of the buffers: they are not collected by themselves."""
+        for buffer in (*self._given.values(), *self._results):
+            buffer.destroy()
+
     def run(self, model: CompiledModel, memory: Mapping[str, TensorBuffer]) -> None:
         """``memory``: the inputs that are KV memory."""
         given = self._given
@@ -124,14 +132,20 @@ class _Slot:
         self.bound = {k: bound(v) for k, v in self.memory.items()}
 
     def take(self, before: _Slot, positions: int) -> None:
-        """The rows of a smaller one."""
+        """The rows of a smaller one, which is no more."""
         for name, array in self.memory.items():
             array[:, :, :positions] = before.memory[name][:, :, :positions]
+        before.close()
 
     def write(self, new: Mapping[str, Array], position: int, steps: int) -> None:
         """Rows of a chunk."""
         for name, array in self.memory.items():
             array[:, :, position : position + steps] = new[name][:, :, :steps]
+
+    def close(self) -> None:
+        """Let go of the buffers: they are not collected by themselves."""
+        for buffer in self.bound.values():
+            buffer.destroy()
 
     def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
         """One of a step of several sessions."""
@@ -283,10 +297,15 @@ class LitertShard:
         return self._signatures[key]
 
     def release(self, slot: int) -> None:
-        self._held.pop(slot, None)
+        held = self._held.pop(slot, None)
+        if held is not None:
+            held.close()
 
     def close(self) -> None:
-        self._held.clear()
+        for slot in list(self._held):
+            self.release(slot)
+        for signature in self._signatures.values():
+            signature.close()
         self._signatures.clear()
         self.model.close()
 
@@ -346,7 +365,7 @@ def _environment() -> Environment:
 @contextlib.contextmanager
 def _own_words() -> Iterator[Any]:
     """Keep what LiteRT says on stderr while it loads out of our logs; yields what reads its errors."""
-    with tempfile.TemporaryFile() as file:
+    with _STDERR, tempfile.TemporaryFile() as file:
         kept = os.dup(2)
 
         def lines() -> list[bytes]:

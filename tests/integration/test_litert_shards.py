@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,20 @@ def test_truncating_is_running_at_an_earlier_position(tmp_path: Path) -> None:
     assert relative_error(shard.decode(0, [30], np.array([5])), right) < 1e-5
 
 
+def test_memory_of_sessions_that_are_over_is_given_back(tmp_path: Path) -> None:
+    shard = load(tmp_path)
+
+    def sessions(count: int) -> int:
+        for _ in range(count):
+            shard.prefill(0, 0, text(20))
+            shard.prefill(0, 20, text(250))  # into the next bucket
+            shard.release(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4
+
+    before = sessions(50)
+    assert sessions(1000) - before < 2000, "kB more after a thousand sessions"
+
+
 def test_no_head_is_computed_where_nobody_samples(tmp_path: Path) -> None:
     shard = load(tmp_path)
     assert shard.prefill(0, 0, text(70), logits=False).shape[0] == 0
@@ -148,3 +164,21 @@ def test_packed_weights_are_kept_for_the_next_start(tmp_path: Path) -> None:
     assert packed.stat().st_mtime_ns == written
     packed.write_bytes(b"not what it was")
     assert np.array_equal(answer(), first)
+
+
+def test_shards_that_load_at_once_leave_stderr_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = pulled(tmp_path)
+    folder = make_shard(store, "tiny", 0, 3, runtime="litert")
+    manifest = store.manifest(folder)
+    with ThreadPoolExecutor(4) as pool:
+        loads = [
+            pool.submit(load_shard, folder, manifest, slots=1, capacity=64, options=OPTIONS) for _ in range(8)
+        ]
+        for each in loads:
+            each.result().close()
+    os.write(2, b"still here\n")
+    told = capfd.readouterr().err
+    assert "still here" in told
+    assert "accelerator" not in told.partition("still here")[0]
