@@ -126,6 +126,7 @@ def run(
     stages: int = 5,
     keep: Path | None = None,
     saturation_s: float = 0,
+    answer: int = ANSWER,
 ) -> Outcome:
     """All trials, one after the other, on one fleet; ``clients`` others ask during every ``LOADED_EVERY``th.
     Then, for a while, as many sessions as there are slots, and no fault."""
@@ -139,7 +140,7 @@ def run(
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
             sys.stderr.write("no network namespaces: no partitions and no cut streams\n")
-        calm = {p: _calm(running, text[:p]) for p in PROMPTS}
+        calm = {p: _calm(running, text[:p], answer) for p in PROMPTS}
         plans = [(m, k, v) for m in INGRESSES for k in kinds for v in VICTIMS]
         plans = [
             p
@@ -171,9 +172,9 @@ def _saturate(running: Fleet, text: list[int], seconds: float) -> int:
     return running.failovers() - before
 
 
-def _calm(running: Fleet, prompt: list[int]) -> list[str]:
-    seen = ask(running.agents["exact"].api, prompt, ANSWER)
-    if seen.error or len(seen.tokens) != ANSWER:
+def _calm(running: Fleet, prompt: list[int], answer: int) -> list[str]:
+    seen = ask(running.agents["exact"].api, prompt, answer)
+    if seen.error or len(seen.tokens) != answer:
         raise SystemExit(f"the undisturbed answer failed: {seen.error or len(seen.tokens)}")
     return seen.tokens
 
@@ -188,7 +189,8 @@ def _try(
     rng: Random,
 ) -> Trial:
     prompt = rng.choice(PROMPTS)
-    at = rng.randrange(4, ANSWER - AFTER)
+    answer = len(calm[prompt])
+    at = rng.randrange(4, answer - AFTER)
     trial = Trial(mode, kind, victim, prompt, prompt + at)
     broken: list[str] = []
 
@@ -197,7 +199,7 @@ def _try(
         break_(running, kind, broken)
 
     patience = READ_TIMEOUT_S if victim == "ingress" else 90
-    seen = ask(running.agents[mode].api, text[:prompt], ANSWER, at, fault, timeout_s=patience)
+    seen = ask(running.agents[mode].api, text[:prompt], answer, at, fault, timeout_s=patience)
     if victim == "ingress":
         # Its reader turns to the other one; a freeze or a pulled cable it has to notice first.
         other = {"exact": "fast", "fast": "exact", "hot": "exact"}[mode]
