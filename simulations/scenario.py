@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -260,6 +260,14 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     faults: tuple[Fault, ...] = ()
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    key: get_args(kind)
+    for table in (Scenario, Fault)
+    for key, kind in get_type_hints(table).items()
+    if get_origin(kind) is Literal
+}
+
+
 def read_scenario(
     text: str, name: str, fetch: Callable[[str], tuple[Interval, ...]] | None = None
 ) -> Scenario:
@@ -386,6 +394,8 @@ def _located(said: str, text: str, name: str) -> str:
         if unknown
         else what
     )
+    if what.startswith("Invalid enum value") and key in _CHOICES:
+        known = f"{what.removeprefix('Invalid enum value ')} is none of {', '.join(_CHOICES[key])}"
     return f"{name}:{_line(text, key)}: {path.strip('.') or key}: {known}"
 
 

@@ -84,7 +84,7 @@ def test_shipped_scenarios_are_read_and_say_what_they_are(path: Path) -> None:
         ('name = "x"\n[[nodes]]\nkind = "n"\ncount = 2\n', 1, "3 ranges of layers need as many"),
         (LEAST + '[[faults]]\nwhat = "crash"\n', 6, "either at or every"),
         (LEAST + '[[faults]]\nwhat = "crash"\nat = "5s"\nwho = "m"\n', 8, "there are the kinds n"),
-        (LEAST + '[[faults]]\nwhat = "flood"\nat = "5s"\n', 6, "what"),
+        (LEAST + '[[faults]]\nwhat = "flood"\nat = "5s"\n', 6, "'flood' is none of crash, power"),
         ('name = "x"\ntime = "10s"\n' + LEAST[11:], 2, "longer than quiet"),
         (LEAST + "[load]\nprompt = [9, 2]\n", 6, "least and most"),
         ("name = \n", 1, "Invalid value"),
