@@ -27,6 +27,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from mesh.errors import ShardError
 from node_agent.adapters.litert_buffers import aligned, bound
+from node_agent.adapters.litert_first import load_first
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.litert_tables import read_tables
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
@@ -169,7 +170,7 @@ class LitertShard:
             packed = Path(options.cache) / f"{manifest.digest[:16]}.xnnpack"
             self.model = _open_packed(graph, options.threads, packed)
         else:
-            self.model = _open(graph, options.threads)
+            self.model = open_graph(graph, options.threads)
         found = [m.groups() for m in map(_RUN.fullmatch, self.model.get_signature_list()) if m]
         self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
         self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
@@ -330,22 +331,22 @@ def _open_packed(graph: Path, threads: int, packed: Path) -> CompiledModel:
     packed.parent.mkdir(parents=True, exist_ok=True)
     if packed.exists():
         try:
-            return _open(graph, threads, packed)
+            return open_graph(graph, threads, packed)
         except ShardError as error:
             log.warning("%s is packed anew: %s", packed, error)
             packed.unlink()
-    fresh = packed.with_suffix(f".tmp-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
+    fresh = packed.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
     try:
-        model = _open(graph, threads, fresh)
+        load_first(graph, threads, fresh)
         if fresh.exists():
             fresh.rename(packed)
-        return model
     finally:
         fresh.unlink(missing_ok=True)
+    return open_graph(graph, threads, packed)
 
 
-def _open(graph: Path, threads: int, packed: Path | None = None) -> CompiledModel:
+def open_graph(graph: Path, threads: int, packed: Path | None = None) -> CompiledModel:
+    """Load it, in this process; raises ``ShardError`` with what LiteRT said. ``packed``: where packed weights are, or go."""
     settings = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed or ""))
     with _own_words() as words:
         try:

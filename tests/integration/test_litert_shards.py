@@ -182,3 +182,17 @@ def test_shards_that_load_at_once_leave_stderr_as_it_was(
     told = capfd.readouterr().err
     assert "still here" in told
     assert "accelerator" not in told.partition("still here")[0]
+
+
+def test_a_graph_that_crashes_the_library_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
+    store = pulled(tmp_path)
+    folder = make_shard(store, "tiny", 0, 3, runtime="litert")
+    manifest, path = store.manifest(folder), folder / LITERT_GRAPH_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    files = manifest.files | {path.name: StoredFile(sha256_of(path), 1000)}
+    options = RuntimeOptions(threads=1, cache=str(tmp_path / "packed"))
+    with pytest.raises(ShardError, match=r"LiteRT (died of|cannot load)"):
+        load_shard(
+            folder, msgspec.structs.replace(manifest, files=files), slots=1, capacity=64, options=options
+        )
+    assert list((tmp_path / "packed").iterdir()) == []
