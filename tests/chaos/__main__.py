@@ -127,6 +127,7 @@ def run(
     keep: Path | None = None,
     saturation_s: float = 0,
     answer: int = ANSWER,
+    prompts: tuple[int, ...] = PROMPTS,
 ) -> Outcome:
     """All trials, one after the other, on one fleet; ``clients`` others ask during every ``LOADED_EVERY``th.
     Then, for a while, as many sessions as there are slots, and no fault."""
@@ -140,7 +141,7 @@ def run(
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
             sys.stderr.write("no network namespaces: no partitions and no cut streams\n")
-        calm = {p: _calm(running, text[:p], answer) for p in PROMPTS}
+        calm = {p: _calm(running, text[:p], answer) for p in prompts}
         plans = [(m, k, v) for m in INGRESSES for k in kinds for v in VICTIMS]
         plans = [
             p
@@ -188,7 +189,7 @@ def _try(
     calm: dict[int, list[str]],
     rng: Random,
 ) -> Trial:
-    prompt = rng.choice(PROMPTS)
+    prompt = rng.choice(list(calm))
     answer = len(calm[prompt])
     at = rng.randrange(4, answer - AFTER)
     trial = Trial(mode, kind, victim, prompt, prompt + at)

@@ -13,7 +13,9 @@ TRIALS = int(os.environ.get("CHAOS_TRIALS", "20"))
 
 @pytest.mark.timeout(600)
 def test_faults_in_mid_answer_cost_no_token(capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = run(TRIALS, seed=11, clients=2, only={}, stages=3, saturation_s=10, answer=110)
+    outcome = run(
+        TRIALS, seed=11, clients=2, only={}, stages=3, saturation_s=10, answer=110, prompts=(60, 150, 300)
+    )
     trials, told = outcome.trials, summary(outcome)
     with capsys.disabled():
         print(f"\n{table(trials)}\n{told}")
