@@ -30,12 +30,12 @@ STORM = read_scenario((SCENARIOS / "storm.toml").read_text(), "storm.toml")
 def test_r2_r4_r5_no_token_is_lost_repeated_or_changed_in_a_storm(
     changes: dict[str, Any], rung: str, seed: int
 ) -> None:
-    outcome = simulate(msgspec.structs.replace(STORM, time="60s", **changes), seed)
+    outcome = simulate(msgspec.structs.replace(STORM, time="80s", **changes), seed)
     world = outcome.world
     assert not world.violations, world.violations[:5]
-    assert sum(world.faults.values()) > 70, world.faults
+    assert sum(world.faults.values()) > 100, world.faults
     rungs = Counter(rung for rung, _ in world.stalls_us())
-    assert rungs[rung] > 7, rungs
+    assert rungs[rung] > 10, rungs
     failed = [r.error for r in world.requests if r.error]
     # Two machines at once may hold the only copies of a session's tokens: that is told, not hidden.
     assert len(failed) <= 0.05 * len(world.requests), failed
