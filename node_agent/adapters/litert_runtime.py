@@ -55,7 +55,7 @@ class _Mask:
     """What is added to a row's scores. ``shape`` ends in ``bucket`` positions before the chunk and the chunk itself."""
 
     def __init__(self, shape: tuple[int, ...], bucket: int) -> None:
-        self.array, self._bucket = aligned(shape), bucket
+        self.array = aligned(shape)
         self.array[..., :bucket] = _MASKED
         self._open = 0
         """Positions before the chunk that are seen."""

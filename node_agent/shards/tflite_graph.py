@@ -296,10 +296,10 @@ def build_model(
     for bucket in buckets:
         for chunk in chunks:
             name = run_name(chunk, bucket)
-            graphs.append((name, _run(file, spec, (start, end), weights, (chunk, bucket), name)))
+            graphs.append((name, _run(file, spec, (start, end), weights, (chunk, bucket), 1, name)))
         for rows in batches:
             name = batch_name(rows, bucket)
-            graphs.append((name, _batch(file, spec, (start, end), weights, (rows, bucket), name)))
+            graphs.append((name, _run(file, spec, (start, end), weights, (rows, bucket), rows, name)))
     if end == spec.layers:
         graphs.append((HEAD_NAME, _head(file, spec, weights)))
     model.version, model.description = _VERSION, f"layers {start}-{end}"
@@ -363,33 +363,20 @@ def _run(
     layers: tuple[int, int],
     weights: Mapping[str, Any],
     size: tuple[int, int],
+    sessions: int,
     name: str,
 ) -> _Subgraph:
-    graph, (chunk, bucket) = _Subgraph(file, name), size
-    rows = 1 if chunk == 1 else spec.heads // spec.kv_heads * chunk
-    x = graph.given("hidden", [chunk, spec.width])
-    turns = [graph.given(side, [chunk, 1, spec.head_dim]) for side in ("cos", "sin")]
-    mask = graph.given("mask", [1, 1, rows, bucket + chunk])
-    shape = [1, spec.kv_heads, bucket, spec.head_dim]
-    caches = [[[graph.given(f"{side}.{layer}", shape) for side in "kv"]] for layer in range(*layers)]
-    return _layers(graph, spec, layers, weights, x, turns, [mask], caches)
-
-
-def _batch(
-    file: _File,
-    spec: Architecture,
-    layers: tuple[int, int],
-    weights: Mapping[str, Any],
-    size: tuple[int, int],
-    name: str,
-) -> _Subgraph:
+    """A chunk of one session, or a step of several, whose masks and caches carry their numbers. ``size``: rows, bucket."""
     graph, (rows, bucket) = _Subgraph(file, name), size
+    chunk = rows // sessions
+    mask_rows = 1 if chunk == 1 else spec.heads // spec.kv_heads * chunk
+    whose = [f".{row}" for row in range(sessions)] if sessions > 1 else [""]
     x = graph.given("hidden", [rows, spec.width])
     turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
-    masks = [graph.given(f"mask.{row}", [1, 1, 1, bucket + 1]) for row in range(rows)]
+    masks = [graph.given(f"mask{who}", [1, 1, mask_rows, bucket + chunk]) for who in whose]
     shape = [1, spec.kv_heads, bucket, spec.head_dim]
     caches = [
-        [[graph.given(f"{side}.{layer}.{row}", shape) for side in "kv"] for row in range(rows)]
+        [[graph.given(f"{side}.{layer}{who}", shape) for side in "kv"] for who in whose]
         for layer in range(*layers)
     ]
     return _layers(graph, spec, layers, weights, x, turns, masks, caches)
