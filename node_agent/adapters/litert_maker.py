@@ -61,7 +61,7 @@ def buckets_for(context: int) -> tuple[int, ...]:
 
 
 def litert_demand(card: ModelCard, quantization: str, context: int) -> ModelDemand:
-    """What a model's parts weigh, from its shape alone."""
+    """What a model's parts weigh, from its shape alone: without the few matrices that ``_ROUGH`` keeps in float32."""
     spec = card.architecture
     heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     shapes = (
@@ -78,7 +78,8 @@ def litert_demand(card: ModelCard, quantization: str, context: int) -> ModelDema
         quantization=quantization,
         layer_bytes=sum(_matrix_bytes(r, c, quantization) for r, c in shapes) + 8 * spec.width,
         embedding_bytes=4 * vocabulary if whole else vocabulary + vocabulary // BLOCK * 5,
-        head_bytes=_matrix_bytes(spec.vocabulary, spec.width, "fp32" if whole else "int8"),
+        head_bytes=_matrix_bytes(spec.vocabulary, spec.width, "fp32" if whole else "int8")
+        + (0 if whole else 4 * _OUTLIERS * spec.vocabulary),
         kv_layer_bytes=spec.kv_bytes_per_token_layer,
         shard_bytes=8 * max(buckets_for(context)) * spec.head_dim,
         tied_bytes=0,

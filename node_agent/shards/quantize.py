@@ -3,7 +3,7 @@
 ``int8``: blocks of 32 along the input, ``w = (q - zero) * scale`` with unsigned 8-bit ``q``. Q8_0
 files pass through without loss; every other type is fitted to each block's range, which loses at
 most 1/510 of it (perplexity moves by less than 1 %: ``python -m tests.benchmarks.quality``).
-``fp32``: as it is.
+``fp32``: as it is. LiteRT has forms of its own: ``ChannelInt8`` and ``BlockedInt4``, and ``SplitInt8`` for a head.
 """
 
 from __future__ import annotations
