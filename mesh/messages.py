@@ -9,8 +9,10 @@ from typing import Any
 from mesh.types import Address, Epoch, Route, Sampling, SessionId, Stage, Token
 
 WIRE_VERSION = 1
-FEATURES = 0
-"""Feature bits that this version speaks: none beyond the first wire version yet."""
+DRAFTS = 1
+"""Frames may end in guesses, which the last stage puts to the test."""
+FEATURES = DRAFTS
+"""Feature bits that this version speaks beyond the first wire version."""
 
 
 class Cause(enum.Enum):
@@ -122,6 +124,9 @@ class Frame:
     """The receiver's place in the route."""
     times: tuple[int, ...] = ()
     """Three numbers a stage passed: see ``Token.times``."""
+    drafts: tuple[int, ...] = ()
+    """Tokens of the last positions that are guesses: the last stage samples before each of them and goes on while it
+    was right; the next frame begins where one was wrong."""
     arrived_ns: int = 0
 
 

@@ -44,6 +44,7 @@ from mesh.session_events import (
     Tick,
 )
 from mesh.session_states import TRANSITIONS, Rung, State
+from mesh.speculation import Speculation
 from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId, Stage, Token
 
 _NATURAL = (Finish.STOP, Finish.LENGTH)
@@ -76,10 +77,13 @@ class Session:
         self.address = address
         self.state = State.REPLAYING if generated else State.PREFILL
         self.generated = list(generated)
+        self.speculation = Speculation((*order.prompt, *generated)) if order.speculate else None
         self.finish: Finish | None = None
         self.kept = False
         """Its stages were asked to keep what they computed."""
         self._sent = self._acked = 0
+        self.firm = 0
+        """Positions that the stages were fed, guesses not counted."""
         self._in_flight: deque[int] = deque()
         self._paused = False
         self._held: Token | None = None
@@ -158,6 +162,8 @@ class Session:
             standbys=self.standbys,
         )
         self._sent, self._acked, self._held = position, position, None
+        if self.speculation is not None:
+            self.speculation.forget()
         self._in_flight.clear()
         self._progress_ns = now
         return [SendOpen(opening)] if self._asking else [SendOpen(opening), *self._prefill()]
@@ -316,6 +322,7 @@ class Session:
             last = self._sent + len(tokens) == len(prompt)
             effects.append(SendFrame(self._sent, tokens, last))
             self._sent += len(tokens)
+            self.firm = self._sent
             self._in_flight.append(self._sent)
         return effects
 
@@ -328,7 +335,8 @@ class Session:
 
     def _acknowledged(self, position: int, now: int) -> list[Effect]:
         self._progress_ns = now
-        self._acked = max(self._acked, position)
+        if position <= self._sent:  # else of guesses that were wrong
+            self._acked = max(self._acked, position)
         while self._in_flight and self._in_flight[0] <= position:
             self._in_flight.popleft()
         return self._prefill() if self.state in (State.PREFILL, State.REPLAYING) else []
@@ -347,26 +355,35 @@ class Session:
             self._lost = None
         self._progress_ns = now
         self.generated.append(token.token)
+        more = self.speculation is not None and self.speculation.take(token.token, now)
         written: list[Effect] = [KeepToken(token), EmitToken(token)]
         done = self._complete()
         if done is not None:
             return written + self._finish(done, _NATURAL)
+        if more:
+            return written  # a guess was right: the last stage sampled the next token as well
         if rerouting:
             return written  # sampled before the loss; the next route goes on from it
         if self._paused:
             self._held = token
             return written
-        return [self._feed(token), *written]
+        return [self._feed(token, now), *written]
 
-    def _feed(self, token: Token) -> Effect:
-        self._sent = token.position + 1
-        return SendFrame(token.position, (token.token,), sample=True)
+    def _feed(self, token: Token, now: int) -> Effect:
+        position = token.position
+        # The last token of all is computed by nobody: neither it nor what follows is worth a guess.
+        room = self.positions - 2 - position
+        drafts = self.speculation.guess(room, now) if self.speculation is not None else ()
+        self.firm = position + 1
+        self._sent = self.firm + len(drafts)
+        self._acked = min(self._acked, position)
+        return SendFrame(position, (token.token, *drafts), True, drafts)
 
     def _resume(self, now: int) -> list[Effect]:
         self._paused = False
         self._progress_ns = now
         held, self._held = self._held, None
-        return [self._feed(held)] if held else []
+        return [self._feed(held, now)] if held else []
 
     def _tick(self, now: int) -> list[Effect]:
         if now >= self.order.deadline_ns:

@@ -67,6 +67,8 @@ class SendFrame:
     position: int
     tokens: tuple[int, ...]
     sample: bool
+    drafts: tuple[int, ...] = ()
+    """The last of the tokens, where those are guesses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ class SessionOrder:
     exact: bool = False
     """A replay runs the frames again as they were first run, so that the same bits come out; otherwise it runs
     large chunks, which is quicker."""
+    speculate: bool = False
+    """Guess tokens where that pays: several positions are then computed in one step, which rounds otherwise."""
     keep: bool = False
     """Ask the stages to keep the KV cache when it ends well."""
     resume: tuple[SessionId, int] | None = None

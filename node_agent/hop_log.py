@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,6 +56,8 @@ class FrameStore(Protocol):
 class _Log:
     start: int
     end: int
+    begins: list[int] = field(default_factory=list)
+    """Where its frames begin."""
     bytes: int = 0
     """An upper bound: what was truncated still counts."""
 
@@ -88,8 +91,7 @@ class HopLog:
         key = (session, shard)
         log = self._logs.get(key)
         if log is not None and log.start <= position <= log.end:
-            self._store.drop(_key(key, position), _key(key, log.end))
-            log.end = position
+            self._cut(key, log, position)
             return
         self.forget(session, shard)
         self._logs[key] = _Log(position, position)
@@ -100,6 +102,8 @@ class HopLog:
         log = self._logs.get(key)
         if log is None:
             return
+        if log.begins and log.begins[-1] < position < log.end:
+            self._cut(key, log, position)  # the last frame ended in guesses, and one was wrong
         if position != log.end:
             self._drop(key, f"a frame at {position} came where {log.end} was due")
             return
@@ -111,12 +115,24 @@ class HopLog:
         elif self._store.behind_bytes > self._behind:
             self._drop(key, "the disk is too slow for the hop log")
         else:
-            body = output.tobytes()
-            self._store.put(_key(key, position), _HEAD.pack(len(output), zlib.crc32(body, position)) + body)
+            self._store.put(_key(key, position), _packed(position, output))
+            log.begins.append(position)
             log.end = position + len(output)
             log.bytes += size
             self.bytes += size
             self.written += size
+
+    def _cut(self, key: Key, log: _Log, position: int) -> None:
+        """Forget what is beyond a position, which may be within a frame."""
+        kept = bisect_left(log.begins, position)
+        self._store.drop(_key(key, position), _key(key, log.end))
+        del log.begins[kept:]
+        last = log.begins[-1] if log.begins else position
+        if last < position < log.end:
+            frame = self.frame(*key, last)
+            if frame is not None and len(frame) > position - last:
+                self._store.put(_key(key, last), _packed(last, frame[: position - last]))
+        log.end = position
 
     def whole_from(self, session: SessionId, shard: Digest, end: int) -> int | None:
         """The first position of a log that goes on to ``end`` without a gap; ``None`` if there is none."""
@@ -147,6 +163,11 @@ class HopLog:
     def _drop(self, key: Key, why: str) -> None:
         self.forget(*key)
         self._absent(key[0], why)
+
+
+def _packed(position: int, output: NDArray[Any]) -> bytes:
+    body = output.tobytes()
+    return _HEAD.pack(len(output), zlib.crc32(body, position)) + body
 
 
 def _key(key: Key, position: int) -> bytes:

@@ -66,11 +66,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
         """A chunk of one session from ``position`` on.
 
         ``inputs``: int64 ``[steps]`` or float32 ``[steps, width]``. Returns float32 ``[steps, width]``,
-        or of a last shard the logits ``[1, vocabulary]`` after the chunk's last step, as in ``decode``.
+        or of a last shard ``[logits, vocabulary]``: those after the chunk's last ``logits`` steps.
         """
         ...
 

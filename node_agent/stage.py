@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
@@ -39,7 +40,7 @@ _CYCLE_SMOOTHING = 8
 
 @dataclass(slots=True)
 class StageSession:
-    """A session at this stage. ``position`` is the next one wanted; below it all is computed."""
+    """A session at this stage. ``position`` is the next one wanted; below it all is computed, and none of it a guess."""
 
     order: Open
     slot: int
@@ -50,6 +51,8 @@ class StageSession:
     queue: deque[Frame] = field(default_factory=deque)
     queued_to: int = 0
     """Positions below this are computed or queued."""
+    firm_to: int = 0
+    """Those from here to ``queued_to`` are guesses: the next frame may begin among them."""
     credit: int = 0
     unacknowledged: deque[int] = field(default_factory=deque)
     """End positions of frames that the next stage has not acknowledged."""
@@ -195,6 +198,7 @@ class StageBook:
             last=self.shard.last,
             position=order.position if order.resume else 0,
             queued_to=order.position if order.resume else 0,
+            firm_to=order.position if order.resume else 0,
             credit=order.window,
             machines=_machines(order),
             told=self.shard.last or order.standby or not order.asks,
@@ -263,7 +267,11 @@ class StageBook:
         if order.positions > session.order.positions:
             return Refusal(Cause.FULL, "a new epoch cannot take more positions than the first")
         # What a standby has not got round to is as good in the new epoch: its frames are the same.
-        behind = [f for f in session.queue if order.standby and f.position + f.length <= order.position]
+        behind = list(
+            takewhile(lambda f: order.standby and f.position + f.length <= order.position, session.queue)
+        )
+        while behind and behind[-1].drafts:
+            behind.pop()  # where it was right is not known
         session.order = order
         session.position = session.queued_to = min(session.position, order.position)
         session.queue.clear()
@@ -271,6 +279,7 @@ class StageBook:
             frame.epoch = order.epoch
             session.queue.append(frame)
             session.queued_to = frame.position + frame.length
+        session.firm_to = session.queued_to
         session.unacknowledged.clear()
         session.credit = order.window
         session.running = False
@@ -292,7 +301,7 @@ class StageBook:
             if logged_from is not None and logged_from <= position:
                 session.resending, session.onward = position, session.position
             else:
-                session.position = session.queued_to = position
+                session.position = session.queued_to = session.firm_to = position
         return session.position
 
     def hush(self, session_id: SessionId) -> None:
@@ -319,9 +328,10 @@ class StageBook:
                 Cause.BAD_FRAME,
                 f"frame [{frame.position}, {end}) is not within the {session.order.positions} reserved positions",
             )
-        if end <= session.queued_to:
+        anew = session.firm_to <= frame.position < session.queued_to
+        if end <= session.queued_to and not anew:
             return None
-        if frame.position != session.queued_to:
+        if frame.position != session.queued_to and not anew:
             return Refusal(
                 Cause.BAD_FRAME,
                 f"frame [{frame.position}, {end}) came where position {session.queued_to} was due",
@@ -329,7 +339,7 @@ class StageBook:
         if len(session.queue) >= (STANDBY_WINDOW if session.order.standby else session.order.window):
             return Refusal(Cause.BAD_FRAME, f"more than {session.order.window} unacknowledged frames")
         session.queue.append(frame)
-        session.queued_to = end
+        session.queued_to, session.firm_to = end, end - len(frame.drafts)
         return None
 
     def next_run(self, now: int) -> Run | None:
@@ -405,9 +415,9 @@ class StageBook:
                 rows.append((session, frame))
                 positions.append(frame.position)
             else:
-                # The row writes where the slot's next position goes: overwritten before it is read.
+                # The row writes beyond all that the slot has or is to get: overwritten before it is read.
                 rows.append(None)
-                positions.append(min(session.position, self.capacity) if session else 0)
+                positions.append(min(session.queued_to, self.capacity) if session else 0)
         return Run(first, tuple(rows), tuple(positions))
 
     def finished(self, session: StageSession, frame: Frame) -> bool:
@@ -416,10 +426,11 @@ class StageBook:
         if current is not session or frame.epoch != session.order.epoch:
             return False
         session.running = False
-        session.position = frame.position + frame.length
-        if not session.last and session.position > session.onward:
+        end = frame.position + frame.length
+        session.position = end - len(frame.drafts)
+        if not session.last and end > session.onward:
             session.credit -= 1
-            session.unacknowledged.append(session.position)
+            session.unacknowledged.append(end)
         return True
 
     def acknowledged(self, session_id: SessionId, epoch: Epoch, position: int) -> None:

@@ -82,12 +82,12 @@ class ModelledRuntime:
             )
         return self._written(values)
 
-    def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> NDArray[Any]:
+    def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> NDArray[Any]:
         before = position + len(inputs) / 2
         self.took_us = (self.speed.prefill + self._prefill_context * before) * len(inputs)
         self.stepped = False
         values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
-        return self._written(values[-1:] if self.info.last else values)
+        return self._written(values[len(values) - logits :] if self.info.last else values)
 
     def _step(self, slot: int, position: int, value: int, total: int) -> tuple[int, int]:
         """The token of the position, which goes through all shards, and the sum so far."""

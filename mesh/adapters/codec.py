@@ -161,6 +161,7 @@ def _encode_frames(frames: list[Frame]) -> Iterator[pb.Packet]:
             sample=frame.sample,
             stage=frame.stage,
             times=frame.times,
+            drafts=frame.drafts,
         )
         if frame.payload.ndim == _ACTIVATION_DIMENSIONS:
             rows.append(frame.payload)
@@ -410,6 +411,7 @@ def _frame(head: pb.FrameHead, payload: NDArray[Any]) -> Frame:
         payload,
         head.stage,
         tuple(head.times),
+        tuple(head.drafts),
     )
 
 

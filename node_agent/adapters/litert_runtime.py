@@ -210,7 +210,7 @@ class LitertShard:
                 return self._logits[:0]
             return np.concatenate([self._logits_of(row).copy() for row in hidden])
         found = [
-            self._chunk(at, position, inputs[i : i + 1], logits).copy()
+            self._chunk(at, position, inputs[i : i + 1], int(logits)).copy()
             for i, (at, position, _) in enumerate(rows)
         ]
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -235,28 +235,21 @@ class LitertShard:
             slot.write_row(signature.new, position, row)
         return signature.out[:count]
 
-    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
         steps = len(inputs)
         if not steps or position + steps > self._buckets[-1]:
             raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
         parts, done = [], 0
         for length in pieces(steps, self._chunks):
-            ends = done + length == steps
-            part = self._chunk(slot, position + done, inputs[done : done + length], logits and ends)
-            parts.append(part if ends else part.copy())
+            after = steps - done - length
+            wanted = min(length, max(0, logits - after))
+            part = self._chunk(slot, position + done, inputs[done : done + length], wanted)
+            parts.append(part.copy() if after else part)
             done += length
-        if self.info.last:
-            return parts[-1]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def logits_of_all(self, slot: int, position: int, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Logits after every step, float32 ``[steps, vocabulary]``: to measure perplexity."""
-        found = [self._chunk(slot, position + i, tokens[i : i + 1], True).copy() for i in range(len(tokens))]
-        return np.concatenate(found)
-
-    def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: bool) -> Array:
-        """One run: activations ``[steps, width]``, or of a last shard logits ``[1, vocabulary]`` (``[0, vocabulary]``
-        where they are not wanted)."""
+    def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: int) -> Array:
+        """One run: activations ``[steps, width]``, or of a last shard ``[logits, vocabulary]``."""
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
         signature = self._signature(next(c for c in self._chunks if c >= steps), memory.bucket)
@@ -269,9 +262,10 @@ class LitertShard:
         memory.write(signature.new, position, steps)
         if not self.info.last:
             return signature.out[:steps]
-        if not logits:
-            return self._logits[:0]
-        return self._logits_of(signature.out[steps - 1])
+        if logits == 1:
+            return self._logits_of(signature.out[steps - 1])
+        rows = [self._logits_of(hidden).copy() for hidden in signature.out[steps - logits : steps]]
+        return np.concatenate(rows) if rows else self._logits[:0]
 
     def _logits_of(self, hidden: Array) -> Array:
         self._last[0] = hidden

@@ -108,18 +108,11 @@ class OnnxShard:
         result: NDArray[Any] = binding.output[:, 0] if binding.output.shape[1] else binding.output
         return result
 
-    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: bool = True) -> NDArray[Any]:
-        return self._chunk(slot, position, inputs, rows=int(logits))
-
-    def logits_of_all(self, slot: int, position: int, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Logits after every step of a chunk, float32 ``[steps, vocabulary]``: to measure perplexity."""
-        return self._chunk(slot, position, tokens, rows=len(tokens))
-
-    def _chunk(self, slot: int, position: int, inputs: NDArray[Any], rows: int) -> NDArray[Any]:
+    def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
         steps = len(inputs)
         if not 0 < steps <= _PREFILL_STEPS_MAX or position + steps > self.capacity:
             raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
-        binding = _Binding(self, slot, 1, steps, rows)
+        binding = _Binding(self, slot, 1, steps, logits)
         binding.seqlens[0] = position + steps - 1
         binding.total[()] = position + steps
         binding.inputs[0] = inputs

@@ -40,8 +40,8 @@ _STEP_SMOOTHING = 8
 
 @dataclass(slots=True)
 class Computed:
-    """A row of a run: ``output`` is float32 ``[length, width]``, a ``Token`` of a last shard, or
-    ``None`` where a last shard had nothing to sample."""
+    """A row of a run: ``output`` is float32 ``[length, width]``, or of a last shard what it sampled: a tuple of
+    tokens, several where guesses were right, none where nothing was asked for."""
 
     session: StageSession
     frame: Frame
@@ -110,6 +110,8 @@ class Replica:
 
     def _check(self, frame: Frame) -> Refusal | None:
         payload, info = frame.payload, self.runtime.info
+        if len(frame.drafts) >= frame.length:
+            return Refusal(Cause.BAD_FRAME, f"a frame of {frame.length} has {len(frame.drafts)} guesses")
         if info.first:
             if payload.dtype != np.int64 or payload.shape != (frame.length,):
                 return Refusal(Cause.BAD_FRAME, "the first stage takes tokens, one a position")
@@ -187,13 +189,14 @@ class Replica:
             return error
 
     def _run(self, run: Run) -> list[Any]:
-        """Outputs by row: activations ``[length, width]``, a ``Token`` or ``None``."""
+        """Outputs by row: activations ``[length, width]`` or tokens, as ``Computed`` has them."""
         live = list(run.live)
         _, _, first = live[0]
         # The head of a last shard is half of its step; what is replayed samples nothing.
         logits = any(frame.sample and not s.order.standby for _, s, frame in live)
         if first.length > 1:
-            result = self.runtime.prefill(run.slot, run.positions[0], first.payload, logits)
+            wanted = 1 + len(first.drafts) if logits else 0
+            result = self.runtime.prefill(run.slot, run.positions[0], first.payload, wanted)
         else:
             result = self.runtime.decode(run.slot, run.positions, self._gather(run), logits)
         if not self.runtime.info.last:
@@ -201,10 +204,10 @@ class Replica:
             if first.length > 1:
                 return [result]
             return [result[i : i + 1] if row else None for i, row in enumerate(run.rows)]
-        outputs: list[Any] = [None] * len(run.rows)
+        outputs: list[Any] = [()] * len(run.rows)
         for i, session, frame in live:
             if frame.sample and not session.order.standby:
-                outputs[i] = self._sample(session, frame, result[i])
+                outputs[i] = self._sample(session, frame, result[i : i + 1 + len(frame.drafts)])
         return outputs
 
     def _gather(self, run: Run) -> NDArray[Any]:
@@ -220,19 +223,28 @@ class Replica:
             inputs[i] = frame.payload[0]
         return inputs
 
-    def _sample(self, session: StageSession, frame: Frame, logits: NDArray[np.float32]) -> Token:
-        position = frame.position + frame.length
+    def _sample(self, session: StageSession, frame: Frame, logits: NDArray[np.float32]) -> tuple[Token, ...]:
+        """The next token, and those after it for as long as the frame guessed right."""
+        position = frame.position + frame.length - len(frame.drafts)
         how = session.order.sampling
         history = (*session.order.generated, *session.sampled) if session.sampled else session.order.generated
-        token, logprob, top = sample(logits, how, history, position)
-        return Token(position, token, logprob, top)
+        found: list[Token] = []
+        for i, row in enumerate(logits):
+            token, logprob, top = sample(row, how, history, position + i)
+            found.append(Token(position + i, token, logprob, top))
+            if i == len(frame.drafts) or token != frame.drafts[i]:
+                break
+            history = (*history, token)
+        return tuple(found)
 
     def _done(self, run: Run, outcome: list[Any] | Exception, started: int, ended: int) -> None:
         self._busy = False
         self.runs += 1
         compute_us = (ended - started) // 1000
         first = next(run.live)[2]
-        if first.length > 1:
+        if first.drafts:
+            pass  # neither a step nor a chunk as sessions without guesses have them
+        elif first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9)
         else:
             if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
@@ -247,8 +259,8 @@ class Replica:
                 self._failed(session, Cause.RUNTIME, f"{type(outcome).__name__}: {outcome}")
                 continue
             output = outcome[i]
-            if isinstance(output, Token):
-                session.sampled.append(output.token)
+            if session.last:
+                session.sampled.extend(t.token for t in output)
             queue_us = max(0, (started - frame.arrived_ns) // 1000)
             results.append(Computed(session, frame, output, queue_us, compute_us))
         if results:

@@ -377,9 +377,17 @@ class SessionDriver:
         match effect:
             case NeedRoute(avoid):
                 self._reroute(handle, avoid)
-            case SendFrame(position, tokens, sample):
+            case SendFrame(position, tokens, sample, drafts):
                 payload = np.array(tokens, dtype=np.int64)
-                frame = Frame(session.order.session, session.epoch, position, len(tokens), sample, payload)
+                frame = Frame(
+                    session.order.session,
+                    session.epoch,
+                    position,
+                    len(tokens),
+                    sample,
+                    payload,
+                    drafts=drafts,
+                )
                 self._frames.setdefault(first, []).append(frame)
                 standby = session.standbys[0] if session.standbys else None
                 if standby is not None:
@@ -493,7 +501,7 @@ class SessionDriver:
             return
         session = handle.session
         if session.kept and handle.plan.group:
-            tokens = (*order.prompt, *session.generated[:-1])
+            tokens = (*order.prompt, *session.generated)[: session.firm]
             self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
         left = self._clock.monotonic()
         self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)

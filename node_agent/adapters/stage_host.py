@@ -427,12 +427,13 @@ class StageHost:
             route = order.route
             if not isinstance(route, LayeredRoute):
                 continue
-            if isinstance(row.output, Token):
+            if row.session.last:
                 times = (*row.frame.times, row.queue_us, row.compute_us, 0)
-                out = row.output
-                token = Token(out.position, out.token, out.logprob, out.top, times)
-                tokens.setdefault(order.owner_address, []).append(Sampled(order.session, order.epoch, token))
-            elif row.output is not None and row.session.told:
+                for token in row.output:
+                    timed, times = replace(token, times=times), ()  # they share one step: it is told once
+                    sampled = Sampled(order.session, order.epoch, timed)
+                    tokens.setdefault(order.owner_address, []).append(sampled)
+            elif row.session.told:
                 stage = order.stage + 1
                 address = route.stages[stage].address
                 hop_us = self._hop_times.one_way_us(address)
@@ -451,6 +452,7 @@ class StageHost:
                     output,
                     stage,
                     (*row.frame.times, row.queue_us, row.compute_us, hop_us),
+                    row.frame.drafts,
                 )
                 frames.setdefault(address, []).append(frame)
                 standby = order.standby_of(stage)
@@ -478,9 +480,9 @@ class StageHost:
     def _log_tokens(self, rows: list[Computed]) -> None:
         for row in rows:
             order = row.session.order
-            if isinstance(row.output, Token) and order.request and order.owner_address != self.address:
-                kept = Token(row.output.position, row.output.token, row.output.logprob)
-                self._keep(order.session, order.epoch, order.expires_ms, (), b"", (kept,))
+            if row.session.last and row.output and order.request and order.owner_address != self.address:
+                kept = tuple(Token(t.position, t.token, t.logprob) for t in row.output)
+                self._keep(order.session, order.epoch, order.expires_ms, (), b"", kept)
 
     def _shard_of(self, session: StageSession) -> Digest:
         here = session.order.here
@@ -513,9 +515,11 @@ class StageHost:
             placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
             held_us = (now - row.frame.arrived_ns) // 1000
             end = row.frame.position + row.frame.length
-            # Cumulative: the last of each session says it all.
+            # Cumulative: the furthest of each session says it all, be it of guesses that were wrong.
             _, acks = owed.setdefault(id(placed.upstream), (placed.upstream, {}))
-            acks[order.session, order.stage] = Ack(order.session, order.epoch, end, order.stage, held_us)
+            key = (order.session, order.stage)
+            if key not in acks or acks[key].position <= end:
+                acks[key] = Ack(order.session, order.epoch, end, order.stage, held_us)
         for upstream, acks in owed.values():
             upstream.reply(list(acks.values()))
 

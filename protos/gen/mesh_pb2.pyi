@@ -539,6 +539,7 @@ class FrameHead(google.protobuf.message.Message):
     STAGE_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
+    DRAFTS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     epoch: builtins.int
     owner: builtins.str
@@ -556,6 +557,12 @@ class FrameHead(google.protobuf.message.Message):
     def times(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Microseconds queued, computed and (estimated) on the hop onward, of each stage passed."""
 
+    @property
+    def drafts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The last of the frame's tokens, where they are guesses (feature 1): the last stage samples before each of them
+        and goes on while it was right; the next frame begins where one was wrong.
+        """
+
     def __init__(
         self,
         *,
@@ -568,8 +575,9 @@ class FrameHead(google.protobuf.message.Message):
         stage: builtins.int = ...,
         tokens: collections.abc.Iterable[builtins.int] | None = ...,
         times: collections.abc.Iterable[builtins.int] | None = ...,
+        drafts: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "length", b"length", "owner", b"owner", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "times", b"times", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drafts", b"drafts", "epoch", b"epoch", "length", b"length", "owner", b"owner", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "times", b"times", "tokens", b"tokens"]) -> None: ...
 
 Global___FrameHead: typing_extensions.TypeAlias = FrameHead
 

@@ -59,7 +59,8 @@ def perplexity(store: ModelStore, form: str, ids: list[int]) -> float:
         window = ids[begin : begin + WINDOW + 1]
         inputs, targets = np.array(window[:-1], dtype=np.int64), np.array(window[1:])
         for at in range(0, len(inputs), CHUNK):
-            logits = shard.logits_of_all(0, at, inputs[at : at + CHUNK]).astype(np.float64)
+            chunk = inputs[at : at + CHUNK]
+            logits = shard.prefill(0, at, chunk, logits=len(chunk)).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             chosen = logits[np.arange(len(logits)), targets[at : at + CHUNK]]
             total += float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())

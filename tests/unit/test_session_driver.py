@@ -50,8 +50,9 @@ class CountingRuntime:
     def decode(self, slot: int, positions: Sequence[int], inputs: Any, logits: bool = True) -> Any:
         return self._logits(positions)
 
-    def prefill(self, slot: int, position: int, inputs: Any, logits: bool = True) -> Any:
-        return self._logits([position + len(inputs) - 1])
+    def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> Any:
+        end = position + len(inputs)
+        return self._logits(range(end - logits, end))
 
     def release(self, slot: int) -> None:
         pass
