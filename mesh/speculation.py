@@ -2,7 +2,7 @@
 
 A guess costs a longer step and pays with the tokens that turn out right; steps over slow links cost little more for
 being longer. So both are measured, for each session: what a single step takes, what each guess adds, and how many of
-the guesses after a match of one, two or three tokens come true. As many are made as give the most tokens a second,
+the guesses after a match of one to four tokens come true. As many are made as give the most tokens a second,
 which may be none. With guesses that come true with probability ``a`` each, a step of ``k`` of them gives
 ``1 + a + ... + a**k`` tokens (Leviathan et al., https://arxiv.org/abs/2211.17192, equation 1).
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 GUESSES_MAX = 15
 """With the token before them they fill the chunk that runtimes have for short runs."""
-_MATCHES = (3, 2, 1)
-_HOPE = {3: 0.7, 2: 0.5, 1: 0.2}
+_MATCHES = (4, 3, 2, 1)
+_HOPE = {4: 0.8, 3: 0.7, 2: 0.5, 1: 0.3}
 """How often a guess is taken to come true before any was made, by the length of the match."""
 _HOPE_WEIGHT = 2.0
 _KEPT = 0.9
@@ -22,7 +22,7 @@ _KEPT = 0.9
 _FADES = 0.995
 """As much is left of it after a step without guesses: what does not pay is tried again in the end."""
 _SMOOTHING = 0.2
-_EXTRA_UNKNOWN = 0.1
+_EXTRA_UNKNOWN = 0.05
 """Of a single step, for each guess, until one was measured."""
 _LEAST_GAIN = 1.05
 _STEP_MAX = 4.0

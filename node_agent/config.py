@@ -135,6 +135,10 @@ class AgentConfig:
         "warm",
         "warm: when a stage is lost, the stage before replays to another replica. hot: another replica of every stage computes all along and takes over at once, for requests that come in here; a policy can ask for it by model or class.",
     )
+    speculation: str = setting(
+        "off",
+        "on: where a text repeats what stands in the prompt or the answer, tokens are guessed and several are checked in one step, as far as that is measured to pay, mostly over slow links. Such steps round differently: a text may differ where two tokens are nearly as likely, and 'replay' is fast. off: only for requests with \"speculation\": true.",
+    )
     prefix_cache: str = setting(
         "auto",
         "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
@@ -169,6 +173,7 @@ _CHOICES = {
     "scheduler": ("on", "off"),
     "prefix_cache": ("auto", "on", "off"),
     "recovery": ("warm", "hot"),
+    "speculation": ("off", "on"),
     "replay": ("auto", "exact", "fast"),
     "profile": ("lan", "wan", "radio"),
     "log_level": ("debug", "info", "warning", "error"),

@@ -59,6 +59,9 @@ class SessionTrace:
     """For each decode step what was not computation: step time less the runtime's, microseconds."""
     stages: list[StageSums] = field(default_factory=list)
     first_stages: list[StageSums] = field(default_factory=list)
+    guesses: int = 0
+    """Tokens that were guessed, once the session has ended; ``guesses_right`` came true."""
+    guesses_right: int = 0
     learned: Learned = NOTHING_LEARNED
     """What the predictions were made with."""
     recoveries: list[Recovery] = field(default_factory=list)
@@ -81,7 +84,8 @@ class SessionTrace:
     @property
     def comparable(self) -> bool:
         """Whether what came can be held against the predictions."""
-        return not self.recoveries and self.predicted_tpot_ms > 0 and self.tokens >= _ENOUGH_TOKENS
+        plain = not self.recoveries and not self.guesses
+        return plain and self.predicted_tpot_ms > 0 and self.tokens >= _ENOUGH_TOKENS
 
     def token(self, token: Token, now: int, going: bool = True) -> int:
         """Note a token and the times that it brought along; microseconds that the session stood still for a
@@ -125,7 +129,7 @@ class SessionTrace:
             "ttft": (self.predicted_ttft_ms, self.ttft_ms),
             "tpot": (self.predicted_tpot_ms, self.tpot_ms),
         }
-        if self.recoveries:
+        if self.recoveries or self.guesses:
             return {}
         return {k: abs(said - was) / was for k, (said, was) in pairs.items() if said > 0 and was > 0}
 
@@ -171,6 +175,8 @@ class SessionTrace:
             "overhead_ms_p50": round(self._overhead_ms(0.5), 3),
             "overhead_ms_p99": round(self._overhead_ms(0.99), 3),
             "ingress_hop_ms": round(self.ingress_hop_us / 1000, 3),
+            "guesses": self.guesses,
+            "guesses_right": self.guesses_right,
             "return_ms": round(max(0.0, self.tpot_ms - accounted), 3),
             "stages": stages,
             "recoveries": [

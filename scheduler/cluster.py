@@ -15,6 +15,7 @@ from mesh.capabilities import Capabilities
 from mesh.coordinates import Coordinate
 from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
+from mesh.messages import FEATURES
 from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, ShardInfo, Term
 from scheduler.speed import LayerSpeed, StageSpeed
 
@@ -78,6 +79,8 @@ class Node:
     term: Term | None = None
     """The latest of the schedulers' that it has heard of."""
     policy: PolicyVersion = NO_POLICY
+    features: int = FEATURES
+    """Feature bits of the wire that it speaks."""
     stage_us: float = 0.0
     """What stages took beside their computation, as this ingress measured it; 0 unknown."""
     losses: int = 0

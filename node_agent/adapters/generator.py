@@ -180,6 +180,9 @@ class Generator:
         text: TextModel,
     ) -> SessionOrder:
         config = self.config
+        speculate = generation.speculation
+        if speculate is None:
+            speculate = config.speculation == "on"
         return SessionOrder(
             session=session,
             prompt=prompt,
@@ -193,7 +196,9 @@ class Generator:
             step_timeout_ns=int(config.step_timeout * 1e9),
             recovery_timeout_ns=int(config.recovery_timeout * 1e9),
             keep=config.prefix_cache != "off",
-            exact=self._exact(generation),
+            # What ran in steps of several positions cannot be run again bit by bit from its tokens alone.
+            exact=self._exact(generation) and not speculate,
+            speculate=speculate,
         )
 
     def _kept(

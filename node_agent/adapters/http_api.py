@@ -61,7 +61,10 @@ class Job:
         return self.generation.sampling.logprobs >= 0
 
     def usage(self) -> dict[str, Any]:
-        return usage_of(self.prompt_tokens, sum(c.tokens for c in self.choices), self.cached_tokens)
+        made = [h.session.speculation for h in self.handles if h.session.speculation is not None]
+        guesses, right = sum(s.made for s in made), sum(s.right for s in made)
+        tokens = sum(c.tokens for c in self.choices)
+        return usage_of(self.prompt_tokens, tokens, self.cached_tokens, guesses, right)
 
     def stop(self) -> None:
         """Free every session that still runs."""

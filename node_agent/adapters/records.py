@@ -9,7 +9,7 @@ from mesh.capabilities import Accelerator, Battery, Capabilities, Cpu, Disk, Int
 from mesh.coordinates import Coordinate
 from mesh.errors import PeerError
 from mesh.links import LinkEstimate
-from mesh.messages import FEATURES, WIRE_VERSION
+from mesh.messages import WIRE_VERSION
 from mesh.types import (
     NO_POLICY,
     Address,
@@ -112,7 +112,7 @@ def node_record(node: Node, cluster: str) -> pb.NodeRecord:
         name=node.name,
         cluster=cluster,
         wire_version=WIRE_VERSION,
-        features=FEATURES,
+        features=node.features,
         address=node.address,
         api_address=node.api_address,
         version=node.version,
@@ -325,6 +325,7 @@ def read_node(record: pb.NodeRecord) -> Node:
         started_ms=record.started_unix_ms,
         term=read_term(record.term),
         policy=read_version(record.policy_version, record.policy_writer),
+        features=record.features,
         stage_us=record.stage_us
         if isfinite(record.stage_us) and 0 < record.stage_us < _SPEED_MAX_US
         else 0.0,

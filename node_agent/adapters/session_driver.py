@@ -15,7 +15,7 @@ import numpy as np
 
 from mesh.clock import Clock
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.messages import Cause, Frame, HopLost, Message, Refused, Witness
+from mesh.messages import DRAFTS, Cause, Frame, HopLost, Message, Refused, Witness
 from mesh.retry_budget import RetryBudget
 from mesh.session import Session
 from mesh.session_events import (
@@ -166,6 +166,7 @@ class SessionDriver:
         order = replace(order, expires_ms=int((self._clock.time() + self._keep_s) * 1000))
         known = (epoch, tuple(t.token for t in tokens))
         session = Session(order, route, self._host.node, self._host.address, now, known, standbys)
+        self._hold_to_features(session)
         trace = SessionTrace(
             order.session,
             model,
@@ -432,6 +433,7 @@ class SessionDriver:
         handle.plan = plan
         handle.trace.rerouted(plan.route)
         self._step(handle, Rerouted(plan.route))
+        self._hold_to_features(handle.session)
         self._choose_witness(handle)
         order, epoch = handle.session.order, handle.session.epoch
         try:
@@ -441,6 +443,13 @@ class SessionDriver:
         except OSError as error:  # the next token will not get past it
             log.error("the token log cannot be written: %s", error)
         return True
+
+    def _hold_to_features(self, session: Session) -> None:
+        """No guesses on a route with an agent that would take them for the prompt."""
+        nodes = self._view().nodes
+        on_route = (nodes.get(stage.node) for stage in session.route.stages)
+        if session.speculation is not None and not all(n and n.features & DRAFTS for n in on_route):
+            session.speculation = None
 
     def _choose_witness(self, handle: SessionHandle) -> None:
         """Where the last stage is on this node, another keeps a copy of the tokens (rule R6)."""
@@ -505,6 +514,8 @@ class SessionDriver:
             self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
         left = self._clock.monotonic()
         self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)
+        if session.speculation is not None:
+            trace.guesses, trace.guesses_right = session.speculation.made, session.speculation.right
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
         trace.outcome = ended.finish.value if ended.finish else f"failed: {ended.error}"
         handle.push(ended)

@@ -34,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--speculation",
+        action="store_true",
+        help="guess tokens that stood in the text before, where that pays (slow links)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--home", help="with --nodes: where models are kept [MESH_HOME]")
 
@@ -82,6 +87,8 @@ def _ask(args: argparse.Namespace, base: str) -> int:
     }
     if args.seed is not None:
         body["seed"] = args.seed
+    if args.speculation:
+        body["speculation"] = True
     text, answer_id, finish, usage = [], "", None, None
     for chunk in client.chat(body):
         answer_id = chunk["id"]
@@ -138,6 +145,8 @@ def route_report(trace: dict[str, Any], nodes: dict[str, Any]) -> str:
         f"{trace['prompt_tokens']} tokens in, {trace['tokens']} out   "
         f"TTFT {trace['ttft_ms']:.0f} ms   TPOT {trace['tpot_ms']:.2f} ms   {rate:.0f} tokens/s"
     )
+    if trace["guesses"]:
+        summary += f"   {trace['guesses_right']} of {trace['guesses']} guesses right"
     return f"{table(heads, rows)}\n{summary}"
 
 

@@ -112,13 +112,19 @@ class Envelope:
         return out
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
-    """OpenAI's usage object; ``cached_tokens`` of the prompt needed no prefill."""
+def usage_of(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, guesses: int = 0, right: int = 0
+) -> dict[str, Any]:
+    """OpenAI's usage object; ``cached_tokens`` of the prompt needed no prefill, ``right`` of the ``guesses`` came true."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": right,
+            "rejected_prediction_tokens": guesses - right,
+        },
     }
 
 

@@ -61,6 +61,7 @@ class _Common(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    speculation: bool | None = None
 
 
 class ChatBody(_Common, kw_only=True):
@@ -105,6 +106,8 @@ class Generation:
     stream: bool
     include_usage: bool
     echo: bool
+    speculation: bool | None = None
+    """Not OpenAI's: whether tokens may be guessed; ``None``: as the agent is set."""
 
 
 def _decode(body: bytes, kind: type[Any]) -> Any:
@@ -195,6 +198,7 @@ def _generation(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
+        speculation=body.speculation,
     )
 
 
