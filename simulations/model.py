@@ -15,7 +15,7 @@ from simulations.scenario import Model, time_ns
 
 RUNTIME, QUANTIZATION = "onnx", "int8"
 CONTEXT = 2048
-_WIDTH, _VOCABULARY = 576, 512
+_WIDTH = 576
 _KV_LAYER_BYTES, _LAYER_BYTES, _EMBEDDING_BYTES = 1536, 3_600_000, 28_300_000
 _TAIL = 1.4
 _S = 1_000_000_000
@@ -28,7 +28,7 @@ class SimModel:
         self._told = told
         digest = Digest(f"{len(told.name):02x}" * 32)
         self.name = told.name
-        self.shape = ModelShape(ModelRef(told.name, digest), told.layers, _WIDTH, _VOCABULARY, CONTEXT)
+        self.shape = ModelShape(ModelRef(told.name, digest), told.layers, _WIDTH, told.vocabulary, CONTEXT)
         self.demand = ModelDemand(
             self.shape,
             RUNTIME,

@@ -416,7 +416,8 @@ class SimNode:
             window=config.window,
             step_timeout_ns=int(config.step_timeout * 1e9),
             recovery_timeout_ns=int(config.recovery_timeout * 1e9),
-            exact=config.replay == "exact",
+            exact=config.replay == "exact" and config.speculation == "off",
+            speculate=config.speculation == "on",
             request=b"simulated",
         )
 

@@ -128,6 +128,7 @@ class Run:
             profile=told.profile,
             replay=told.replay,
             recovery=told.recovery,
+            speculation=told.speculation,
             log=told.log,
             log_limit=told.log_mib,
             moves=told.moves,

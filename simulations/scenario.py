@@ -98,6 +98,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     name: str = "smollm2-135m"
     layers: Count = 30
+    vocabulary: Annotated[int, msgspec.Meta(ge=4, le=1 << 20)] = 512
+    """Tokens that there are, two of them special; the fewer, the more guesses come true."""
     cuts: tuple[Count, ...] = (10, 20)
     """Where it is cut, unless a policy lets the scheduler decide."""
     layer_us: Positive = 200.0
@@ -244,6 +246,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """A client that has seen nothing for so long gives up."""
     replay: Literal["exact", "fast"] = "exact"
     recovery: Literal["warm", "hot"] = "warm"
+    speculation: Literal["off", "on"] = "off"
+    """Tokens are guessed; something comes of it where the model's ``vocabulary`` is small."""
     log: Literal["async", "off"] = "async"
     log_mib: Count = 256
     quiet: str = "20s"

@@ -17,6 +17,8 @@ S = 1_000_000_000
 _QUIET_SHARE = 0.4
 _QUIET_MAX_S = 40
 _POLICY = '[models.smollm2-135m]\nreplicas = {replicas}\nsessions = 4\nrecovery = "{recovery}"\n'
+_SPECULATING, _FEW_TOKENS = 0.3, 5
+"""Share of scenarios in which tokens are guessed, and how many there are then: a third of the guesses comes true."""
 _FAULTS = (
     Fault(what="crash", every="exponential(3s)", duration="uniform(200ms, 4s)"),
     Fault(what="power", every="exponential(8s)", duration="uniform(1s, 6s)"),
@@ -61,7 +63,7 @@ def random_scenario(seed: int, time: str) -> Scenario:
     load = rng.choice((Load(prompt=(2, 20), tokens=(1, 8)), Load(prompt=(20, 200), tokens=(10, 80))))
     clients = gateways.count + (hosts.count if hosts.ingress else 0)
     each_s = clients * _busy_s(load, hosts.speed) / (replicas * rng.choice((0.05, 0.2, 0.4)))
-    return Scenario(
+    drawn = Scenario(
         name=f"swarm-{seed}",
         about="drawn at random",
         time=time,
@@ -86,6 +88,10 @@ def random_scenario(seed: int, time: str) -> Scenario:
         nodes=(hosts, gateways),
         faults=tuple(rng.sample(faults, rng.randint(1, 4))),
     )
+    if rng.random() < _SPECULATING:
+        model = msgspec.structs.replace(drawn.model, vocabulary=_FEW_TOKENS)
+        drawn = msgspec.structs.replace(drawn, speculation="on", model=model)
+    return drawn
 
 
 def _busy_s(load: Load, speed: float) -> float:

@@ -312,8 +312,8 @@ class StageHost:
             if payload is None:
                 if self.hops is not None:
                     self.hops.forget(order.session, placed.replica.book.shard.digest)
+                placed.replica.book.hush(order.session)  # its owner may be here, and end it at once
                 self._report(order, -1, Cause.NO_CACHE, "a hop log is damaged", start)
-                placed.replica.book.hush(order.session)
                 return
             frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
             placed.replica.book.resent(session, start + len(payload))
@@ -332,7 +332,7 @@ class StageHost:
             piece = self.hops.frame(session.order.session, shard, position)
             if piece is None:
                 return None
-            # A later epoch may have been opened within a frame: what is beyond was computed anew since.
+            # The last one may end in guesses.
             piece = piece[: session.position - position]
             if session.order.exact:
                 return piece

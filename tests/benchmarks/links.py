@@ -130,7 +130,9 @@ def measure(base: str, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=128, help="most of an answer [128]")
-    parser.add_argument("--form", default="int8", help="form of the shards, as int8, fp32, litert-int8 [int8]")
+    parser.add_argument(
+        "--form", default="int8", help="form of the shards, as int8, fp32, litert-int8 [int8]"
+    )
     args = parser.parse_args()
     if reason := refused():
         raise SystemExit(f"links cannot be delayed here: {reason}")

@@ -148,3 +148,23 @@ def test_ended_sessions_leave_nothing_and_a_restart_begins_empty(tmp_path: Path)
 def left(tokens: RocksTokenLog) -> int:
     """Frames in the database."""
     return sum(isinstance(key, bytes) and key.startswith(b"a") for key in tokens.db.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["just given", "on disk"])
+def test_r4_a_log_holds_no_guess_that_was_wrong(store: FrameStore, written: bool) -> None:
+    log, said = filled(store)
+    log.append(A, SHARD, 8, rows(5, 8.0))
+    if written:
+        settle(store)
+    log.append(A, SHARD, 10, rows(2, 10.0))  # from the third on they were wrong
+    log.append(A, SHARD, 12, rows(4, 12.0))
+    log.open(A, SHARD, 14)  # a later epoch
+    log.append(A, SHARD, 14, rows(1, 14.0))
+    found, position = [], 8
+    while position < 15:
+        frame = log.frame(A, SHARD, position)
+        assert frame is not None
+        found.append((position, len(frame), float(frame[0, 0])))
+        position += len(frame)
+    assert found == [(8, 2, 8.0), (10, 2, 10.0), (12, 2, 12.0), (14, 1, 14.0)]
+    assert not said

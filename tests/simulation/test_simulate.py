@@ -180,6 +180,10 @@ def replay_from_one_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "_opened", opened)
 
 
+def keep_wrong_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HopLog, "_cut", lambda self, key, log, position: setattr(log, "end", position))
+
+
 def never_unsuspect(monkeypatch: pytest.MonkeyPatch) -> None:
     true = Membership._news
 
@@ -214,6 +218,7 @@ def reconcile_without_damping(monkeypatch: pytest.MonkeyPatch) -> None:
         (accept_stale_epochs, "flicker"),
         (forget_a_hop_log_record, "storm"),
         (replay_from_one_too_far, "storm"),
+        (keep_wrong_guesses, "far-sites"),
         (never_unsuspect, "flicker"),
         (hold_for_any_leader, "split"),
         (reconcile_without_damping, "split"),

@@ -50,7 +50,7 @@ def test_every_message_comes_back_as_it_went(message: Message) -> None:
 def frames_of(*lengths: int, width: int = 8) -> list[Frame]:
     random = np.random.default_rng(0)
     return [
-        Frame(SESSION, EPOCH, 4, n, True, random.random((n, width), dtype=np.float32), 1, (9, 8, 7))
+        Frame(SESSION, EPOCH, 4, n, True, random.random((n, width), dtype=np.float32), 1, (9, 8, 7), (4, 5))
         for n in lengths
     ]
 

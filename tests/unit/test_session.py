@@ -473,3 +473,57 @@ def test_late_news_of_the_epoch_before_count_when_the_node_is_still_on_the_route
     session.handle(Rerouted(LayeredRoute((spare, *stages[1:]))), 6)
     effects = session.handle(lost(2), 7)
     assert effects == [NeedRoute(frozenset({NodeId("n0"), NodeId("n2")}))]
+
+
+def guessing() -> Session:
+    """After a prompt that repeats itself and one single step: the next tokens are guessed."""
+    session, _ = begin(prompt=(1, 2, 3, 4, 5, 6, 7, 1, 2, 3), speculate=True, tokens_max=20, chunk=16)
+    session.handle(Ack(SESSION, EPOCH, 10), 1)
+    assert session.handle(sampled(10, 4), 2)[0] == SendFrame(10, (4,), True)
+    session.handle(Ack(SESSION, EPOCH, 11), 3)
+    return session
+
+
+def test_guesses_go_out_with_the_token_and_those_that_come_true_are_not_fed_again() -> None:
+    session = guessing()
+    fed = session.handle(sampled(11, 5), 102)[0]
+    assert isinstance(fed, SendFrame)
+    assert (fed.position, fed.tokens[0], fed.drafts[:2]) == (11, 5, (6, 7))
+    assert fed.tokens[1:] == fed.drafts
+    assert session.awaits_first_stage
+    token = Token(12, 6)
+    assert session.handle(sampled(12, 6), 202) == [KeepToken(token), EmitToken(token)], (
+        "the next one comes as well"
+    )
+    again = session.handle(sampled(13, 9), 203)[0]
+    assert again == SendFrame(13, (9,), True), "the second guess was wrong: on from there"
+    assert session.firm == 14
+
+
+def test_an_acknowledgement_of_wrong_guesses_is_none_of_what_came_after() -> None:
+    session = guessing()
+    fed = session.handle(sampled(11, 5), 102)[0]
+    assert isinstance(fed, SendFrame)
+    session.handle(sampled(12, 9), 202)
+    session.handle(Ack(SESSION, EPOCH, 11 + len(fed.tokens)), 203)
+    assert session.awaits_first_stage
+
+
+def test_r2_what_was_guessed_when_a_stage_was_lost_is_forgotten() -> None:
+    session = guessing()
+    session.order = replace(session.order, recovery_timeout_ns=10**9)
+    session.handle(sampled(11, 5), 102)
+    session.handle(HopLost(SESSION, EPOCH, 1, Cause.SILENT, "gone"), 103)
+    # One of the guesses had come true before the loss; its token was on its way.
+    session.handle(sampled(12, 6), 104)
+    opening = session.handle(Rerouted(route(2, 4)), 105)[0]
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.position, opening.order.generated) == (12, (4, 5, 6))
+
+
+def test_no_guess_reaches_past_the_last_token() -> None:
+    session, _ = begin(prompt=(1, 2, 3, 4, 5, 6, 7, 1, 2, 3), speculate=True, tokens_max=4, chunk=16)
+    session.handle(sampled(10, 4), 2)
+    fed = session.handle(sampled(11, 5), 102)[0]
+    assert isinstance(fed, SendFrame)
+    assert fed.drafts == (6,), "after it one token is left, and nobody computes that"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.messages import Cause
+from mesh.messages import Cause, Frame
 from mesh.types import Epoch, SessionId
 from node_agent.stage import GATHER_MAX_NS, KEPT_NS, Refusal, Run, StageBook, StageSession
 from tests.builders import OWNER, SESSION, frame, opening, route, shard
@@ -459,3 +459,75 @@ def test_a_standby_computes_all_and_sends_nothing() -> None:
     assert computed(b, b.next_run(10**9)) == [(0, 18)]
     session = opened(b, 1, window=4, epoch=Epoch(3, OWNER), position=19)
     assert (session.position, session.onward, session.told) == (19, 0, False)
+
+
+def guess(position: int, drafts: int, i: int = 1, **changes: object) -> Frame:
+    return frame(position, 1 + drafts, session=name(i), drafts=(7,) * drafts, **changes)
+
+
+def test_a_frame_may_begin_where_a_guess_was_wrong_and_nowhere_else() -> None:
+    b = book()
+    session = opened(b, 1)
+    b.accept(frame(0, 4, session=name(1)))
+    computed(b, b.next_run(0))
+    assert b.accept(guess(4, 3)) is None
+    assert computed(b, b.next_run(0)) == [(0, 4)]
+    assert (session.position, session.queued_to) == (5, 8), "guesses are not what is sure"
+    assert b.accept(guess(4, 3)) is None, "a duplicate"
+    assert b.next_run(0) is None
+    late = b.accept(frame(9, session=name(1)))
+    assert late is not None
+    assert late.cause is Cause.BAD_FRAME
+    assert b.accept(frame(6, session=name(1))) is None
+    assert computed(b, b.next_run(0)) == [(0, 6)]
+    assert (session.position, session.queued_to) == (7, 7)
+    assert b.accept(frame(6, session=name(1))) is None
+    assert b.next_run(0) is None, "a duplicate, now that it is sure"
+
+
+def test_r8_credit_comes_back_whatever_guesses_were_wrong() -> None:
+    b = book()
+    session = opened(b, 1, window=4)
+    ends = []
+    for position in range(12):
+        assert b.accept(guess(position, 3)) is None
+        assert computed(b, b.next_run(0)), f"stuck at {position}"
+        ends.append(position + 4)
+        b.acknowledged(name(1), Epoch(1, OWNER), ends[-1])
+    assert session.credit == 4
+
+
+def test_r2_a_later_epoch_goes_on_from_what_is_sure() -> None:
+    b = book()
+    opened(b, 1)
+    b.accept(frame(0, 4, session=name(1)))
+    computed(b, b.next_run(0))
+    b.accept(guess(4, 3))
+    computed(b, b.next_run(0))
+    session = opened(b, 1, epoch=Epoch(2, OWNER), position=7)
+    assert session.position == 5, "whether the guesses were right only the owner knows"
+
+
+def test_r2_a_standby_that_cannot_know_which_guesses_were_right_is_behind() -> None:
+    b = book()
+    opened(b, 1, standby=True)
+    b.accept(frame(0, 4, session=name(1)))
+    b.accept(guess(4, 3))
+    session = opened(b, 1, epoch=Epoch(2, OWNER), position=8, standby=True)
+    assert [f.position for f in session.queue] == [0]
+    assert session.queued_to == 4
+
+
+def test_a_row_that_nobody_reads_spares_guesses_that_came_true() -> None:
+    b = book()
+    for i in (1, 2, 3):
+        opened(b, i)
+        b.accept(frame(0, 4, session=name(i)))
+        computed(b, b.next_run(0))
+    b.accept(guess(4, 3, 2))
+    computed(b, b.next_run(0))
+    for i in (1, 3):
+        b.accept(frame(4, session=name(i)))
+    run = b.next_run(10**9)
+    assert run is not None
+    assert run.positions == (4, 8, 4)
