@@ -510,3 +510,36 @@ def test_fixed_texts_do_not_depend_on_what_ran_before(client: openai.OpenAI) -> 
         assert one.choices[0].text == two.choices[0].text
         assert two.usage.prompt_tokens_details.cached_tokens == 0
     assert complete(temperature=1).usage.prompt_tokens_details.cached_tokens > 30
+
+
+def test_guessed_tokens_are_those_that_would_have_come(starter: Starter) -> None:
+    """In float32; other forms round a step of several positions otherwise than single ones. A conversation that goes on
+    from a cache full of guesses gets the answer that it gets without."""
+    running = starter("--nodes", "2", "--quantization", "fp32", "--set", "prefix_cache=on")
+    line = "The red boat lies beside the old pier, and the blue boat lies beside the new pier. "
+    how: dict[str, Any] = {
+        "model": MODEL,
+        "max_tokens": 60,
+        "temperature": 0,
+        "logit_bias": {"0": -100, "2": -100},
+    }
+    with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0) as client:
+
+        def complete(prompt: str) -> Any:
+            return client.completions.create(prompt=prompt, extra_body={"speculation": True}, **how)
+
+        first = complete(line * 4)
+        guesses = first.usage.completion_tokens_details
+        assert guesses.accepted_prediction_tokens > 0
+        assert guesses.rejected_prediction_tokens > 0
+        onward = line * 4 + first.choices[0].text + " A green boat"
+        second = complete(onward)
+        assert second.usage.prompt_tokens_details.cached_tokens > 80
+    assert running.stop() == 0
+    plainly = starter("--nodes", "1", "--quantization", "fp32", "--set", "prefix_cache=off")
+    with openai.OpenAI(base_url=f"{plainly.base}/v1", api_key="none", max_retries=0) as client:
+        for prompt, said in ((line * 4, first), (onward, second)):
+            plain = client.completions.create(prompt=prompt, **how)
+            assert plain.choices[0].text == said.choices[0].text
+            assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0
+    assert plainly.stop() == 0
