@@ -83,6 +83,10 @@ class AgentConfig:
         ("CPUExecutionProvider",),
         "ONNX Runtime execution providers in order of preference; the first that loads is used and named in 'mesh nodes'.",
     )
+    delegate: tuple[str, ...] = setting(
+        (),
+        "TFLite delegates for LiteRT shards in order of preference, as PATH:KEY=VALUE, for example libedgetpu.so.1:device=usb. Each is tried in a process of its own; the first that computes what a shard's test vector wants is used and named in 'mesh nodes', else XNNPACK is, with the reason.",
+    )
     threads: int = setting(
         0,
         "Threads of one run. 0: all cores. More is faster for one session until replicas on the node compete.",

@@ -35,6 +35,8 @@ class RuntimeOptions:
     """Threads of one run; 0 leaves it to the runtime."""
     cache: str = ""
     """Folder of this process alone, for weights in the form that this machine's processor wants; empty: none is kept."""
+    delegates: tuple[str, ...] = ()
+    """For LiteRT shards, as ``PATH:KEY=VALUE``, in order of preference; the first that computes right is used."""
 
 
 class Runtime(Protocol):

@@ -236,9 +236,10 @@ def _litert() -> Finding | None:
     except PackageNotFoundError:
         return None
     try:
-        from node_agent.adapters.litert_buffers import aligned, bound
+        from node_agent.adapters.litert_buffers import bound
+        from node_agent.adapters.pages import pages
 
-        bound(aligned((1, 1)))
+        bound(pages((1, 1)))
     except (ConfigError, ImportError) as error:
         advice = "pip install 'inference-mesh[litert]'"
         return Finding("runtimes", Verdict.BAD, f"LiteRT {installed}: {error}", advice)

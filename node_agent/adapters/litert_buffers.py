@@ -8,25 +8,22 @@ classes take whatever stands in a capsule of the right name.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ai_edge_litert
-import numpy as np
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from mesh.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-ALIGNMENT = 64
 _FLOAT32 = 1
 _RANK_MAX = 8
 _CAPSULE = b"LiteRtTensorBuffer"
-_MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
 
 
 class _TensorType(ctypes.Structure):
@@ -55,7 +52,7 @@ def _library() -> Any:
 
 def bound(array: NDArray[np.float32]) -> TensorBuffer:
     """``array`` as a tensor buffer, which must not outlive it and wants to be destroyed; contiguous and aligned, as
-    ``aligned`` makes them."""
+    ``pages`` makes it."""
     kind = _TensorType(element=_FLOAT32, rank=array.ndim)
     for i, size in enumerate(array.shape):
         kind.dimensions[i] = size
@@ -72,11 +69,3 @@ def bound(array: NDArray[np.float32]) -> TensorBuffer:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
     return TensorBuffer(capsule(made, _CAPSULE, None))
-
-
-def aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Zeroed memory that the system hands out page by page as it is touched, and takes back with the last reference."""
-    count = int(np.prod(shape))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = mmap.mmap(-1, max(1, count * 4), flags=flags)
-    return np.frombuffer(memory, dtype=np.float32)[:count].reshape(shape)

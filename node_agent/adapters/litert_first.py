@@ -1,8 +1,10 @@
-"""The first load of a LiteRT shard on a machine, in a process of its own: whatever it dies of, the agent lives.
+"""The first use of a LiteRT graph or a delegate, in a process of its own: whatever it dies of, the agent lives.
 
-    python -m node_agent.adapters.litert_first GRAPH THREADS PACKED
+    python -m node_agent.adapters.litert_first packed GRAPH THREADS FILE
+    python -m node_agent.adapters.litert_first delegated FOLDER THREADS DELEGATE
 
-It leaves the packed weights in the file PACKED. A graph that no manifest vouches for, or a delegate, may crash the library.
+The first loads a graph and leaves its packed weights in FILE: a graph that no manifest vouches for may crash the library. The
+second holds a shard on a delegate to its test vector.
 """
 
 from __future__ import annotations
@@ -12,35 +14,71 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mesh.errors import ShardError
+from mesh.errors import MeshError, ShardError
 
 _LONGEST_S = 120
 _SAID_MAX = 300
 
 
-def load_first(graph: Path, threads: int, packed: Path) -> None:
+def first_packed(graph: Path, threads: int, packed: Path) -> None:
     """Raises ``ShardError`` with what it said or died of."""
-    words = [sys.executable, "-m", __name__, str(graph), str(threads), str(packed)]
+    try:
+        _first("packed", graph, threads, str(packed))
+    except _EndedError as error:
+        raise ShardError(f"LiteRT died of {graph} ({error}); make the shard again") from None
+
+
+def first_delegated(folder: Path, threads: int, delegate: str) -> None:
+    """Raises ``ShardError`` with what it said or died of."""
+    try:
+        _first("delegated", folder, threads, delegate)
+    except _EndedError as error:
+        raise ShardError(f"the process that tried it died ({error})") from None
+
+
+class _EndedError(Exception):
+    """The child ended without a word; says of what."""
+
+
+def _first(what: str, path: Path, threads: int, last: str) -> None:
+    words = [sys.executable, "-m", __name__, what, str(path), str(threads), last]
     try:
         done = subprocess.run(words, capture_output=True, timeout=_LONGEST_S, check=False)
     except subprocess.TimeoutExpired:
-        raise ShardError(f"LiteRT did not load {graph} within {_LONGEST_S} s") from None
+        raise _EndedError(f"nothing came of it within {_LONGEST_S} s") from None
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise ShardError(f"LiteRT died of {graph} ({name}); make the shard again")
+        raise _EndedError(signal.Signals(-done.returncode).name)
     if done.returncode:
         said = done.stdout.decode(errors="replace").strip()[-_SAID_MAX:]
-        raise ShardError(said or f"LiteRT cannot load {graph}")
+        if not said:
+            raise _EndedError(f"status {done.returncode}")
+        raise ShardError(said)
+
+
+def _packed(graph: Path, threads: int, packed: str) -> None:
+    from node_agent.adapters.litert_engine import CompiledEngine
+
+    CompiledEngine(graph, threads, Path(packed)).close()
+
+
+def _delegated(folder: Path, threads: int, delegate: str) -> None:
+    from node_agent.adapters.litert_runtime import LitertShard
+    from node_agent.adapters.shard_loader import hold_to_vector
+    from node_agent.adapters.tflite_engine import InterpreterEngine
+    from node_agent.shards.manifest import LITERT_GRAPH_FILE, MANIFEST_FILE, ShardManifest, read_document
+
+    path = folder / MANIFEST_FILE
+    manifest = read_document(path.read_bytes(), ShardManifest, str(path))
+    engine = InterpreterEngine(folder / LITERT_GRAPH_FILE, threads, delegate)
+    hold_to_vector(LitertShard(folder, manifest, engine, slots=1, capacity=2), folder, manifest)
 
 
 def main() -> int:
     """The child."""
-    from node_agent.adapters.litert_runtime import open_graph
-
-    graph, threads, packed = sys.argv[1:]
+    what, path, threads, last = sys.argv[1:]
     try:
-        open_graph(Path(graph), int(threads), Path(packed)).close()
-    except ShardError as error:
+        (_packed if what == "packed" else _delegated)(Path(path), int(threads), last)
+    except MeshError as error:
         sys.stdout.write(str(error))
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""Runtime over LiteRT: a signature for each chunk length and context bucket, KV memory of ours bound without a copy.
+"""Runtime over LiteRT shards: a signature for each chunk length and context bucket, KV memory of ours bound without a copy.
 
 A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once. What a
 run computes for the cache comes out as new rows, which are written to their place here.
@@ -6,56 +6,37 @@ run computes for the cache comes out as new rows, which are written to their pla
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import re
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ai_edge_litert.compiled_model import CompiledModel
-from ai_edge_litert.cpu_options import CpuOptions
-from ai_edge_litert.environment import Environment
-from ai_edge_litert.options import Options
-from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from mesh.errors import ShardError
-from node_agent.adapters.litert_buffers import aligned, bound
-from node_agent.adapters.litert_first import load_first
-from node_agent.ports import RuntimeOptions
+from node_agent.adapters.litert_engine import Engine
+from node_agent.adapters.pages import pages
 from node_agent.shards.litert_tables import read_tables
-from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
-from node_agent.shards.tflite_graph import HEAD_NAME, batch_name, run_name
+from node_agent.shards.manifest import ShardManifest
+from node_agent.shards.tflite_names import HEAD_NAME, batch_name, run_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
 
-log = logging.getLogger(__name__)
-
-PROVIDER = "XNNPACK"
 _RUN = re.compile(r"(run|batch)_(\d+)_(\d+)")
 _BATCH_LEAST = 3
 """Fewer sessions are computed one after the other: a batch costs what it is made for, as 2.3 single steps of four."""
 _MASKED = np.float32(-1e9)
-_OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
-"""How LiteRT's lines on stderr begin."""
-_STDERR = threading.Lock()
-"""Shards are loaded on threads, and there is one stderr."""
 
 
 class _Mask:
     """What is added to a row's scores. ``shape`` ends in ``bucket`` positions before the chunk and the chunk itself."""
 
     def __init__(self, shape: tuple[int, ...], bucket: int) -> None:
-        self.array = aligned(shape)
+        self.array = pages(shape)
         self.array[..., :bucket] = _MASKED
         self._open = 0
         """Positions before the chunk that are seen."""
@@ -74,32 +55,31 @@ class _Signature:
     def __init__(
         self, shard: LitertShard, name: str, rows: int, masks: dict[str, _Mask], new: tuple[int, ...]
     ) -> None:
-        model, manifest = shard.model, shard.manifest
-        self.index = model.get_signature_index(name)
-        names = model.get_signature_list()[name]
+        engine, manifest = shard.engine, shard.manifest
+        self.name, self.engine = name, engine
+        inputs, outputs = engine.graphs[name]
         self.masks = list(masks.values())
-        self.hidden = aligned((rows, manifest.boundary.width))
-        self.cos, self.sin = (aligned((rows, 1, manifest.head_dim)) for _ in range(2))
-        self.out = aligned((rows, manifest.boundary.width))
-        self.new = {f"{side}.{layer}": aligned(new) for layer in range(*manifest.layers) for side in "kv"}
+        self.hidden = pages((rows, manifest.boundary.width))
+        self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
+        self.out = pages((rows, manifest.boundary.width))
+        self.new = {f"{side}.{layer}": pages(new) for layer in range(*manifest.layers) for side in "kv"}
         given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
         given |= {k: m.array for k, m in masks.items()}
-        self._given = {k: bound(v) for k, v in given.items()}
-        self._inputs = names["inputs"]
+        self._given = {k: engine.bind(v) for k, v in given.items()}
+        self._inputs = inputs
         results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in self.new.items()}}
-        self._results = [bound(results[k]) for k in names["outputs"]]
+        self._results = [engine.bind(results[k]) for k in outputs]
 
     def close(self) -> None:
-        """Let go of the buffers: they are not collected by themselves."""
-        for buffer in (*self._given.values(), *self._results):
-            buffer.destroy()
+        """Let go of the memory."""
+        for bound in (*self._given.values(), *self._results):
+            self.engine.unbind(bound)
 
-    def run(self, model: CompiledModel, memory: Mapping[str, TensorBuffer]) -> None:
+    def run(self, memory: Mapping[str, Any]) -> None:
         """``memory``: the inputs that are KV memory."""
         given = self._given
-        model.run_by_index(
-            self.index, [given[k] if k in given else memory[k] for k in self._inputs], self._results
-        )
+        inputs = [given[k] if k in given else memory[k] for k in self._inputs]
+        self.engine.run(self.name, inputs, self._results)
 
 
 def _chunk_signature(shard: LitertShard, chunk: int, bucket: int) -> _Signature:
@@ -124,13 +104,11 @@ def _batch_signature(shard: LitertShard, rows: int, bucket: int) -> _Signature:
 class _Slot:
     """KV memory of one session, in one bucket."""
 
-    def __init__(self, manifest: ShardManifest, bucket: int) -> None:
-        self.bucket = bucket
+    def __init__(self, engine: Engine, manifest: ShardManifest, bucket: int) -> None:
+        self._engine, self.bucket = engine, bucket
         shape = (1, manifest.kv_heads, bucket, manifest.head_dim)
-        self.memory = {
-            f"{side}.{layer}": aligned(shape) for layer in range(*manifest.layers) for side in "kv"
-        }
-        self.bound = {k: bound(v) for k, v in self.memory.items()}
+        self.memory = {f"{side}.{layer}": pages(shape) for layer in range(*manifest.layers) for side in "kv"}
+        self.bound = {k: engine.bind(v) for k, v in self.memory.items()}
 
     def take(self, before: _Slot, positions: int) -> None:
         """The rows of a smaller one, which is no more."""
@@ -144,9 +122,9 @@ class _Slot:
             array[:, :, position : position + steps] = new[name][:, :, :steps]
 
     def close(self) -> None:
-        """Let go of the buffers: they are not collected by themselves."""
-        for buffer in self.bound.values():
-            buffer.destroy()
+        """Let go of the memory."""
+        for bound in self.bound.values():
+            self._engine.unbind(bound)
 
     def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
         """One of a step of several sessions."""
@@ -157,21 +135,15 @@ class _Slot:
 class LitertShard:
     """A shard on LiteRT; see ``node_agent.ports.Runtime``."""
 
-    provider = PROVIDER
     batch_exact = False
 
     def __init__(
-        self, folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
+        self, folder: Path, manifest: ShardManifest, engine: Engine, *, slots: int, capacity: int
     ) -> None:
         self.info, self.manifest = manifest.info, manifest
         self.slots, self.capacity = slots, capacity
-        graph = folder / LITERT_GRAPH_FILE
-        if options.cache:
-            packed = Path(options.cache) / f"{manifest.digest[:16]}.xnnpack"
-            self.model = _open_packed(graph, options.threads, packed)
-        else:
-            self.model = open_graph(graph, options.threads)
-        found = [m.groups() for m in map(_RUN.fullmatch, self.model.get_signature_list()) if m]
+        self.engine, self.provider = engine, engine.provider
+        found = [m.groups() for m in map(_RUN.fullmatch, engine.graphs) if m]
         self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
         self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
         # One position of a capacity is for rows that nobody reads; there are none here.
@@ -187,13 +159,9 @@ class LitertShard:
         self._signatures: dict[tuple[int, int], _Signature] = {}
         self._held: dict[int, _Slot] = {}
         if self.info.last:
-            self._last = aligned((1, manifest.boundary.width))
-            self._logits = aligned((1, manifest.vocabulary))
-            self._head = (
-                self.model.get_signature_index(HEAD_NAME),
-                [bound(self._last)],
-                [bound(self._logits)],
-            )
+            self._last = pages((1, manifest.boundary.width))
+            self._logits = pages((1, manifest.vocabulary))
+            self._head = (HEAD_NAME, [engine.bind(self._last)], [engine.bind(self._logits)])
 
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
@@ -220,7 +188,7 @@ class LitertShard:
         count, bucket = len(rows), rows[0][2].bucket
         signature = self._signature(-self.batch, bucket)
         signature.hidden[:count] = self._tables.embed(inputs) if self.info.first else inputs
-        memory: dict[str, TensorBuffer] = {}
+        memory: dict[str, Any] = {}
         for row in range(self.batch):
             # Rows past the last are computed over its memory, for nobody.
             _, position, slot = rows[min(row, count - 1)]
@@ -230,7 +198,7 @@ class LitertShard:
             )
             signature.masks[row].open_to(position)
             memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
-        signature.run(self.model, memory)
+        signature.run(memory)
         for row, (_, position, slot) in enumerate(rows):
             slot.write_row(signature.new, position, row)
         return signature.out[:count]
@@ -258,7 +226,7 @@ class LitertShard:
         signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
         signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
         signature.masks[0].open_to(position)
-        signature.run(self.model, memory.bound)
+        signature.run(memory.bound)
         memory.write(signature.new, position, steps)
         if not self.info.last:
             return signature.out[:steps]
@@ -269,7 +237,7 @@ class LitertShard:
 
     def _logits_of(self, hidden: Array) -> Array:
         self._last[0] = hidden
-        self.model.run_by_index(*self._head)
+        self.engine.run(*self._head)
         return self._logits
 
     def _memory(self, slot: int, position: int, steps: int) -> _Slot:
@@ -277,7 +245,7 @@ class LitertShard:
         held = self._held.get(slot)
         if held is None or held.bucket < position + steps:
             bucket = next(b for b in self._buckets if b >= position + steps)
-            grown = _Slot(self.manifest, bucket)
+            grown = _Slot(self.engine, self.manifest, bucket)
             if held is not None:
                 grown.take(held, min(position, held.bucket))
             held = self._held[slot] = grown
@@ -302,7 +270,7 @@ class LitertShard:
         for signature in self._signatures.values():
             signature.close()
         self._signatures.clear()
-        self.model.close()
+        self.engine.close()
 
 
 def pieces(steps: int, chunks: Sequence[int]) -> list[int]:
@@ -317,67 +285,3 @@ def pieces(steps: int, chunks: Sequence[int]) -> list[int]:
         found.append(min(chunk, steps))
         steps -= found[-1]
     return found
-
-
-def _open_packed(graph: Path, threads: int, packed: Path) -> CompiledModel:
-    """With weights packed for XNNPACK in a file: signatures share them, and the next start maps them. The file appears whole,
-    or not at all."""
-    packed.parent.mkdir(parents=True, exist_ok=True)
-    if packed.exists():
-        try:
-            return open_graph(graph, threads, packed)
-        except ShardError as error:
-            log.warning("%s is packed anew: %s", packed, error)
-            packed.unlink()
-    fresh = packed.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
-    try:
-        load_first(graph, threads, fresh)
-        if fresh.exists():
-            fresh.rename(packed)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return open_graph(graph, threads, packed)
-
-
-def open_graph(graph: Path, threads: int, packed: Path | None = None) -> CompiledModel:
-    """Load it, in this process; raises ``ShardError`` with what LiteRT said. ``packed``: where packed weights are, or go."""
-    settings = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed or ""))
-    with _own_words() as words:
-        try:
-            return CompiledModel.from_file(
-                str(graph), environment=_environment(), options=Options(cpu_options=settings)
-            )
-        except Exception as error:  # the library raises RuntimeError with a trace of its own
-            reason = " ".join(words().split()) or str(error)
-            raise ShardError(f"LiteRT cannot load {graph}: {reason}; make the shard again") from None
-
-
-@cache
-def _environment() -> Environment:
-    return Environment.create()
-
-
-@contextlib.contextmanager
-def _own_words() -> Iterator[Any]:
-    """Keep what LiteRT says on stderr while it loads out of our logs; yields what reads its errors."""
-    with _STDERR, tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-
-        def lines() -> list[bytes]:
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-            return file.read().splitlines(keepends=True)
-
-        def errors() -> str:
-            return b"".join(w for w in lines() if w.startswith((b"ERROR", "└".encode()))).decode(
-                errors="replace"
-            )
-
-        os.dup2(file.fileno(), 2)
-        try:
-            yield errors
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            for line in lines():
-                if not _OWN_WORDS.match(line):
-                    os.write(2, line)

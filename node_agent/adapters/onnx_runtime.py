@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mesh.errors import ConfigError
+from node_agent.adapters.pages import forget_pages, pages
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.manifest import GRAPH_FILE, ShardManifest
 from node_agent.stage import BATCH_MAX
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BINDINGS_KEPT = 64
-_PAGE = mmap.PAGESIZE
-_MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
 _QUIET = 3
 _PREFILL_STEPS_MAX = 4096
 
@@ -83,7 +81,7 @@ class OnnxShard:
         self.session, self.provider = _open(folder / GRAPH_FILE, options)
         start, end = manifest.layers
         shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
-        self.cache = [(_pages(shape), _pages(shape)) for _ in range(end - start)]
+        self.cache = [(pages(shape), pages(shape)) for _ in range(end - start)]
         self._bindings: OrderedDict[tuple[int, int, int], _Binding] = OrderedDict()
 
     def _decode_binding(self, slot: int, batch: int, rows: int) -> _Binding:
@@ -123,32 +121,12 @@ class OnnxShard:
     def release(self, slot: int) -> None:
         for layer in self.cache:
             for buffer in layer:
-                _forget_pages(buffer, slot)
+                forget_pages(buffer, slot)
 
     def close(self) -> None:
         self._bindings.clear()
         self.cache.clear()
         del self.session
-
-
-def _pages(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Zeroed memory that the system hands out page by page as it is touched."""
-    count = int(np.prod(shape))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = mmap.mmap(-1, count * 4, flags=flags)
-    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
-
-
-def _forget_pages(buffer: NDArray[np.float32], slot: int) -> None:
-    stride = buffer.strides[0]
-    memory: Any = buffer.base
-    while isinstance(memory, np.ndarray):
-        memory = memory.base
-    if isinstance(memory, memoryview):
-        memory = memory.obj
-    begin, end = -(-slot * stride // _PAGE) * _PAGE, (slot + 1) * stride // _PAGE * _PAGE
-    if isinstance(memory, mmap.mmap) and end > begin:
-        memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _open(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mesh.capabilities import Capabilities
-from mesh.errors import ConfigError, ShardError
+from mesh.errors import ShardError
 from mesh.forms import form_of
 from mesh.types import ShardInfo
 from node_agent.adapters.model_store import ModelStore, verify_files
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime, RuntimeOptions
-from node_agent.shards.manifest import ShardManifest
+from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,8 @@ class ShardLoader:
         # Left to itself, ONNX Runtime pins its threads to cores: on cores that others use as well, that
         # costs a fifth of the rate.
         threads = self._config.threads or self._capabilities().cpu.cores
-        options = RuntimeOptions(self._config.providers, threads, str(self._data_dir / "packed"))
+        cache = str(self._data_dir / "packed")
+        options = RuntimeOptions(self._config.providers, threads, cache, self._config.delegate)
         return load_shard(folder, manifest, slots=slots, capacity=capacity, options=options)
 
 
@@ -86,6 +87,12 @@ def load_shard(
     """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError`` or ``ConfigError``."""
     verify_files(folder, manifest.files)
     shard = _open(folder, manifest, slots, capacity, options)
+    hold_to_vector(shard, folder, manifest)
+    return shard
+
+
+def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> None:
+    """Raises ``ShardError`` where a shard does not compute what its test vector wants."""
     with np.load(folder / manifest.test_vector.file) as vector:
         inputs, expected = vector["input"], vector["expected"]
     result = shard.prefill(0, 0, inputs)
@@ -96,7 +103,6 @@ def load_shard(
             f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
             f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
         )
-    return shard
 
 
 def _open(
@@ -106,13 +112,11 @@ def _open(
         from node_agent.adapters.onnx_runtime import OnnxShard
 
         return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
-    try:
-        from node_agent.adapters.litert_runtime import LitertShard
-    except ImportError as error:
-        raise ConfigError(
-            f"{manifest.info} needs LiteRT ({error}); 'pip install inference-mesh[litert]'"
-        ) from None
-    return LitertShard(folder, manifest, slots=slots, capacity=capacity, options=options)
+    from node_agent.adapters.litert_engine import open_engine
+    from node_agent.adapters.litert_runtime import LitertShard
+
+    engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
+    return LitertShard(folder, manifest, engine, slots=slots, capacity=capacity)
 
 
 def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:

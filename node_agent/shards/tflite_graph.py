@@ -23,6 +23,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
 from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8, SplitInt8
+from node_agent.shards.tflite_names import HEAD_NAME, batch_name, run_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,27 +32,14 @@ if TYPE_CHECKING:
 
 Weights = "NDArray[np.float32] | ChannelInt8 | BlockedInt4"
 _VERSION = 3
-_VERSIONS = {fb.BuiltinOperator.FULLY_CONNECTED: 12}
-"""Of operators, where more than the first is needed: weights in blocks."""
+_QUANTIZED_VERSION = 12
+"""Of FULLY_CONNECTED where its weights have scales by row or block: older interpreters refuse it rather than compute zeros."""
 _TYPES = {
     "float32": fb.TensorType.FLOAT32,
     "float16": fb.TensorType.FLOAT16,
     "int32": fb.TensorType.INT32,
     "int8": fb.TensorType.INT8,
 }
-
-
-def run_name(chunk: int, bucket: int) -> str:
-    """Of the signature."""
-    return f"run_{chunk}_{bucket}"
-
-
-def batch_name(rows: int, bucket: int) -> str:
-    """Of the signature for a step of several sessions."""
-    return f"batch_{rows}_{bucket}"
-
-
-HEAD_NAME = "head"
 
 
 @dataclass
@@ -305,17 +293,19 @@ def build_model(
     model.version, model.description = _VERSION, f"layers {start}-{end}"
     model.subgraphs = [graph.graph for _, graph in graphs]
     model.signatureDefs = [_signature(name, i, graph.graph) for i, (name, graph) in enumerate(graphs)]
-    model.operatorCodes = [_code(code) for code in file.codes]
+    plain = all(isinstance(w, np.ndarray) for w in weights.values())
+    model.operatorCodes = [_code(code, plain) for code in file.codes]
     model.buffers = file.buffers
     builder = flatbuffers.Builder(1 << 20)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
 
 
-def _code(code: int) -> Any:
+def _code(code: int, plain: bool) -> Any:
     made = fb.OperatorCodeT()
     made.builtinCode, made.deprecatedBuiltinCode = code, min(code, 127)
-    made.version = _VERSIONS.get(code, 1)
+    scaled = code == fb.BuiltinOperator.FULLY_CONNECTED and not plain
+    made.version = _QUANTIZED_VERSION if scaled else 1
     return made
 
 

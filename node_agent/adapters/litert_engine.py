@@ -1,0 +1,194 @@
+"""What runs a LiteRT shard's graphs: LiteRT's compiled model, or the classic interpreter (``tflite_engine``).
+
+The compiled model is quicker and takes KV memory of ours without a copy; XNNPACK's packed weights are kept in a file, which
+signatures share and the next start maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from mesh.errors import ConfigError, ShardError
+from node_agent.adapters.litert_first import first_delegated, first_packed
+from node_agent.ports import RuntimeOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ai_edge_litert.compiled_model import CompiledModel
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+_OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
+"""How LiteRT's lines on stderr begin."""
+_STDERR = threading.Lock()
+"""Shards are loaded on threads, and there is one stderr."""
+
+
+class Ends(NamedTuple):
+    """Names of a graph's inputs and outputs, in the order in which ``Engine.run`` wants them."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+class Engine(Protocol):
+    """The graphs of one file, loaded."""
+
+    provider: str
+    """What computes."""
+    graphs: Mapping[str, Ends]
+
+    def bind(self, memory: Array) -> Any:
+        """Memory of ours as an input or output, for as long as it is not let go of."""
+        ...
+
+    def unbind(self, bound: Any) -> None: ...
+
+    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Compute; the outputs are written to what is bound."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CompiledEngine:
+    """LiteRT's compiled model on XNNPACK."""
+
+    provider = "XNNPACK"
+
+    def __init__(self, graph: Path, threads: int, packed: Path | None = None) -> None:
+        """``packed``: where packed weights are, or go. Raises ``ShardError`` with what LiteRT said."""
+        from node_agent.adapters import litert_buffers
+
+        self._bound = litert_buffers.bound
+        self._model = _compiled(graph, threads, packed)
+        found = self._model.get_signature_list()
+        self.graphs: Mapping[str, Ends] = {n: Ends(e["inputs"], e["outputs"]) for n, e in found.items()}
+        self._index = {name: self._model.get_signature_index(name) for name in found}
+
+    def bind(self, memory: Array) -> Any:
+        return self._bound(memory)
+
+    def unbind(self, bound: Any) -> None:
+        bound.destroy()  # it is not collected by itself
+
+    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self._model.run_by_index(self._index[graph], inputs, outputs)
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def open_engine(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
+    """The first delegate that computes what the shard's test vector wants, else LiteRT, else tflite-runtime. ``name`` is of
+    the packed weights. Raises ``ShardError``, or ``ConfigError`` where neither is installed."""
+    refused = []
+    for told in options.delegates:
+        from node_agent.adapters.tflite_engine import InterpreterEngine
+
+        try:
+            first_delegated(folder, options.threads, told)
+            return InterpreterEngine(graph, options.threads, told)
+        except ShardError as error:
+            log.warning("the delegate %s is not used for %s: %s", told, folder.name, error)
+            refused.append(f"{told}: {error}")
+    engine = _plain(graph, name, options)
+    if refused:
+        engine.provider += f" (not {'; '.join(refused)})"
+    return engine
+
+
+def _plain(graph: Path, name: str, options: RuntimeOptions) -> Engine:
+    try:
+        import ai_edge_litert.compiled_model  # noqa: F401
+    except ImportError as error:
+        from node_agent.adapters.tflite_engine import InterpreterEngine, package
+
+        if package() is None:
+            raise ConfigError(
+                f"LiteRT shards need LiteRT ({error}); 'pip install inference-mesh[litert]'"
+            ) from None
+        return InterpreterEngine(graph, options.threads)
+    if not options.cache:
+        return CompiledEngine(graph, options.threads)
+    return _packed(graph, options.threads, Path(options.cache) / f"{name}.xnnpack")
+
+
+def _packed(graph: Path, threads: int, packed: Path) -> CompiledEngine:
+    """With a file of packed weights, which appears whole, or not at all."""
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    if packed.exists():
+        try:
+            return CompiledEngine(graph, threads, packed)
+        except ShardError as error:
+            log.warning("%s is packed anew: %s", packed, error)
+            packed.unlink()
+    fresh = packed.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
+    try:
+        first_packed(graph, threads, fresh)
+        if fresh.exists():
+            fresh.rename(packed)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return CompiledEngine(graph, threads, packed)
+
+
+def _compiled(graph: Path, threads: int, packed: Path | None) -> CompiledModel:
+    from ai_edge_litert.compiled_model import CompiledModel
+    from ai_edge_litert.cpu_options import CpuOptions
+    from ai_edge_litert.options import Options
+
+    settings = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed or ""))
+    with own_words() as words:
+        try:
+            return CompiledModel.from_file(
+                str(graph), environment=_environment(), options=Options(cpu_options=settings)
+            )
+        except Exception as error:  # the library raises RuntimeError with a trace of its own
+            reason = " ".join(words().split()) or str(error)
+            raise ShardError(f"LiteRT cannot load {graph}: {reason}; make the shard again") from None
+
+
+@cache
+def _environment() -> Any:
+    from ai_edge_litert.environment import Environment
+
+    return Environment.create()
+
+
+@contextlib.contextmanager
+def own_words() -> Iterator[Any]:
+    """Keep what LiteRT says on stderr while it loads out of our logs; yields what reads its errors."""
+    with _STDERR, tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+
+        def lines() -> list[bytes]:
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            return file.read().splitlines(keepends=True)
+
+        def errors() -> str:
+            return b"".join(w for w in lines() if w.startswith((b"ERROR", "└".encode()))).decode(
+                errors="replace"
+            )
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield errors
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            for line in lines():
+                if not _OWN_WORDS.match(line):
+                    os.write(2, line)

@@ -1,0 +1,101 @@
+"""LiteRT shards on the classic interpreter: for boards that have tflite-runtime, and for delegates, which plug in there.
+
+Every run copies its KV memory into the interpreter's tensors and out again: a millisecond for ten layers of a small model,
+which an NPU wins back and a board with nothing better has to pay.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mesh.errors import ConfigError, ShardError
+from node_agent.adapters.litert_engine import Ends
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+_PACKAGES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
+
+
+def package() -> ModuleType | None:
+    """The interpreter's package; ``None`` where there is none."""
+    for name in _PACKAGES:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def read_delegate(told: str) -> tuple[str, dict[str, str]]:
+    """``PATH:KEY=VALUE:...`` as path and options; raises ``ConfigError``."""
+    path, *pairs = told.split(":")
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"the delegate {told!r} has the option {pair!r}; write PATH:KEY=VALUE:KEY=VALUE"
+            )
+        options[key] = value
+    if not path:
+        raise ConfigError(f"the delegate {told!r} names no library; write PATH:KEY=VALUE")
+    return path, options
+
+
+class InterpreterEngine:
+    """See ``litert_engine.Engine``."""
+
+    def __init__(self, graph: Path, threads: int, delegate: str = "") -> None:
+        """``delegate``: as ``read_delegate`` reads it. A library that is not what it says may end the process. Raises
+        ``ShardError`` where it cannot be loaded, or the graph has what this interpreter does not know."""
+        found = package()
+        if found is None:
+            raise ConfigError("there is no TFLite interpreter; 'pip install inference-mesh[litert]'")
+        delegates = []
+        self.provider = f"XNNPACK in {found.__name__.split('.')[0].replace('_', '-')}"
+        if delegate:
+            path, options = read_delegate(delegate)
+            try:
+                delegates.append(found.load_delegate(path, options))
+            except (OSError, ValueError) as error:
+                raise ShardError(f"it cannot be loaded: {error}") from None
+            self.provider = Path(path).name
+        try:
+            self._interpreter = found.Interpreter(
+                str(graph), num_threads=threads or None, experimental_delegates=delegates
+            )
+            self._runners: dict[str, Any] = {}
+            found_graphs = self._interpreter.get_signature_list()
+            self.graphs: Mapping[str, Ends] = {
+                n: Ends(e["inputs"], e["outputs"]) for n, e in found_graphs.items()
+            }
+        except (ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ShardError(f"{self.provider} cannot load {graph}: {said}") from None
+
+    def bind(self, memory: Array) -> Any:
+        return memory
+
+    def unbind(self, bound: Any) -> None:
+        pass
+
+    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        runner = self._runners.get(graph)
+        if runner is None:
+            runner = self._runners[graph] = self._interpreter.get_signature_runner(graph)
+        ends = self.graphs[graph]
+        found = runner(**dict(zip(ends.inputs, inputs, strict=True)))
+        for name, memory in zip(ends.outputs, outputs, strict=True):
+            memory[:] = found[name].reshape(memory.shape)
+
+    def close(self) -> None:
+        self._runners.clear()
+        del self._interpreter
