@@ -292,6 +292,8 @@ def _check(config: AgentConfig) -> None:
             raise ConfigError(f"{name} is {getattr(config, name)!r}; use letters, digits, '-' and '/'")
     if bool(config.consul_cert) != bool(config.consul_key):
         raise ConfigError("consul_cert and consul_key go together; one of them is empty")
+    for delegate in config.delegate:
+        parse_delegate(delegate)
     if not config.providers:
         raise ConfigError("providers is empty; name at least CPUExecutionProvider")
 
@@ -311,6 +313,22 @@ def parse_shard(text: str) -> ShardKey:
     except InputError as error:
         raise ConfigError(f"{text!r}: {error}") from None
     return ShardKey(match[1], int(match[2]), int(match[3]), runtime, quantization)
+
+
+def parse_delegate(told: str) -> tuple[str, dict[str, str]]:
+    """``PATH:KEY=VALUE:...`` as path and options; raises ``ConfigError``."""
+    path, *pairs = told.split(":")
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"the delegate {told!r} has the option {pair!r}; write PATH:KEY=VALUE:KEY=VALUE"
+            )
+        options[key] = value
+    if not path:
+        raise ConfigError(f"the delegate {told!r} names no library; write PATH:KEY=VALUE")
+    return path, options
 
 
 def settings_table() -> str:

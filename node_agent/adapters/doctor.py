@@ -234,7 +234,7 @@ def _litert() -> Finding | None:
     try:
         installed = version("ai-edge-litert")
     except PackageNotFoundError:
-        return None
+        return _tflite()
     try:
         from node_agent.adapters.litert_buffers import bound
         from node_agent.adapters.pages import pages
@@ -244,6 +244,17 @@ def _litert() -> Finding | None:
         advice = "pip install 'inference-mesh[litert]'"
         return Finding("runtimes", Verdict.BAD, f"LiteRT {installed}: {error}", advice)
     return Finding("runtimes", Verdict.FINE, f"LiteRT {installed} with XNNPACK")
+
+
+def _tflite() -> Finding | None:
+    try:
+        installed = version("tflite-runtime")
+    except PackageNotFoundError:
+        return None
+    said = f"tflite-runtime {installed}: LiteRT shards in fp32 only, slower than with LiteRT"
+    return Finding(
+        "runtimes", Verdict.NOTE, said, "pip install 'inference-mesh[litert]' where there is a wheel"
+    )
 
 
 def _onnx(config: AgentConfig) -> Finding | None:

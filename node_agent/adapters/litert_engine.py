@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mesh.errors import ConfigError, ShardError
-from node_agent.adapters.litert_first import first_delegated, first_packed
+from node_agent.adapters.litert_first import first_interpreted, first_packed
 from node_agent.ports import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -94,33 +94,39 @@ class CompiledEngine:
 def open_engine(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
     """The first delegate that computes what the shard's test vector wants, else LiteRT, else tflite-runtime. ``name`` is of
     the packed weights. Raises ``ShardError``, or ``ConfigError`` where neither is installed."""
-    refused = []
+    refused: list[str] = []
+    engine: Engine | None = None
     for told in options.delegates:
-        from node_agent.adapters.tflite_engine import InterpreterEngine
-
         try:
-            first_delegated(folder, options.threads, told)
-            return InterpreterEngine(graph, options.threads, told)
+            engine = _interpreted(folder, graph, options.threads, told)
+            break
         except ShardError as error:
             log.warning("the delegate %s is not used for %s: %s", told, folder.name, error)
             refused.append(f"{told}: {error}")
-    engine = _plain(graph, name, options)
+    engine = engine or _plain(folder, graph, name, options)
     if refused:
         engine.provider += f" (not {'; '.join(refused)})"
     return engine
 
 
-def _plain(graph: Path, name: str, options: RuntimeOptions) -> Engine:
+def _interpreted(folder: Path, graph: Path, threads: int, delegate: str = "") -> Engine:
+    from node_agent.adapters.tflite_engine import InterpreterEngine
+
+    first_interpreted(folder, threads, delegate)
+    return InterpreterEngine(graph, threads, delegate)
+
+
+def _plain(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
     try:
         import ai_edge_litert.compiled_model  # noqa: F401
     except ImportError as error:
-        from node_agent.adapters.tflite_engine import InterpreterEngine, package
+        from node_agent.adapters.tflite_engine import package
 
         if package() is None:
             raise ConfigError(
                 f"LiteRT shards need LiteRT ({error}); 'pip install inference-mesh[litert]'"
             ) from None
-        return InterpreterEngine(graph, options.threads)
+        return _interpreted(folder, graph, options.threads)
     if not options.cache:
         return CompiledEngine(graph, options.threads)
     return _packed(graph, options.threads, Path(options.cache) / f"{name}.xnnpack")

@@ -1,10 +1,10 @@
 """The first use of a LiteRT graph or a delegate, in a process of its own: whatever it dies of, the agent lives.
 
     python -m node_agent.adapters.litert_first packed GRAPH THREADS FILE
-    python -m node_agent.adapters.litert_first delegated FOLDER THREADS DELEGATE
+    python -m node_agent.adapters.litert_first interpreted FOLDER THREADS DELEGATE
 
 The first loads a graph and leaves its packed weights in FILE: a graph that no manifest vouches for may crash the library. The
-second holds a shard on a delegate to its test vector.
+second holds a shard on the classic interpreter, with a delegate if one is named, to its test vector.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def first_packed(graph: Path, threads: int, packed: Path) -> None:
         raise ShardError(f"LiteRT died of {graph} ({error}); make the shard again") from None
 
 
-def first_delegated(folder: Path, threads: int, delegate: str) -> None:
-    """Raises ``ShardError`` with what it said or died of."""
+def first_interpreted(folder: Path, threads: int, delegate: str) -> None:
+    """``delegate``: may be empty. Raises ``ShardError`` with what it said or died of."""
     try:
-        _first("delegated", folder, threads, delegate)
+        _first("interpreted", folder, threads, delegate)
     except _EndedError as error:
         raise ShardError(f"the process that tried it died ({error})") from None
 
@@ -61,7 +61,7 @@ def _packed(graph: Path, threads: int, packed: str) -> None:
     CompiledEngine(graph, threads, Path(packed)).close()
 
 
-def _delegated(folder: Path, threads: int, delegate: str) -> None:
+def _interpreted(folder: Path, threads: int, delegate: str) -> None:
     from node_agent.adapters.litert_runtime import LitertShard
     from node_agent.adapters.shard_loader import hold_to_vector
     from node_agent.adapters.tflite_engine import InterpreterEngine
@@ -77,7 +77,7 @@ def main() -> int:
     """The child."""
     what, path, threads, last = sys.argv[1:]
     try:
-        (_packed if what == "packed" else _delegated)(Path(path), int(threads), last)
+        (_packed if what == "packed" else _interpreted)(Path(path), int(threads), last)
     except MeshError as error:
         sys.stdout.write(str(error))
         return 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.litert_engine import Ends
+from node_agent.config import parse_delegate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,27 +35,11 @@ def package() -> ModuleType | None:
     return None
 
 
-def read_delegate(told: str) -> tuple[str, dict[str, str]]:
-    """``PATH:KEY=VALUE:...`` as path and options; raises ``ConfigError``."""
-    path, *pairs = told.split(":")
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"the delegate {told!r} has the option {pair!r}; write PATH:KEY=VALUE:KEY=VALUE"
-            )
-        options[key] = value
-    if not path:
-        raise ConfigError(f"the delegate {told!r} names no library; write PATH:KEY=VALUE")
-    return path, options
-
-
 class InterpreterEngine:
     """See ``litert_engine.Engine``."""
 
     def __init__(self, graph: Path, threads: int, delegate: str = "") -> None:
-        """``delegate``: as ``read_delegate`` reads it. A library that is not what it says may end the process. Raises
+        """``delegate``: as ``parse_delegate`` reads it. A library that is not what it says may end the process. Raises
         ``ShardError`` where it cannot be loaded, or the graph has what this interpreter does not know."""
         found = package()
         if found is None:
@@ -62,7 +47,7 @@ class InterpreterEngine:
         delegates = []
         self.provider = f"XNNPACK in {found.__name__.split('.')[0].replace('_', '-')}"
         if delegate:
-            path, options = read_delegate(delegate)
+            path, options = parse_delegate(delegate)
             try:
                 delegates.append(found.load_delegate(path, options))
             except (OSError, ValueError) as error:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
-from node_agent.config import AgentConfig, fields, join_address, load_config, parse_shard, settings_table
+from node_agent.config import (
+    AgentConfig,
+    fields,
+    join_address,
+    load_config,
+    parse_delegate,
+    parse_shard,
+    settings_table,
+)
 from node_agent.lease import ShardKey
 
 
@@ -41,6 +49,8 @@ def test_later_sources_win() -> None:
         ('log = "maybe"', "one of async, sync, off"),
         ('shards = ["m"]', "names no shard"),
         ("providers = []", "providers is empty"),
+        ('delegate = ["lib.so:usb"]', "the option 'usb'"),
+        ('delegate = [":device=usb"]', "names no library"),
         ('host = "0.0.0.0"', "say with advertise"),
     ],
 )
@@ -52,6 +62,12 @@ def test_a_wrong_value_is_named(file: str, words: str) -> None:
 def test_addresses_of_both_kinds() -> None:
     assert join_address("10.0.0.5", 7070) == "10.0.0.5:7070"
     assert join_address("::1", 7070) == join_address("[::1]", 7070) == "[::1]:7070"
+
+
+def test_a_delegate_is_a_path_and_options() -> None:
+    told = ("libedgetpu.so.1", {"device": "usb", "speed": "2"})
+    assert parse_delegate("libedgetpu.so.1:device=usb:speed=2") == told
+    assert load_config(None, "", {}, {"delegate": "a.so:b=c,d.so"}).delegate == ("a.so:b=c", "d.so")
 
 
 def test_shards_by_name() -> None:
