@@ -62,15 +62,15 @@ def _packed(graph: Path, threads: int, packed: str) -> None:
 
 
 def _interpreted(folder: Path, threads: int, delegate: str) -> None:
-    from node_agent.adapters.litert_runtime import LitertShard
     from node_agent.adapters.shard_loader import hold_to_vector
+    from node_agent.adapters.static_runtime import StaticShard
     from node_agent.adapters.tflite_engine import InterpreterEngine
     from node_agent.shards.manifest import LITERT_GRAPH_FILE, MANIFEST_FILE, ShardManifest, read_document
 
     path = folder / MANIFEST_FILE
     manifest = read_document(path.read_bytes(), ShardManifest, str(path))
     engine = InterpreterEngine(folder / LITERT_GRAPH_FILE, threads, delegate)
-    hold_to_vector(LitertShard(folder, manifest, engine, slots=1, capacity=2), folder, manifest)
+    hold_to_vector(StaticShard(folder, manifest, engine, slots=1, capacity=2), folder, manifest)
 
 
 def main() -> int:

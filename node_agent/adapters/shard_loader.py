@@ -113,10 +113,10 @@ def _open(
 
         return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
     from node_agent.adapters.litert_engine import open_engine
-    from node_agent.adapters.litert_runtime import LitertShard
+    from node_agent.adapters.static_runtime import StaticShard
 
     engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
-    return LitertShard(folder, manifest, engine, slots=slots, capacity=capacity)
+    return StaticShard(folder, manifest, engine, slots=slots, capacity=capacity)
 
 
 def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:

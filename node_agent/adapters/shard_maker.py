@@ -1,7 +1,7 @@
 """Makes shards on disk: reads the GGUF once per quantization, then cuts for the price of a graph.
 
 The numpy reference runs once for a model's file and leaves the hidden states at every layer boundary, from which the test
-vector of any cut is taken. LiteRT shards are made by ``litert_maker``.
+vector of any cut is taken. LiteRT shards are made by ``static_maker``.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def demand_of(
     card = store.card(model)
     spec = card.architecture
     if runtime == LITERT:
-        from node_agent.adapters.litert_maker import CONTEXT, litert_demand
+        from node_agent.adapters.static_maker import CONTEXT, static_demand
 
-        return litert_demand(card, quantization, min(spec.context_max, max(context, CONTEXT)))
+        return static_demand(card, quantization, min(spec.context_max, max(context, CONTEXT)))
     _, index = convert_weights(store, model, quantization)
     sizes = {unit: index.files[f"{unit}.bin"].size for unit in (EMBEDDING, HEAD, ROPE, layer_unit(0))}
     tied = sizes[EMBEDDING] if spec.head_tied else 0
@@ -311,7 +311,7 @@ def make_shard(
         raise InputError(f"the cut {start}-{end} is not within the {spec.layers} layers of {name}")
     buckets: tuple[int, ...] = ()
     if runtime == LITERT:
-        from node_agent.adapters.litert_maker import CONTEXT, buckets_for
+        from node_agent.adapters.static_maker import CONTEXT, buckets_for
 
         buckets = buckets_for(min(spec.context_max, max(context, CONTEXT)))
     target = store.shard_folder(name, runtime, quantization, start, end)
@@ -394,12 +394,12 @@ def _litert_files(
     found: dict[str, NDArray[Any]],
 ) -> tuple[dict[str, StoredFile], int]:
     """A graph with its weights in it, and tables beside it; files, and their bytes. ``found``: the model's reference."""
-    from node_agent.adapters.litert_maker import LitertMaker
+    from node_agent.adapters.static_maker import StaticMaker
 
     what = f"shard {layers[0]}-{layers[1]}"
     progress(what, 0, 1)
     data, gguf = open_gguf(store.folder(card.name) / "model.gguf")
-    maker = LitertMaker(data, gguf, card.architecture, quantization, found["down_error"], found["states"][-1])
+    maker = StaticMaker(data, gguf, card.architecture, quantization, found["down_error"], found["states"][-1])
     names = maker.write(folder, *layers, buckets)
     files = {name: stored_file(folder / name) for name in names}
     progress(what, 1, 1)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mesh.errors import ShardError
-from node_agent.adapters.litert_maker import buckets_for
-from node_agent.adapters.litert_runtime import pieces
 from node_agent.adapters.model_store import sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
+from node_agent.adapters.static_maker import buckets_for
+from node_agent.adapters.static_runtime import pieces
 from node_agent.ports import Runtime, RuntimeOptions
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, StoredFile
 from tests.integration.test_tiny_models import pulled

@@ -17,9 +17,9 @@ import numpy as np
 from mesh.errors import ShardError
 from node_agent.adapters.litert_engine import Engine
 from node_agent.adapters.pages import pages
-from node_agent.shards.litert_tables import read_tables
 from node_agent.shards.manifest import ShardManifest
-from node_agent.shards.tflite_names import HEAD_NAME, batch_name, run_name
+from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name
+from node_agent.shards.static_tables import read_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class _Signature:
     """Everything bound for one graph, but for the KV memory of slots."""
 
     def __init__(
-        self, shard: LitertShard, name: str, rows: int, masks: dict[str, _Mask], new: tuple[int, ...]
+        self, shard: StaticShard, name: str, rows: int, masks: dict[str, _Mask], new: tuple[int, ...]
     ) -> None:
         engine, manifest = shard.engine, shard.manifest
         self.name, self.engine = name, engine
@@ -82,7 +82,7 @@ class _Signature:
         self.engine.run(self.name, inputs, self._results)
 
 
-def _chunk_signature(shard: LitertShard, chunk: int, bucket: int) -> _Signature:
+def _chunk_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
     manifest = shard.manifest
     rows = 1 if chunk == 1 else manifest.heads // manifest.kv_heads * chunk
     mask = _Mask((1, 1, rows, bucket + chunk), bucket)
@@ -94,7 +94,7 @@ def _chunk_signature(shard: LitertShard, chunk: int, bucket: int) -> _Signature:
     return _Signature(shard, run_name(chunk, bucket), chunk, {"mask": mask}, new)
 
 
-def _batch_signature(shard: LitertShard, rows: int, bucket: int) -> _Signature:
+def _batch_signature(shard: StaticShard, rows: int, bucket: int) -> _Signature:
     manifest = shard.manifest
     masks = {f"mask.{row}": _Mask((1, 1, 1, bucket + 1), bucket) for row in range(rows)}
     new = (rows, manifest.kv_heads, manifest.head_dim)
@@ -132,7 +132,7 @@ class _Slot:
             array[0, :, position] = new[name][row]
 
 
-class LitertShard:
+class StaticShard:
     """A shard on LiteRT; see ``node_agent.ports.Runtime``."""
 
     batch_exact = False

@@ -14,7 +14,6 @@ import numpy as np
 from mesh.errors import ModelFileError
 from node_agent.shards.architecture import Architecture, layer_tensors, rope_tables
 from node_agent.shards.gguf_file import GgufFile, dequantize
-from node_agent.shards.litert_tables import table_files
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, ModelCard
 from node_agent.shards.quantize import (
     BLOCK,
@@ -30,6 +29,7 @@ from node_agent.shards.quantize import (
     split_columns,
 )
 from node_agent.shards.reference import rms_norm
+from node_agent.shards.static_tables import table_files
 from node_agent.shards.tflite_graph import build_model
 from scheduler.demand import ModelDemand
 
@@ -60,7 +60,7 @@ def buckets_for(context: int) -> tuple[int, ...]:
     return tuple(buckets)
 
 
-def litert_demand(card: ModelCard, quantization: str, context: int) -> ModelDemand:
+def static_demand(card: ModelCard, quantization: str, context: int) -> ModelDemand:
     """What a model's parts weigh, from its shape alone: without the few matrices that ``_ROUGH`` keeps in float32."""
     spec = card.architecture
     heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
@@ -96,7 +96,7 @@ def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
             return rows * columns * 4
 
 
-class LitertMaker:
+class StaticMaker:
     """Of one GGUF file. ``down_error`` and ``states``: of its reference, what 8 bits cost each layer's last matrix, and
     hidden states before the head."""
 

@@ -1,0 +1,234 @@
+"""A shard's network in static shapes, over whatever builds a graph of it. Pure.
+
+A static context is paid for in full, so there is a graph for each *bucket* (positions of KV memory that it reads) and
+each *chunk* (positions that it computes). Inputs of ``run_{chunk}_{bucket}``: ``hidden`` float32 ``[chunk, width]``; ``cos``
+and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the sine of the first one negated); ``mask``
+float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
+``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
+rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
+``batch_{rows}_{bucket}`` is a step of several sessions: ``mask.r``, ``k.i.r`` and ``v.i.r`` of each, and new rows
+``[rows, kv_heads, head_dim]``. A last shard has a graph ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
+
+``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``, ``.gate_up``, ``.down`` (matrices ``[out, in]``, rows of Q and K
+in halves; ``.qkv.bias`` where the family has it), and of a last shard ``output_norm`` and ``output``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from node_agent.shards.quantize import SplitInt8
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from node_agent.shards.architecture import Architecture
+
+
+class Graph(Protocol):
+    """A graph that grows. Tensors are numbers; ``shapes`` has theirs; ``out`` is the name of what an operator gives."""
+
+    shapes: list[tuple[int, ...]]
+
+    def given(self, name: str, shape: Sequence[int]) -> int: ...
+
+    def result(self, index: int) -> None: ...
+
+    def constant(self, name: str, value: NDArray[Any]) -> int: ...
+
+    def add(self, a: int, b: int, out: str) -> int: ...
+
+    def mul(self, a: int, b: int, out: str) -> int: ...
+
+    def logistic(self, x: int, out: str) -> int: ...
+
+    def softmax(self, x: int, out: str) -> int:
+        """Over the last axis."""
+        ...
+
+    def reshape(self, x: int, shape: Sequence[int], out: str) -> int: ...
+
+    def transpose(self, x: int, order: Sequence[int], out: str) -> int: ...
+
+    def part(self, x: int, axis: int, begin: int, size: int, out: str) -> int: ...
+
+    def joined(self, parts: Sequence[int], axis: int, out: str) -> int: ...
+
+    def products(self, a: int, b: int, out: str, turned: bool = False) -> int:
+        """Batched ``a @ b``, or ``a @ b.T``."""
+        ...
+
+    def norm(self, x: int, weight: NDArray[np.float32], name: str, epsilon: float, out: str) -> int:
+        """``x / rms(x) * weight``."""
+        ...
+
+    def linear(
+        self, x: int, name: str, weights: Any, out: str, bias: NDArray[np.float32] | None = None
+    ) -> int:
+        """``x @ weights.T + bias``; ``x`` is ``[rows, columns]``, ``weights`` in a form of ``quantize``."""
+        ...
+
+
+def build_head(graph: Graph, spec: Architecture, weights: Mapping[str, Any]) -> None:
+    """Of a last shard."""
+    x = graph.given("last", [1, spec.width])
+    norm, output = weights["output_norm"], weights["output"]
+    if not isinstance(output, SplitInt8):
+        normed = graph.norm(x, norm, "output_norm", spec.norm_epsilon, "output_normed")
+        graph.result(graph.linear(normed, "output", output, "logits"))
+        return
+    # The columns that stay in float32 are picked by a small matrix, and are zero in what is rounded.
+    others, picked = norm.copy(), np.zeros((len(output.columns), spec.width), dtype=np.float32)
+    others[output.columns] = 0.0
+    picked[np.arange(len(output.columns)), output.columns] = norm[output.columns]
+    normed = graph.norm(x, np.ones_like(norm), "ones", spec.norm_epsilon, "output_normed")
+    rest = graph.mul(normed, graph.constant("output_norm", others), "output_rest")
+    few = graph.linear(normed, "output_picked", picked, "output_few")
+    graph.result(
+        graph.add(
+            graph.linear(rest, "output", output.rest, "logits_rest"),
+            graph.linear(few, "output_kept", output.kept, "logits_few"),
+            "logits",
+        )
+    )
+
+
+def build_run(
+    graph: Graph,
+    spec: Architecture,
+    layers: tuple[int, int],
+    weights: Mapping[str, Any],
+    size: tuple[int, int],
+    sessions: int = 1,
+) -> None:
+    """A chunk of one session, or a step of several, whose masks and caches carry their numbers. ``size``: rows, bucket."""
+    rows, bucket = size
+    chunk = rows // sessions
+    mask_rows = 1 if chunk == 1 else spec.heads // spec.kv_heads * chunk
+    whose = [f".{row}" for row in range(sessions)] if sessions > 1 else [""]
+    x = graph.given("hidden", [rows, spec.width])
+    turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
+    masks = [graph.given(f"mask{who}", [1, 1, mask_rows, bucket + chunk]) for who in whose]
+    shape = [1, spec.kv_heads, bucket, spec.head_dim]
+    caches = [
+        [[graph.given(f"{side}.{layer}{who}", shape) for side in "kv"] for who in whose]
+        for layer in range(*layers)
+    ]
+    _layers(graph, spec, layers, weights, x, turns, masks, caches)
+
+
+def _layers(
+    graph: Graph,
+    spec: Architecture,
+    layers: tuple[int, int],
+    weights: Mapping[str, Any],
+    x: int,
+    turns: list[int],
+    masks: list[int],
+    caches: list[list[list[int]]],
+) -> None:
+    """``caches``: by layer and session, keys and values."""
+    new: list[int] = []
+    for layer, pasts in zip(range(*layers), caches, strict=True):
+        out = "hidden_out" if layer == layers[1] - 1 else f"x{layer}"
+        p = f"{layer}."
+        h = graph.norm(x, weights[f"{p}attn_norm"], f"{p}attn_norm", spec.norm_epsilon, f"{p}h")
+        qkv = graph.linear(h, f"{p}qkv", weights[f"{p}qkv"], f"{p}qkv_out", weights.get(f"{p}qkv.bias"))
+        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts)
+        new += rows
+        middle = graph.add(x, graph.linear(attended, f"{p}o", weights[f"{p}o"], f"{p}o_out"), f"{p}middle")
+        x = _feed_forward(graph, spec, p, weights, middle, out)
+    graph.result(x)
+    for index in new:
+        graph.result(index)
+
+
+def _feed_forward(
+    graph: Graph, spec: Architecture, p: str, weights: Mapping[str, Any], middle: int, out: str
+) -> int:
+    h = graph.norm(middle, weights[f"{p}ffn_norm"], f"{p}ffn_norm", spec.norm_epsilon, f"{p}h2")
+    both = graph.linear(h, f"{p}gate_up", weights[f"{p}gate_up"], f"{p}gate_up_out")
+    gate = graph.part(both, 1, 0, spec.feed_forward, f"{p}gate")
+    up = graph.part(both, 1, spec.feed_forward, spec.feed_forward, f"{p}up")
+    half = graph.logistic(gate, f"{p}logistic")
+    inner = graph.mul(graph.mul(gate, half, f"{p}silu"), up, f"{p}inner")
+    return graph.add(middle, graph.linear(inner, f"{p}down", weights[f"{p}down"], f"{p}down_out"), out)
+
+
+def _attention(
+    graph: Graph,
+    spec: Architecture,
+    layer: int,
+    qkv: int,
+    turns: list[int],
+    masks: list[int],
+    pasts: list[list[int]],
+) -> tuple[int, list[int]]:
+    """Of a chunk of one session, or of a step of several; and the new rows of the cache."""
+    p, rows = f"{layer}.", graph.shapes[qkv][0]
+    dim, kv = spec.head_dim, spec.kv_heads
+    q, k, v = _turned(graph, spec, p, qkv, turns)
+    if len(pasts) == 1:
+        attended, new = _attend(graph, spec, p, (q, k, v), masks[0], pasts[0])
+        return attended, [
+            graph.reshape(x, [1, kv, rows, dim], f"new_{s}.{layer}") for x, s in zip(new, "kv", strict=True)
+        ]
+    parts = []
+    for row, past in enumerate(pasts):
+        own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
+        parts.append(_attend(graph, spec, f"{p}{row}.", own, masks[row], past)[0])
+    flat = [graph.reshape(x, [rows, kv, dim], f"new_{s}.{layer}") for x, s in ((k, "k"), (v, "v"))]
+    return graph.joined(parts, 0, f"{p}attended_rows"), flat
+
+
+def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]) -> tuple[int, int, int]:
+    """Queries, scaled, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
+    rows, dim, kv = graph.shapes[qkv][0], spec.head_dim, spec.kv_heads
+    turned = spec.heads + kv
+    qk = graph.part(qkv, 1, 0, turned * dim, f"{p}qk")
+    qk = graph.reshape(qk, [rows, turned, dim], f"{p}qk_heads")
+    first = graph.part(qk, 2, 0, dim // 2, f"{p}first")
+    second = graph.part(qk, 2, dim // 2, dim // 2, f"{p}second")
+    swapped = graph.joined([second, first], 2, f"{p}swapped")
+    qk = graph.add(graph.mul(qk, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}rotated")
+    scale = graph.constant("scale", np.array([dim**-0.5], dtype=np.float32))
+    q = graph.mul(graph.part(qk, 1, 0, spec.heads, f"{p}q"), scale, f"{p}q_scaled")
+    k = graph.part(qk, 1, spec.heads, kv, f"{p}k_rows")
+    v = graph.part(qkv, 1, turned * dim, kv * dim, f"{p}v_flat")
+    return q, k, graph.reshape(v, [rows, kv, dim], f"{p}v_rows")
+
+
+def _attend(
+    graph: Graph, spec: Architecture, p: str, qkv: tuple[int, ...], mask: int, past: list[int]
+) -> tuple[int, list[int]]:
+    """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
+    q, k, v = qkv
+    chunk, dim, kv, group = graph.shapes[q][0], spec.head_dim, spec.kv_heads, spec.heads // spec.kv_heads
+    bucket = graph.shapes[past[0]][2]
+    if chunk > 1:
+        q = graph.transpose(graph.reshape(q, [chunk, kv, group, dim], f"{p}q4"), [1, 2, 0, 3], f"{p}q_turned")
+        k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
+        v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
+    q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
+    new = [graph.reshape(x, [1, kv, chunk, dim], f"{p}{side}_new") for side, x in (("k", k), ("v", v))]
+    scores = graph.joined(
+        [
+            graph.products(q, past[0], f"{p}before", turned=True),
+            graph.products(q, new[0], f"{p}within", turned=True),
+        ],
+        3,
+        f"{p}scores",
+    )
+    shares = graph.softmax(graph.add(scores, mask, f"{p}masked"), f"{p}shares")
+    attended = graph.add(
+        graph.products(graph.part(shares, 3, 0, bucket, f"{p}of_before"), past[1], f"{p}from_before"),
+        graph.products(graph.part(shares, 3, bucket, chunk, f"{p}of_within"), new[1], f"{p}from_within"),
+        f"{p}attended",
+    )
+    if chunk > 1:
+        attended = graph.reshape(attended, [kv, group, chunk, dim], f"{p}attended4")
+        attended = graph.transpose(attended, [2, 0, 1, 3], f"{p}attended_turned")
+    return graph.reshape(attended, [chunk, spec.heads * dim], f"{p}attended_flat"), new
