@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -44,11 +44,14 @@ class Ends(NamedTuple):
 
 
 class Engine(Protocol):
-    """The graphs of one file, loaded."""
+    """The graphs of a shard, loaded."""
 
     provider: str
     """What computes."""
-    graphs: Mapping[str, Ends]
+    names: Collection[str]
+    """Of the graphs."""
+
+    def ends(self, graph: str) -> Ends: ...
 
     def bind(self, memory: Array) -> Any:
         """Memory of ours as an input or output, for as long as it is not let go of."""
@@ -75,8 +78,12 @@ class CompiledEngine:
         self._bound = litert_buffers.bound
         self._model = _compiled(graph, threads, packed)
         found = self._model.get_signature_list()
-        self.graphs: Mapping[str, Ends] = {n: Ends(e["inputs"], e["outputs"]) for n, e in found.items()}
+        self._ends = {n: Ends(e["inputs"], e["outputs"]) for n, e in found.items()}
         self._index = {name: self._model.get_signature_index(name) for name in found}
+        self.names: Collection[str] = self._ends.keys()
+
+    def ends(self, graph: str) -> Ends:
+        return self._ends[graph]
 
     def bind(self, memory: Array) -> Any:
         return self._bound(memory)

@@ -78,7 +78,7 @@ class OnnxShard:
     ) -> None:
         self.info = manifest.info
         self.slots, self.capacity = slots, capacity
-        self.session, self.provider = _open(folder / GRAPH_FILE, options)
+        self.session, self.provider = open_session(folder / GRAPH_FILE, options)
         start, end = manifest.layers
         shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
         self.cache = [(pages(shape), pages(shape)) for _ in range(end - start)]
@@ -129,7 +129,9 @@ class OnnxShard:
         del self.session
 
 
-def _open(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:
+def open_session(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:
+    """A graph on the first execution provider that takes it, and that one's name, with what kept the others from it; raises
+    ``ConfigError``."""
     settings = ort.SessionOptions()
     settings.log_severity_level = _QUIET
     settings.intra_op_num_threads = options.threads

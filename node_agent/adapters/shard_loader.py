@@ -22,6 +22,8 @@ from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from node_agent.adapters.litert_engine import Engine
+
 
 class ShardLoader:
     """A ``node_agent.ports.ShardSource`` over the model store and the runtimes; its work is done on threads."""
@@ -112,10 +114,16 @@ def _open(
         from node_agent.adapters.onnx_runtime import OnnxShard
 
         return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
-    from node_agent.adapters.litert_engine import open_engine
     from node_agent.adapters.static_runtime import StaticShard
 
-    engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
+    if manifest.runtime == "onnxstd":
+        from node_agent.adapters.onnx_static_engine import OnnxStaticEngine
+
+        engine: Engine = OnnxStaticEngine(folder, manifest.files, options)
+    else:
+        from node_agent.adapters.litert_engine import open_engine
+
+        engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
     return StaticShard(folder, manifest, engine, slots=slots, capacity=capacity)
 
 

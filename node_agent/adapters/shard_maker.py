@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from mesh.errors import InputError, ModelFileError
-from mesh.forms import form_of
+from mesh.forms import STATIC, form_of
 from node_agent.adapters.model_store import (
     ModelStore,
     Progress,
@@ -68,7 +68,7 @@ from scheduler.demand import ModelDemand
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-RUNTIME, LITERT = "onnx", "litert"
+RUNTIME = "onnx"
 _ALIGNMENT = 64
 _CHECK_TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon."
 _CHECK_TOKENS_MAX = 24
@@ -107,10 +107,10 @@ def demand_of(
     runtime, quantization = form_of(runtime, quantization)
     card = store.card(model)
     spec = card.architecture
-    if runtime == LITERT:
+    if runtime in STATIC:
         from node_agent.adapters.static_maker import CONTEXT, static_demand
 
-        return static_demand(card, quantization, min(spec.context_max, max(context, CONTEXT)))
+        return static_demand(card, runtime, quantization, min(spec.context_max, max(context, CONTEXT)))
     _, index = convert_weights(store, model, quantization)
     sizes = {unit: index.files[f"{unit}.bin"].size for unit in (EMBEDDING, HEAD, ROPE, layer_unit(0))}
     tied = sizes[EMBEDDING] if spec.head_tied else 0
@@ -310,7 +310,7 @@ def make_shard(
     if not 0 <= start < end <= spec.layers:
         raise InputError(f"the cut {start}-{end} is not within the {spec.layers} layers of {name}")
     buckets: tuple[int, ...] = ()
-    if runtime == LITERT:
+    if runtime in STATIC:
         from node_agent.adapters.static_maker import CONTEXT, buckets_for
 
         buckets = buckets_for(min(spec.context_max, max(context, CONTEXT)))
@@ -322,9 +322,10 @@ def make_shard(
     with np.load(reference(store, name, progress)) as arrays:
         found = dict(arrays)
     with new_folder(target) as temporary:
-        if runtime == LITERT:
-            files, weight_bytes = _litert_files(
-                store, card, (start, end), quantization, temporary, progress, buckets, found
+        if runtime in STATIC:
+            form = (runtime, quantization)
+            files, weight_bytes = _static_files(
+                store, card, (start, end), form, temporary, progress, buckets, found
             )
         else:
             files, weight_bytes = _onnx_files(store, card, (start, end), quantization, temporary, progress)
@@ -383,11 +384,11 @@ def _onnx_files(
     return files, weight_bytes
 
 
-def _litert_files(
+def _static_files(
     store: ModelStore,
     card: ModelCard,
     layers: tuple[int, int],
-    quantization: str,
+    form: tuple[str, str],
     folder: Path,
     progress: Progress,
     buckets: tuple[int, ...],
@@ -399,7 +400,7 @@ def _litert_files(
     what = f"shard {layers[0]}-{layers[1]}"
     progress(what, 0, 1)
     data, gguf = open_gguf(store.folder(card.name) / "model.gguf")
-    maker = StaticMaker(data, gguf, card.architecture, quantization, found["down_error"], found["states"][-1])
+    maker = StaticMaker(data, gguf, card.architecture, form, found["down_error"], found["states"][-1])
     names = maker.write(folder, *layers, buckets)
     files = {name: stored_file(folder / name) for name in names}
     progress(what, 1, 1)

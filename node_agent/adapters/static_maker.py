@@ -1,4 +1,5 @@
-"""Makes LiteRT shards: straight from the GGUF, without TensorFlow or torch. See ``shards.tflite_graph`` for what comes out.
+"""Makes shards of static graphs, straight from the GGUF, without TensorFlow or torch: for LiteRT (``shards.tflite_graph``) and of
+standard ONNX operators (``shards.onnx_static``). See ``shards.static_network`` for what they compute.
 
 ``int4``: blocks of 32 with an offset each, which is what Q4_1 and Q4_0 files hold: their numbers stay as they are.
 ``int8``: one scale a row. ``fp32``: as it is.
@@ -30,7 +31,6 @@ from node_agent.shards.quantize import (
 )
 from node_agent.shards.reference import rms_norm
 from node_agent.shards.static_tables import table_files
-from node_agent.shards.tflite_graph import build_model
 from scheduler.demand import ModelDemand
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float32] | ChannelInt8 | BlockedInt4
 
-RUNTIME = "litert"
 CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 1024, 2048)
-_CHUNKS = (1, 16, 64)
-_BATCHES = (4,)
+_CHUNKS, _BATCHES = (1, 16, 64), (4,)
+_ONNX_CHUNKS = (1, 64)
+"""Providers compile each graph by itself, weights and all: fewer, then."""
 _ROUGH = 0.01
 """A layer that loses more when the input of its last matrix is rounded to 8 bits keeps that matrix in float32: three of
 thirty, and half of what perplexity lost."""
@@ -60,7 +60,7 @@ def buckets_for(context: int) -> tuple[int, ...]:
     return tuple(buckets)
 
 
-def static_demand(card: ModelCard, quantization: str, context: int) -> ModelDemand:
+def static_demand(card: ModelCard, runtime: str, quantization: str, context: int) -> ModelDemand:
     """What a model's parts weigh, from its shape alone: without the few matrices that ``_ROUGH`` keeps in float32."""
     spec = card.architecture
     heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
@@ -74,7 +74,7 @@ def static_demand(card: ModelCard, quantization: str, context: int) -> ModelDema
     vocabulary = spec.vocabulary * spec.width
     return ModelDemand(
         shape=card.shape,
-        runtime=RUNTIME,
+        runtime=runtime,
         quantization=quantization,
         layer_bytes=sum(_matrix_bytes(r, c, quantization) for r, c in shapes) + 8 * spec.width,
         embedding_bytes=4 * vocabulary if whole else vocabulary + vocabulary // BLOCK * 5,
@@ -105,11 +105,12 @@ class StaticMaker:
         data: memoryview,
         gguf: GgufFile,
         spec: Architecture,
-        quantization: str,
+        form: tuple[str, str],
         down_error: NDArray[np.float64],
         states: NDArray[np.float32],
     ) -> None:
-        self._data, self._gguf, self._spec, self._quantization = data, gguf, spec, quantization
+        self._data, self._gguf, self._spec = data, gguf, spec
+        self._runtime, self._quantization = form
         self._down_error, self._states = down_error, states
 
     def write(self, folder: Path, start: int, end: int, buckets: tuple[int, ...]) -> list[str]:
@@ -129,10 +130,25 @@ class StaticMaker:
         if end == spec.layers:
             weights["output_norm"] = self._values("output_norm.weight")
             weights["output"] = self._head()
-        (folder / LITERT_GRAPH_FILE).write_bytes(
-            build_model(spec, start, end, weights, buckets, _CHUNKS, _BATCHES)
-        )
-        return [*names, LITERT_GRAPH_FILE]
+        return names + self._graphs(folder, start, end, weights, buckets)
+
+    def _graphs(
+        self, folder: Path, start: int, end: int, weights: dict[str, Any], buckets: tuple[int, ...]
+    ) -> list[str]:
+        if self._runtime == "litert":
+            from node_agent.shards.tflite_graph import build_model
+
+            model = build_model(self._spec, start, end, weights, buckets, _CHUNKS, _BATCHES)
+            (folder / LITERT_GRAPH_FILE).write_bytes(model)
+            return [LITERT_GRAPH_FILE]
+        from node_agent.shards.onnx_static import WEIGHTS_FILE, build_graphs
+
+        names = [WEIGHTS_FILE]
+        with (folder / WEIGHTS_FILE).open("xb") as file:
+            for name, graph in build_graphs(self._spec, start, end, weights, buckets, _ONNX_CHUNKS, file):
+                (folder / f"{name}.onnx").write_bytes(graph)
+                names.append(f"{name}.onnx")
+        return names
 
     def _values(self, name: str) -> NDArray[np.float32]:
         return dequantize(self._data, self._gguf.tensors[name])

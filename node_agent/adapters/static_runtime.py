@@ -57,7 +57,7 @@ class _Signature:
     ) -> None:
         engine, manifest = shard.engine, shard.manifest
         self.name, self.engine = name, engine
-        inputs, outputs = engine.graphs[name]
+        inputs, outputs = engine.ends(name)
         self.masks = list(masks.values())
         self.hidden = pages((rows, manifest.boundary.width))
         self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
@@ -143,7 +143,7 @@ class StaticShard:
         self.info, self.manifest = manifest.info, manifest
         self.slots, self.capacity = slots, capacity
         self.engine, self.provider = engine, engine.provider
-        found = [m.groups() for m in map(_RUN.fullmatch, engine.graphs) if m]
+        found = [m.groups() for m in map(_RUN.fullmatch, engine.names) if m]
         self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
         self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
         # One position of a capacity is for rows that nobody reads; there are none here.

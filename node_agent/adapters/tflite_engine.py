@@ -7,7 +7,7 @@ which an NPU wins back and a board with nothing better has to pay.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -58,13 +58,15 @@ class InterpreterEngine:
                 str(graph), num_threads=threads or None, experimental_delegates=delegates
             )
             self._runners: dict[str, Any] = {}
-            found_graphs = self._interpreter.get_signature_list()
-            self.graphs: Mapping[str, Ends] = {
-                n: Ends(e["inputs"], e["outputs"]) for n, e in found_graphs.items()
-            }
+            signatures = self._interpreter.get_signature_list()
         except (ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise ShardError(f"{self.provider} cannot load {graph}: {said}") from None
+        self._ends = {n: Ends(e["inputs"], e["outputs"]) for n, e in signatures.items()}
+        self.names: Collection[str] = self._ends.keys()
+
+    def ends(self, graph: str) -> Ends:
+        return self._ends[graph]
 
     def bind(self, memory: Array) -> Any:
         return memory
@@ -76,7 +78,7 @@ class InterpreterEngine:
         runner = self._runners.get(graph)
         if runner is None:
             runner = self._runners[graph] = self._interpreter.get_signature_runner(graph)
-        ends = self.graphs[graph]
+        ends = self._ends[graph]
         found = runner(**dict(zip(ends.inputs, inputs, strict=True)))
         for name, memory in zip(ends.outputs, outputs, strict=True):
             memory[:] = found[name].reshape(memory.shape)

@@ -18,7 +18,8 @@ from node_agent.shards.architecture import Architecture
 FORMAT = 1
 CARD_FILE, MANIFEST_FILE, CHECK_FILE = "model.json", "shard.json", "check.npz"
 GRAPH_FILE, LITERT_GRAPH_FILE = "graph.onnx", "graph.tflite"
-_GRAPHS = {"onnx": GRAPH_FILE, "litert": LITERT_GRAPH_FILE}
+_GRAPHS = {"onnx": GRAPH_FILE, "litert": LITERT_GRAPH_FILE, "onnxstd": "weights.bin"}
+"""What every shard has, by runtime."""
 
 
 class StoredFile(msgspec.Struct, frozen=True):

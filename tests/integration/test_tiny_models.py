@@ -67,7 +67,9 @@ def test_every_kind_of_model_matches_the_reference(
         load(store, 0, 3, f"{runtime}-{quantization}")
 
 
-@pytest.mark.parametrize("form", ["fp32", "int8", "litert-fp32", "litert-int8", "litert-int4"])
+@pytest.mark.parametrize(
+    "form", ["fp32", "int8", "litert-fp32", "litert-int8", "litert-int4", "onnxstd-fp32", "onnxstd-int8"]
+)
 def test_a_cut_changes_no_bit(tmp_path: Path, form: str) -> None:
     store = pulled(tmp_path)
     tokens = np.arange(9, dtype=np.int64)
@@ -79,7 +81,7 @@ def test_a_cut_changes_no_bit(tmp_path: Path, form: str) -> None:
 
 def test_a_route_may_mix_runtimes(tmp_path: Path) -> None:
     store = pulled(tmp_path)
-    forms = ("fp32", "litert-fp32", "fp32")
+    forms = ("fp32", "litert-fp32", "onnxstd-fp32")
     state = expected(store, "tokens")
     for layer, form in enumerate(forms):
         state = load(store, layer, layer + 1, form).prefill(0, 0, state)
@@ -104,7 +106,7 @@ def test_chunks_batches_and_truncation_change_no_bit(tmp_path: Path) -> None:
     assert np.array_equal(shard.decode(0, [13], np.array([8]))[0], alone[1])
 
 
-@pytest.mark.parametrize("form", ["fp32", "litert-fp32"])
+@pytest.mark.parametrize("form", ["fp32", "litert-fp32", "onnxstd-fp32"])
 def test_a_released_slot_starts_anew(tmp_path: Path, form: str) -> None:
     shard = load(pulled(tmp_path), 0, 3, form)
     tokens = np.arange(6, dtype=np.int64)
