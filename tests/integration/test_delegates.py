@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,8 +19,7 @@ from node_agent.ports import Runtime, RuntimeOptions
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, MANIFEST_FILE, StoredFile, write_document
 from tests.integration.test_litert_shards import text
 from tests.integration.test_tiny_models import pulled
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.other_python import answer, install
 
 
 @pytest.fixture(scope="module")
@@ -90,49 +86,12 @@ def tflite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.version_info[:2] > (3, 11):
         pytest.skip("tflite-runtime has no wheel for a Python after 3.11")
     folder = tmp_path_factory.mktemp("tflite")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
-    packages = ["tflite-runtime==2.14.0", "numpy<2", "msgspec"]
-    command = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *packages]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        pytest.skip(f"tflite-runtime cannot be installed here: {done.stderr.strip()[-200:]}")
-    return folder / "bin/python"
-
-
-LOAD = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from mesh.errors import MeshError
-from node_agent.adapters.shard_loader import load_shard
-from node_agent.ports import RuntimeOptions
-from node_agent.shards.manifest import MANIFEST_FILE, ShardManifest, read_document
-folder = Path(sys.argv[1])
-manifest = read_document((folder / MANIFEST_FILE).read_bytes(), ShardManifest, "shard")
-try:
-    shard = load_shard(folder, manifest, slots=2, capacity=128, options=RuntimeOptions(threads=1))
-except MeshError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    tokens = np.array(json.loads(sys.argv[2]), dtype=np.int64)
-    logits = shard.prefill(1, 0, tokens).tolist()
-    print(json.dumps({"provider": shard.provider, "logits": logits}))
-"""
-
-
-def elsewhere(python: Path, folder: Path) -> dict[str, Any]:
-    """What another Python says of a shard."""
-    command = [str(python), "-c", LOAD, str(folder), json.dumps(text(30).tolist())]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told
+    return install(folder, "tflite-runtime==2.14.0", "numpy<2", "msgspec")
 
 
 def test_tflite_runtime_computes_float32_shards(tmp_path: Path, tflite: Path) -> None:
     folder = make_shard(pulled(tmp_path), "tiny", 0, 3, "fp32", runtime="litert")
-    told = elsewhere(tflite, folder)
+    told = answer(tflite, folder, text(30).tolist())
     assert told["provider"] == "XNNPACK in tflite-runtime"
     assert np.allclose(told["logits"], load(tmp_path).prefill(0, 0, text(30)), atol=1e-3)
 
@@ -143,7 +102,9 @@ def test_tflite_runtime_is_refused_what_it_would_compute_wrong(
 ) -> None:
     store = pulled(tmp_path)
     folder = make_shard(store, "tiny", 0, 3, quantization, runtime="litert")
-    assert "FULLY_CONNECTED" in elsewhere(tflite, folder)["error"], "its file says what it needs"
+    assert "FULLY_CONNECTED" in answer(tflite, folder, text(30).tolist())["error"], (
+        "its file says what it needs"
+    )
     # A file that does not say so is loaded without a word, and computes zeros, or worse.
     import flatbuffers
     from ai_edge_litert import schema_py_generated as fb
@@ -159,4 +120,4 @@ def test_tflite_runtime_is_refused_what_it_would_compute_wrong(
     files = manifest.files | {path.name: StoredFile(sha256_of(path), path.stat().st_size)}
     (folder / MANIFEST_FILE).write_bytes(write_document(msgspec.structs.replace(manifest, files=files)))
     wrong = r"computes wrong results on XNNPACK in tflite-runtime|the process that tried it died \(SIG"
-    assert re.search(wrong, elsewhere(tflite, folder)["error"])
+    assert re.search(wrong, answer(tflite, folder, text(30).tolist())["error"])
