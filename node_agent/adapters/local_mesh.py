@@ -23,8 +23,9 @@ import grpc
 
 from mesh.adapters.grpc_links import CHANNEL_OPTIONS
 from mesh.errors import InputError, NoRoute, Unavailable
-from mesh.forms import parse_form
+from mesh.forms import DEFAULT_RUNTIME
 from mesh.types import NodeId
+from node_agent.adapters.form_probe import chosen_form
 from node_agent.adapters.model_pull import CATALOGUE, pull_model
 from node_agent.adapters.model_store import ModelStore, Progress
 from node_agent.adapters.shard_maker import demand_of, make_shard
@@ -162,17 +163,22 @@ class LocalMesh:
     async def serve(
         self,
         model: str,
-        form: str = "",
+        runtime: str = DEFAULT_RUNTIME,
+        quantization: str = "",
         progress: Progress = lambda what, done, total: None,
     ) -> EvenSplit:
-        """Pull and shard a model if need be, place it evenly, load it, and wait until it serves. ``form``: as
-        ``mesh.forms.parse_form`` reads it."""
+        """Pull and shard a model if need be, place it evenly, load it, and wait until it serves. Where neither ``runtime`` nor
+        ``quantization`` is named, it is what this machine computes fastest."""
         store = ModelStore(self.options.home)
-        runtime, quantization = parse_form(form)
+        if model in CATALOGUE:
+            await asyncio.to_thread(pull_model, store, model, progress=progress)
+        runtime, quantization = await asyncio.to_thread(
+            chosen_form, store, model, runtime, quantization, self.options.home, progress
+        )
         make = partial(
             make_shard, store, model, quantization=quantization, progress=progress, runtime=runtime
         )
-        await asyncio.to_thread(prepare, store, model, make, self.options.nodes, progress)
+        await asyncio.to_thread(prepare, store, model, make, self.options.nodes)
         placement = self._place(demand_of(store, model, quantization, runtime), await self._records())
         for _, layers in placement.shards:
             await asyncio.to_thread(make, layers.start, layers.end)
@@ -295,12 +301,8 @@ def _named_settings() -> Sequence[str]:
     return ("data_dir", "name", "port", "api_port", "peers", "shards", "cluster", "advertise", "host")
 
 
-def prepare(
-    store: ModelStore, model: str, make: Callable[[int, int], object], parts: int, progress: Progress
-) -> None:
-    """Pull a catalogue model that is not here, and make the shards of an even split."""
-    if model in CATALOGUE:
-        pull_model(store, model, progress=progress)
+def prepare(store: ModelStore, model: str, make: Callable[[int, int], object], parts: int) -> None:
+    """Make the shards of an even split."""
     layers = store.card(model).architecture.layers
     parts = min(parts, layers)
     for i in range(parts):

@@ -26,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--nodes", type=int, metavar="N", help="start N agents for this question and stop them after"
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--runtime", default="onnx", help="with --nodes: onnx (default) or litert")
+    parser.add_argument(
+        "--runtime", default="", help="with --nodes: onnx, litert or onnxstd [what is measured to be fastest]"
+    )
     parser.add_argument(
         "--quantization", default="", help="with --nodes: int8, fp32 or int4 [the runtime's default]"
     )
@@ -64,7 +66,7 @@ async def _with_mesh(args: argparse.Namespace) -> int:
     home = Path(args.home) if args.home else default_home()
     async with temporary_mesh(args.nodes, home) as mesh:
         with progress_bars() as progress:
-            await mesh.serve(args.model, f"{args.runtime}-{args.quantization}", progress)
+            await mesh.serve(args.model, args.runtime, args.quantization, progress)
         return await asyncio.to_thread(_ask, args, mesh.endpoint)
 
 

@@ -36,7 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--sha256", help="refuse any other file")
     shard = actions.add_parser("shard", help="cut a model into shards")
     shard.add_argument("name")
-    shard.add_argument("--runtime", default="onnx", help="onnx (default) or litert")
+    shard.add_argument(
+        "--runtime", default="", help="onnx, litert or onnxstd [what is measured to be fastest here, once]"
+    )
     shard.add_argument(
         "--quantization", default="", help="int8 (default of onnx), fp32, or int4 (default of litert)"
     )
@@ -193,13 +195,18 @@ def _ranges(args: argparse.Namespace, layers: int) -> list[tuple[int, int]]:
 
 
 def _shard(store: ModelStore, args: argparse.Namespace) -> int:
+    from node_agent.adapters.form_probe import chosen_form
     from node_agent.adapters.shard_maker import make_shard
     from node_agent.commands.show import progress_bars
 
     ranges = _ranges(args, store.card(args.name).architecture.layers)
     with progress_bars() as progress:
+        data_dir = store.root.parent
+        runtime, quantization = chosen_form(
+            store, args.name, args.runtime, args.quantization, data_dir, progress
+        )
         folders = [
-            make_shard(store, args.name, s, e, args.quantization, progress, args.runtime, args.context)
+            make_shard(store, args.name, s, e, quantization, progress, runtime, args.context)
             for s, e in ranges
         ]
     for folder in folders:

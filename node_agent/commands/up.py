@@ -28,7 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="agents (default 3)")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--runtime", default="onnx", help="onnx (default) or litert")
+    parser.add_argument(
+        "--runtime", default="", help="onnx, litert or onnxstd [what is measured to be fastest here, once]"
+    )
     parser.add_argument("--quantization", default="", help="int8, fp32 or int4 [the runtime's default]")
     parser.add_argument(
         "--api-port",
@@ -94,7 +96,7 @@ async def _run(args: argparse.Namespace) -> int:
     try:
         async with LocalMesh(options) as mesh:
             with progress_bars() as progress:
-                placement = await mesh.serve(args.model, f"{args.runtime}-{args.quantization}", progress)
+                placement = await mesh.serve(args.model, args.runtime, args.quantization, progress)
             running = mesh
             for node, reason in placement.idle:
                 print(f"{node} holds nothing: {reason}")

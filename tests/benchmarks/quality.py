@@ -79,10 +79,10 @@ def ask(base: str, prompt: str) -> str:
     return "".join(c["choices"][0]["delta"].get("content") or "" for c in ApiClient(base).chat(body))
 
 
-async def texts(store: ModelStore, parts: int, together: int, form: str = "") -> list[str]:
+async def texts(store: ModelStore, parts: int, together: int, runtime: str = "onnx") -> list[str]:
     """Greedy answers of a mesh of ``parts`` agents, ``together`` sessions at a time."""
     async with temporary_mesh(parts, store.root.parent, {"threads": "2"}) as mesh:
-        await mesh.serve(MODEL, form)
+        await mesh.serve(MODEL, runtime)
         answers: list[str] = []
         for at in range(0, len(PROMPTS), together):
             batch = PROMPTS[at : at + together]
