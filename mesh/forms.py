@@ -9,6 +9,8 @@ from mesh.errors import InputError
 QUANTIZATIONS = {"onnx": ("int8", "fp32"), "litert": ("int4", "int8", "fp32"), "onnxstd": ("int8", "fp32")}
 """By runtime; the first is its default. ``onnxstd`` is ONNX of standard operators, for execution providers that lack those
 which ``onnx`` uses."""
+AUTO = "auto"
+"""In place of a form: what the machine is measured to compute fastest."""
 STATIC = ("litert", "onnxstd")
 """Runtimes whose shards are made for contexts of a certain length."""
 DEFAULT_RUNTIME = "onnx"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.errors import ConfigError, InputError
-from mesh.forms import parse_form
+from mesh.forms import AUTO, parse_form
 from node_agent.lease import ShardKey
 
 
@@ -77,7 +77,8 @@ class AgentConfig:
     )
     labels: tuple[str, ...] = setting((), "Labels for placement and people, as key=value.")
     shards: tuple[str, ...] = setting(
-        (), "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/QUANTIZATION."
+        (),
+        "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/FORM: int8, fp32, litert-int4 and the like; auto is what is measured to be fastest here, once, and kept in the data directory.",
     )
     providers: tuple[str, ...] = setting(
         ("CPUExecutionProvider",),
@@ -304,12 +305,13 @@ def join_address(host: str, port: int) -> str:
 
 
 def parse_shard(text: str) -> ShardKey:
-    """``MODEL:START-END[/FORM]``, the form being ``int8``, ``litert`` or ``litert-int4``."""
+    """``MODEL:START-END[/FORM]``, the form being ``int8``, ``litert`` or ``litert-int4``; ``auto`` stands for a runtime that is
+    still to be chosen."""
     match = _SHARD.fullmatch(text)
     if not match or int(match[2]) >= int(match[3]):
         raise ConfigError(f"{text!r} names no shard; write MODEL:START-END, for example smollm2-135m:0-10")
     try:
-        runtime, quantization = parse_form(match[4] or "")
+        runtime, quantization = (AUTO, "") if match[4] == AUTO else parse_form(match[4] or "")
     except InputError as error:
         raise ConfigError(f"{text!r}: {error}") from None
     return ShardKey(match[1], int(match[2]), int(match[3]), runtime, quantization)

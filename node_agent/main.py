@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mesh.adapters.logs import set_up_logs
 from mesh.adapters.membership_driver import MembershipDriver, open_socket
 from mesh.discovery import Discovery
 from mesh.errors import ConfigError, MeshError, RequestError, Unavailable
+from mesh.forms import AUTO, form_of
 from mesh.gossip import MemberState
 from mesh.membership import Membership
 from mesh.profiles import PROFILES
@@ -360,8 +361,22 @@ class Agent:
 
     async def _hold(self, text: str) -> None:
         """A lease from the settings, for as long as the agent runs."""
-        async for _ in self.replicas.hold(parse_shard(text), "settings"):
+        key = parse_shard(text)
+        if key.runtime == AUTO:
+            runtime, quantization = await asyncio.to_thread(self._fastest_form, key.model)
+            key = replace(key, runtime=runtime, quantization=quantization)
+        async for _ in self.replicas.hold(key, "settings"):
             pass
+
+    def _fastest_form(self, model: str) -> tuple[str, str]:
+        """Measured the first time; the default where that cannot be."""
+        try:
+            from node_agent.adapters.form_probe import chosen_form
+
+            return chosen_form(self.store, model, "", "", self.data_dir)
+        except (MeshError, ImportError, OSError) as error:
+            log.warning("which runtime is fastest for %s was not measured: %s", model, error)
+            return form_of("")
 
     def drain(self, on: bool) -> tuple[int, int]:
         """Hand the sessions at our replicas over and take no new ones, or serve again; how many stages of

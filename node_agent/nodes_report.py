@@ -159,6 +159,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "model": shard.model.ref.name,
         "layers": [shard.layers.start, shard.layers.end],
         "model_layers": shard.model.layers,
+        "runtime": shard.runtime,
         "quantization": shard.quantization,
         "state": replica.state.value,
         "reason": replica.reason,

@@ -62,6 +62,8 @@ class SessionTrace:
     guesses: int = 0
     """Tokens that were guessed, once the session has ended; ``guesses_right`` came true."""
     guesses_right: int = 0
+    mixed: bool = False
+    """The route has stages of different runtimes or quantizations."""
     learned: Learned = NOTHING_LEARNED
     """What the predictions were made with."""
     recoveries: list[Recovery] = field(default_factory=list)
@@ -175,6 +177,7 @@ class SessionTrace:
             "overhead_ms_p50": round(self._overhead_ms(0.5), 3),
             "overhead_ms_p99": round(self._overhead_ms(0.99), 3),
             "ingress_hop_ms": round(self.ingress_hop_us / 1000, 3),
+            "mixed": self.mixed,
             "guesses": self.guesses,
             "guesses_right": self.guesses_right,
             "return_ms": round(max(0.0, self.tpot_ms - accounted), 3),

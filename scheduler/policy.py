@@ -140,7 +140,7 @@ class ClassPolicy:
 class ModelPolicy(ClassPolicy):
     """What is wanted of a model's placement; its rules hold for every request to it as well."""
 
-    runtime: str = knob(DEFAULT_RUNTIME, "onnx or litert.", _choice(*QUANTIZATIONS))
+    runtime: str = knob(DEFAULT_RUNTIME, "onnx, litert or onnxstd.", _choice(*QUANTIZATIONS))
     quantization: str = knob(
         "", "int4 (litert), int8 or fp32. Empty: the runtime's default.", _choice("int4", "int8", "fp32")
     )

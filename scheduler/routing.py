@@ -57,7 +57,12 @@ _FLOAT_BYTES = 4
 
 
 Group = tuple[Digest, str, str]
-"""Digest, runtime and quantization of a model: a route stays within one."""
+"""Digest, runtime and quantization of a model: a route stays within one, where it can. Without runtime and quantization it is of
+any (``mixed``)."""
+
+
+_ANY: Group = (Digest(""), "", "")
+"""Mixed, of whichever digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,9 @@ class RouteRequest:
     kept: Kept | None = None
     pin: Group | None = None
     """Of a session that runs: nothing but this digest, runtime and quantization (rule R7)."""
+    mix: bool = True
+    """Where nothing else is there, stages may be of different runtimes and quantizations: bits that must come again as they
+    were would not."""
     learned: Learned = NOTHING_LEARNED
     holding: frozenset[tuple[NodeId, Digest]] = frozenset()
     """Replicas that have the KV cache of all of ``prompt``: of a session that runs."""
@@ -161,31 +169,19 @@ class Router:
         """The cheapest route; raises ``NoRoute`` naming the layers that nobody serves.
 
         A route stays within one model digest, runtime and quantization, so that its text does not
-        depend on who happened to be there.
+        depend on who happened to be there. Only where there is no such route is one mixed, if the request
+        may be.
         """
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             self._graphs.clear()
-        key = (
-            request.model,
-            request.quantization,
-            request.ingress,
-            request.percentile,
-            request.rules,
-            request.avoid,
-            request.pin,
-        )
-        graphs = self._graphs.get(key)
-        if graphs is None:
-            graphs = self._graphs[key] = _graphs(snapshot, request)
-        best: tuple[float, _Graph, list[int], _Prices] | None = None
-        for graph in graphs:
-            prices = graph.prices(request)
-            found = graph.shortest(prices)
-            if found is not None and (best is None or found[0] < best[0]):
-                best = (found[0], graph, found[1], prices)
+        graphs = self._of(snapshot, request)
+        best = _cheapest(graphs, request)
+        if best is None and (mixed := replace(request, pin=mixed_pin(request))).pin != request.pin:
+            graphs = self._of(snapshot, mixed)
+            best = _cheapest(graphs, request)
         if best is None:
-            raise NoRoute(_explain(snapshot, request, [g.held for g in graphs]))
+            raise NoRoute(_explain(snapshot, request, [g.held for g in self._of(snapshot, request)]))
         cost, graph, path, prices = best
         resumed = _resumed(graphs, request, cost)
         if resumed is not None:
@@ -201,6 +197,43 @@ class Router:
             others.append(graph.route(path))
         positions = request.kept.positions if resumed is not None and request.kept else 0
         return replace(graph.told(request, chosen, tuple(others)), resumed=positions)
+
+    def _of(self, snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
+        key = (
+            request.model,
+            request.quantization,
+            request.ingress,
+            request.percentile,
+            request.rules,
+            request.avoid,
+            request.pin,
+        )
+        graphs = self._graphs.get(key)
+        if graphs is None:
+            graphs = self._graphs[key] = _graphs(snapshot, request)
+        return graphs
+
+
+def _cheapest(graphs: list[_Graph], request: RouteRequest) -> tuple[float, _Graph, list[int], _Prices] | None:
+    best: tuple[float, _Graph, list[int], _Prices] | None = None
+    for graph in graphs:
+        prices = graph.prices(request)
+        found = graph.shortest(prices)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = (found[0], graph, found[1], prices)
+    return best
+
+
+def mixed(group: Group | None) -> bool:
+    """Whether a route's stages may be of different runtimes and quantizations."""
+    return group is not None and not group[1]
+
+
+def mixed_pin(request: RouteRequest) -> Group | None:
+    """What a request that found no route of one form may ask for instead: what it asked for, if nothing."""
+    if not request.mix or request.quantization is not None:
+        return request.pin
+    return (request.pin[0], "", "") if request.pin else _ANY
 
 
 def _resumed(
@@ -231,8 +264,11 @@ def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[_Graph]:
         if node.id not in out:
             out[node.id] = node.id in request.avoid or any(forbidden(node, r) for r in request.rules)
         key = group_of(replica.shard)
+        if mixed(request.pin):
+            key = (key[0], "", "")
         wanted = request.quantization in (None, replica.shard.quantization)
-        if wanted and not out[node.id] and request.pin in (None, key):
+        pinned = request.pin in (None, key) or request.pin == _ANY
+        if wanted and not out[node.id] and pinned:
             groups.setdefault(key, []).append((node, replica))
     ingress = snapshot.nodes.get(request.ingress)
     return [_Graph(groups[key], ingress, request, snapshot.at_s) for key in sorted(groups)]
@@ -286,7 +322,8 @@ class _Prices:
 
 
 class _Graph:
-    """Replicas of one digest, runtime and quantization, with the costs that no request changes."""
+    """Replicas of one digest, and but for mixed routes of one runtime and quantization, with the costs that no request
+    changes."""
 
     def __init__(self, held: list[_Held], ingress: Node | None, request: RouteRequest, now_s: float) -> None:
         self.held = held
@@ -465,7 +502,8 @@ class _Graph:
         chunks = -(-request.prompt // request.chunk) if request.prompt else 1
         home = float(self._home[path[-1]])
         ttft += (chunks - 1) * slowest + home
-        group = group_of(self.held[0][1].shard)
+        groups = {group_of(self.held[i][1].shard) for i in path}
+        group = groups.pop() if len(groups) == 1 else (self.held[0][1].shard.model.ref.digest, "", "")
         return RoutePlan(self.route(path), tuple(terms), home, ttft, others, group)
 
 

@@ -32,6 +32,7 @@ from node_agent.ingress.resumption import (
 from node_agent.ingress.schema import Generation
 from node_agent.prefixes import KeptSession
 from scheduler.routing import (
+    mixed,
     models_served,
 )
 
@@ -96,6 +97,8 @@ class Generator:
                     )
                 kept = self._kept(generation, shape.ref.digest, order)
                 plan = self.planner.plan(name, order, rules, draw=self.planner.draw(), kept=kept)
+                if mixed(plan.group):
+                    order = replace(order, exact=False)
                 if plan.group is not None:
                     record = SessionRecord(
                         generation,
@@ -144,7 +147,8 @@ class Generator:
         order = self._order(
             generation, session, known.prompt, record.sampling, record.tokens_max, record.positions_max, text
         )
-        order = replace(order, keep=False, request=known.request)
+        exact = order.exact and not mixed(group)
+        order = replace(order, keep=False, request=known.request, exact=exact)
         plan = self.planner.plan(
             generation.model,
             order,

@@ -68,8 +68,8 @@ class RoutePlanner:
         before: RoutePlan,
         avoid: frozenset[NodeId],
     ) -> RoutePlan:
-        """Another route for a session that runs: of the same model, runtime and quantization (rule R7), and
-        where it pays with the stages that hold its KV cache. Where there is none, what it lacks is loaded somewhere
+        """Another route for a session that runs: of the same model, and where its text must be what it would have been of
+        the same runtime and quantization (rule R7), and where it pays with the stages that hold its KV cache. Where there is none, what it lacks is loaded somewhere
         if that can be, and ``NoRoute`` raised: ask again."""
         draw, order, pin = self.draw(), session.order, before.group
         try:
@@ -106,6 +106,8 @@ class RoutePlanner:
             rules=rules,
             avoid=avoid,
             pin=pin,
+            # A session that began in one form and must be exact stays with it; one that begins has no bits yet.
+            mix=pin is None or order is None or not order.exact,
             kept=Kept(kept[0].route, kept[1]) if kept else None,
             learned=self._driver.learner.learned,
             tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,

@@ -46,7 +46,7 @@ from node_agent.prefixes import KeptSession, PrefixBook
 from node_agent.trace import SessionTrace
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.learning import Learner
-from scheduler.routing import RoutePlan, troubled
+from scheduler.routing import RoutePlan, mixed, troubled
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ class SessionDriver:
             now,
             plan.ttft_us / 1000,
             plan.tpot_us / 1000,
+            mixed=mixed(plan.group),
             learned=self.learner.learned,
         )
         handle = SessionHandle(self, session, trace, plan, replan)
@@ -432,6 +433,7 @@ class SessionDriver:
             return False
         handle.plan = plan
         handle.trace.rerouted(plan.route)
+        handle.trace.mixed = mixed(plan.group)
         self._step(handle, Rerouted(plan.route))
         self._hold_to_features(handle.session)
         self._choose_witness(handle)

@@ -16,18 +16,18 @@ from mesh.errors import NoRoute
 from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
 from mesh.messages import Cause
-from mesh.types import Digest, NodeId
+from mesh.types import Digest, ModelRef, NodeId
 from node_agent.adapters.records import node_record, read_node
 from node_agent.commands.route import plan_view
 from node_agent.hysteresis import links_worth_telling, place_worth_telling
 from node_agent.route_report import route_report
-from scheduler.cluster import ClusterSnapshot, Node, NodeJudged
+from scheduler.cluster import ClusterSnapshot, Node, NodeJudged, NodeSeen
 from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us, ways_us
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
-from scheduler.routing import Kept, Router, RouteRequest, find_route, troubled
+from scheduler.routing import Kept, Router, RouteRequest, find_route, group_of, mixed, troubled
 from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
-from tests.builders import CAPABILITIES, cluster, node, shard
+from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
 
 HERE = NodeId("a")
 MS = 1_000_000
@@ -447,3 +447,39 @@ def test_an_ingress_learns_what_stages_and_recoveries_take() -> None:
     for _ in range(5):
         odd.ended(odd.learned, stages=1, tpot_off_us=-1e9, ttft_off_us=0)
     assert odd.learned.stage_us == 0
+
+
+def mixed_cluster() -> ClusterSnapshot:
+    """Layers 3 to 6 are there in another form only."""
+    other = replace(shard(3, 6), runtime="litert", quantization="int4", digest=Digest("e" * 64))
+    return cluster(at_speed(node("b", shard(0, 3)), 1), at_speed(node("c", other), 1))
+
+
+def test_a_route_mixes_forms_only_where_there_is_no_other() -> None:
+    plan = Router().plan(mixed_cluster(), RouteRequest("tiny", HERE))
+    assert [s.node for s in plan.route.stages] == ["b", "c"]
+    assert mixed(plan.group)
+    # However slow, a route of one form goes first.
+    slow = mixed_cluster().apply(NodeSeen(at_speed(node("d", shard(3, 6)), 900)))
+    plan = Router().plan(slow, RouteRequest("tiny", HERE))
+    assert [s.node for s in plan.route.stages] == ["b", "d"]
+    assert not mixed(plan.group)
+
+
+def test_r7_what_must_be_exact_is_not_mixed_once_it_runs() -> None:
+    pin = group_of(shard(0, 3))
+    request = RouteRequest("tiny", HERE, pin=pin)
+    assert mixed(Router().plan(mixed_cluster(), request).group)
+    with pytest.raises(NoRoute, match="no node serves the layers 3-6"):
+        Router().plan(mixed_cluster(), replace(request, mix=False))
+    # One that began over several forms may go on so, and takes one form where that has come.
+    again = replace(request, pin=(pin[0], "", ""), mix=False)
+    assert mixed(Router().plan(mixed_cluster(), again).group)
+
+
+def test_another_models_layers_are_not_mixed_in() -> None:
+    strange = shard(3, 6, replace(SHAPE, ref=ModelRef("tiny", Digest("1" * 64))))
+    strange = replace(strange, quantization="fp32", digest=Digest("d" * 64))
+    snapshot = cluster(node("b", shard(0, 3)), node("c", strange))
+    with pytest.raises(NoRoute):
+        Router().plan(snapshot, RouteRequest("tiny", HERE))
