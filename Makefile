@@ -35,9 +35,15 @@ ask: .venv/run ## one question to three agents: make ask Q="..."
 up: .venv/run ## keep three agents running
 	@$(BIN)/mesh up --nodes $(N)
 
+# The simulator has a clock of its own, so its tests take every core; the others measure this machine's, and run alone.
 test: .venv/dev ## all tests, on the real model and a real Consul
 	@tests/fetch_consul.sh $(MESH_HOME)/tools/consul
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest -n $(shell nproc) tests/simulation
+	@$(BIN)/python -m pytest --ignore tests/simulation
+endif
 
 test-nomad: .venv/dev ## the jobs on a local fleet; skips by name where there is no nomad
 	@tests/fetch_consul.sh $(MESH_HOME)/tools/consul
