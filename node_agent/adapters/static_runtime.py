@@ -1,4 +1,4 @@
-"""Runtime over LiteRT shards: a signature for each chunk length and context bucket, KV memory of ours bound without a copy.
+"""Runtime over static graphs: one for each chunk length and context bucket, on whatever engine, with KV memory of ours.
 
 A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once. What a
 run computes for the cache comes out as new rows, which are written to their place here.
@@ -133,7 +133,7 @@ class _Slot:
 
 
 class StaticShard:
-    """A shard on LiteRT; see ``node_agent.ports.Runtime``."""
+    """A shard of static graphs; see ``node_agent.ports.Runtime``."""
 
     batch_exact = False
 

@@ -162,6 +162,7 @@ def test_penalties_and_bias_change_the_text(client: Any) -> None:
         ({"n": 99}, 400, "n", None),
         ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None),
         ({"extra_body": {"messages": 5}}, 400, "messages", None),
+        ({"extra_body": {"speculation": "yes"}}, 400, "speculation", None),
     ],
 )
 def test_wrong_requests_get_openais_errors(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
+from mesh.messages import DRAFTS, FEATURES
 from mesh.session import Session
 from mesh.session_events import Finish, SessionOrder
 from mesh.types import LayeredRoute, NodeId, SessionId, Stage, Token
@@ -23,7 +24,7 @@ from node_agent.adapters.stage_host import StageHost
 from scheduler.cluster import ClusterSnapshot
 from scheduler.routing import RoutePlan
 from scheduler.speed import StageSpeed
-from tests.builders import ADDRESS, OWNER, order, shard
+from tests.builders import ADDRESS, OWNER, cluster, node, order, shard
 
 INFO = shard(0, 6)
 ROUTE = LayeredRoute((Stage(OWNER, ADDRESS, INFO.layers, INFO.digest),))
@@ -73,7 +74,9 @@ class FailingTokenLog(MemoryTokenLog):
 
 
 class Bench:
-    def __init__(self, runtime: CountingRuntime | None = None) -> None:
+    def __init__(
+        self, runtime: CountingRuntime | None = None, view: Callable[[], ClusterSnapshot] = ClusterSnapshot
+    ) -> None:
         self.runtime = runtime or CountingRuntime()
         self.log = FailingTokenLog()
         metrics = AgentMetrics("n")
@@ -83,9 +86,7 @@ class Bench:
         )
         self.host.replicas[INFO.digest] = self.replica
         self.host.metrics[INFO.digest] = StageMetrics(metrics, INFO)
-        self.driver = SessionDriver(
-            self.host, self.log, metrics, sessions_max=2, keep_s=60, view=ClusterSnapshot
-        )
+        self.driver = SessionDriver(self.host, self.log, metrics, sessions_max=2, keep_s=60, view=view)
         self.host.owner = self.driver
 
     def start(self, tokens: int = 50, **changes: Any) -> SessionHandle:
@@ -217,5 +218,18 @@ def test_a_trace_adds_up() -> None:
         assert report["outcome"] == "length"
         (stage,) = report["stages"]
         assert 2.0 <= stage["compute_ms"] <= report["tpot_ms"]
+
+    run(story)
+
+
+@pytest.mark.parametrize(("features", "guesses"), [(FEATURES, True), (FEATURES & ~DRAFTS, False)])
+def test_nothing_is_guessed_on_a_route_with_an_agent_that_takes_no_guesses(
+    features: int, guesses: bool
+) -> None:
+    async def story() -> None:
+        there = cluster(*(node(stage.node, features=features) for stage in ROUTE.stages))
+        handle = Bench(view=lambda: there).start(tokens=5, speculate=True)
+        assert (handle.session.speculation is not None) == guesses
+        assert await collect(handle) == list(range(10, 15))
 
     run(story)
