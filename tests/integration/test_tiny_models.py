@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,34 @@ def test_the_tokenizer_goes_both_ways(tmp_path: Path) -> None:
         assert b"".join(text.bytes_of(i) for i in ids).decode() == sample
     assert text.bytes_of(VOCABULARY - 1) == b""
     assert text.render([{"role": "user", "content": "hi"}]) == "user: hi\n"
+
+
+@pytest.mark.parametrize("steps", [2, 7, 12])
+@pytest.mark.parametrize("form", ["fp32", "litert-fp32", "onnxstd-fp32"])
+def test_a_chunk_tells_the_logits_after_as_many_of_its_last_steps_as_asked_for(
+    tmp_path: Path, form: str, steps: int
+) -> None:
+    shard = load(pulled(tmp_path), 0, 3, form)
+    tokens = np.arange(9 + steps, dtype=np.int64)
+    for slot in (0, 1):
+        shard.prefill(slot, 0, tokens[:9], 0)
+    alone = [shard.decode(0, [9 + i], tokens[9 + i : 10 + i])[0].copy() for i in range(steps)]
+    for wanted in (1, steps - 1, steps):
+        found = shard.prefill(1, 9, tokens[9:], wanted)
+        assert found.shape[0] == wanted
+        assert np.allclose(found, alone[steps - wanted :], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8", "litert-int8", "onnxstd-fp32"])
+def test_a_shard_with_nothing_to_do_leaves_the_processor_alone(tmp_path: Path, form: str) -> None:
+    """Threads that spin for their next run would take it from the other shards of a machine."""
+    store = pulled(tmp_path)
+    runtime, quantization = parse_form(form)
+    folder = make_shard(store, "tiny", 0, 3, quantization, runtime=runtime)
+    options = RuntimeOptions(threads=2)
+    shard = load_shard(folder, store.manifest(folder), slots=1, capacity=64, options=options)
+    for position in range(8):
+        shard.decode(0, [position], np.array([position]))
+    begin = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - begin < 0.05
