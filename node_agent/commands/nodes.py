@@ -15,6 +15,7 @@ from typing import Any
 SUMMARY = "nodes, shards, links and sessions of a mesh"
 SECTION = "Look at it"
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+_USUAL_PROVIDER = "CPUExecutionProvider"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +128,8 @@ def nodes_table(snapshot: dict[str, Any], only_shards: bool = False) -> str:
         for i, replica in enumerate(node["replicas"]):
             kv = f"{replica['kv_reserved_bytes'] / 2**20:.0f}/{replica['kv_budget_bytes'] / 2**20:.0f} MiB"
             what = replica["state"] + (f": {replica['reason']}" if replica["reason"] else "")
+            if replica["provider"] not in ("", _USUAL_PROVIDER):
+                what += f" on {replica['provider']}"
             if node["state"] not in ("alive", ""):
                 what = f"its node is {node['state']}"
             sessions = f"{replica['sessions']}/{replica['slots']}"

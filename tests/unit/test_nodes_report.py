@@ -106,3 +106,14 @@ def test_draining_and_unreachable_have_names_of_their_own() -> None:
     given.membership.members[NodeId("c")].missed = 3
     assert report(given)["by_id"]["c"]["state"] == "unreachable"
     assert given.membership.members[NodeId("c")].fact.state is MemberState.ALIVE
+
+
+def test_what_computes_is_told_where_it_is_not_the_usual() -> None:
+    told = node("a", shard(0, 3), shard(3, 6))
+    odd = "XNNPACK (not libnone.so: it cannot be loaded)"
+    replicas = tuple(
+        replace(r, provider=p) for r, p in zip(told.replicas, ("CPUExecutionProvider", odd), strict=True)
+    )
+    table = nodes_table(report(view(snapshot=cluster(replace(told, replicas=replicas)))))
+    assert f"serving on {odd}" in table
+    assert "CPUExecutionProvider" not in table
