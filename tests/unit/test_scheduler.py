@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import NoRoute
 from mesh.gossip import MemberState
-from mesh.types import LayerRange, NodeId
+from mesh.types import Digest, LayerRange, ModelRef, NodeId
 from scheduler.cluster import ClusterSnapshot, NodeForgotten, NodeJudged, NodeSeen, ReplicaState
 from scheduler.demand import ModelDemand
 from scheduler.even_split import DoesNotFit, EvenSplit, NodeRoom, split_evenly
@@ -80,10 +80,15 @@ def test_draining_and_loading_replicas_are_not_used() -> None:
         find_route(cluster(node("a")), ASK)
 
 
-def test_a_route_never_mixes_quantizations_or_digests() -> None:
+def test_a_route_never_mixes_digests_nor_quantizations_where_it_must_not() -> None:
     other = replace(shard(3, 6), quantization="fp32")
+    exact = replace(ASK, mix=False)
     with pytest.raises(NoRoute):
-        find_route(cluster(node("a", shard(0, 3)), node("b", other)), ASK)
+        find_route(cluster(node("a", shard(0, 3)), node("b", other)), exact)
+    strange = shard(3, 6, replace(SHAPE, ref=ModelRef("tiny", Digest("1" * 64))))
+    for request in (ASK, exact):
+        with pytest.raises(NoRoute):
+            find_route(cluster(node("a", shard(0, 3)), node("b", strange)), request)
 
 
 def test_overlapping_shards_that_do_not_join_are_explained() -> None:
