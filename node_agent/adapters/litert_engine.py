@@ -15,10 +15,11 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.litert_first import first_interpreted, first_packed
+from node_agent.adapters.static_engine import Ends, Engine
 from node_agent.ports import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -34,36 +35,6 @@ _OWN_WORDS = re.compile(rb"(INFO|WARNING|ERROR|VERBOSE): |\xe2\x94\x94|\s*$")
 """How LiteRT's lines on stderr begin."""
 _STDERR = threading.Lock()
 """Shards are loaded on threads, and there is one stderr."""
-
-
-class Ends(NamedTuple):
-    """Names of a graph's inputs and outputs, in the order in which ``Engine.run`` wants them."""
-
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-
-
-class Engine(Protocol):
-    """The graphs of a shard, loaded."""
-
-    provider: str
-    """What computes."""
-    names: Collection[str]
-    """Of the graphs."""
-
-    def ends(self, graph: str) -> Ends: ...
-
-    def bind(self, memory: Array) -> Any:
-        """Memory of ours as an input or output, for as long as it is not let go of."""
-        ...
-
-    def unbind(self, bound: Any) -> None: ...
-
-    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Compute; the outputs are written to what is bound."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class CompiledEngine:

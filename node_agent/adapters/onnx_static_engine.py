@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from node_agent.adapters.litert_engine import Ends
 from node_agent.adapters.onnx_runtime import open_session
+from node_agent.adapters.static_engine import Ends
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.static_names import HEAD_NAME
 
@@ -27,7 +27,7 @@ SUFFIX = ".onnx"
 
 
 class OnnxStaticEngine:
-    """See ``litert_engine.Engine``."""
+    """See ``static_engine.Engine``."""
 
     def __init__(self, folder: Path, files: Collection[str], options: RuntimeOptions) -> None:
         """``files``: of the shard. Raises ``ConfigError`` where no provider takes them."""

@@ -22,7 +22,7 @@ from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from node_agent.adapters.litert_engine import Engine
+    from node_agent.adapters.static_engine import Engine
 
 
 class ShardLoader:

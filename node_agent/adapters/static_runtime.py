@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mesh.errors import ShardError
-from node_agent.adapters.litert_engine import Engine
 from node_agent.adapters.pages import pages
+from node_agent.adapters.static_engine import Engine
 from node_agent.shards.manifest import ShardManifest
 from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name
 from node_agent.shards.static_tables import read_tables

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ConfigError, ShardError
-from node_agent.adapters.litert_engine import Ends
+from node_agent.adapters.static_engine import Ends
 from node_agent.config import parse_delegate
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def package() -> ModuleType | None:
 
 
 class InterpreterEngine:
-    """See ``litert_engine.Engine``."""
+    """See ``static_engine.Engine``."""
 
     def __init__(self, graph: Path, threads: int, delegate: str = "") -> None:
         """``delegate``: as ``parse_delegate`` reads it. A library that is not what it says may end the process. Raises

@@ -1,0 +1,42 @@
+"""What runs the graphs of a static shard, as ``static_runtime`` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+
+class Ends(NamedTuple):
+    """Names of a graph's inputs and outputs, in the order in which ``Engine.run`` wants them."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+class Engine(Protocol):
+    """The graphs of a shard, loaded."""
+
+    provider: str
+    """What computes."""
+    names: Collection[str]
+    """Of the graphs."""
+
+    def ends(self, graph: str) -> Ends: ...
+
+    def bind(self, memory: Array) -> Any:
+        """Memory of ours as an input or output, for as long as it is not let go of."""
+        ...
+
+    def unbind(self, bound: Any) -> None: ...
+
+    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Compute; the outputs are written to what is bound."""
+        ...
+
+    def close(self) -> None: ...
