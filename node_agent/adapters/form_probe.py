@@ -2,7 +2,9 @@
 
 Four layers from the middle and the last four, which have the head, of each form that is installed: their single steps tell what
 a token of the whole model takes. Rounds of the forms take turns, and the quickest counts: what disturbs this machine now is not
-what it is.
+what it is. All this happens in a process of its own, which may die of a runtime.
+
+    python -m node_agent.adapters.form_probe HOME MODEL
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class OnnxStaticEngine:
         names = {Path(file).stem for file in files if file.endswith(SUFFIX)}
         self.names: Collection[str] = names
         self.provider = ""
-        for name in names - later(names):
+        for name in names - _later(names):
             self._open(name)
 
     def _open(self, name: str) -> ort.InferenceSession:
@@ -69,7 +69,7 @@ class OnnxStaticEngine:
         self._sessions.clear()
 
 
-def later(names: Collection[str]) -> set[str]:
+def _later(names: Collection[str]) -> set[str]:
     """Graphs of all buckets but the smallest."""
     buckets = {name: int(name.rpartition("_")[2]) for name in names if name != HEAD_NAME}
     return {name for name, bucket in buckets.items() if bucket > min(buckets.values())}

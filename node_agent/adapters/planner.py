@@ -68,9 +68,9 @@ class RoutePlanner:
         before: RoutePlan,
         avoid: frozenset[NodeId],
     ) -> RoutePlan:
-        """Another route for a session that runs: of the same model, and where its text must be what it would have been of
-        the same runtime and quantization (rule R7), and where it pays with the stages that hold its KV cache. Where there is none, what it lacks is loaded somewhere
-        if that can be, and ``NoRoute`` raised: ask again."""
+        """Another route for a session that runs: of the same model, and where its text must be what it would have
+        been of the same runtime and quantization (rule R7); where it pays with the stages that hold its KV cache.
+        Where there is none, what it lacks is loaded somewhere if that can be, and ``NoRoute`` raised: ask again."""
         draw, order, pin = self.draw(), session.order, before.group
         try:
             return self.plan(model, order, rules, draw=draw, avoid=avoid, pin=pin, runs=session)

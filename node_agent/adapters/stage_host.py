@@ -430,7 +430,8 @@ class StageHost:
             if row.session.last:
                 times = (*row.frame.times, row.queue_us, row.compute_us, 0)
                 for token in row.output:
-                    timed, times = replace(token, times=times), ()  # they share one step: it is told once
+                    timed = Token(token.position, token.token, token.logprob, token.top, times)
+                    times = ()  # they share one step: it is told once
                     sampled = Sampled(order.session, order.epoch, timed)
                     tokens.setdefault(order.owner_address, []).append(sampled)
             elif row.session.told:

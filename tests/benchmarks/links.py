@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mesh.forms import parse_form
+from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.shard_maker import make_shard
 from tests.agents import start_agent
 from tests.benchmarks.common import MODEL, arguments, cut, finish, median, the_store
@@ -61,8 +60,7 @@ def running(work: Path, home: Path, form: str) -> Iterator[str]:
 def _await_stages(base: str) -> None:
     until = time.monotonic() + 90
     while time.monotonic() < until:
-        with urllib.request.urlopen(f"{base}/mesh/v1/nodes", timeout=10) as answer:
-            nodes = json.load(answer)["nodes"]
+        nodes = ApiClient(base).get("/mesh/v1/nodes")["nodes"]
         if sum(r["state"] == "serving" for n in nodes for r in n["replicas"]) == AGENTS:
             time.sleep(3)  # links are measured
             return
@@ -79,13 +77,10 @@ def ask(base: str, question: str, tokens: int, speculation: bool) -> tuple[str, 
         "temperature": 0,
         "speculation": speculation,
     }
-    request = urllib.request.Request(
-        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        given = json.load(answer)
-    with urllib.request.urlopen(f"{base}/mesh/v1/sessions/{given['id']}", timeout=10) as answer:
-        return given["choices"][0]["message"]["content"], json.load(answer)
+    client = ApiClient(base)
+    chunks = list(client.chat(body))
+    text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+    return text, client.get(f"/mesh/v1/sessions/{chunks[0]['id']}")
 
 
 def questions() -> dict[str, list[str]]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mesh.errors import MeshError
+from node_agent.adapters.api_client import ApiClient
 from node_agent.adapters.form_probe import FILE
 from node_agent.adapters.model_store import ModelStore
-from tests.agents import AgentProcess, agent
+from tests.agents import AgentProcess, agent, until
 from tests.conftest import MODEL
+
+LOADED_S = 60
 
 
 def served(one: AgentProcess) -> dict[str, str]:
@@ -28,13 +29,6 @@ def served(one: AgentProcess) -> dict[str, str]:
     }
 
 
-def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not come to be"
-        time.sleep(0.1)
-
-
 def ask(one: AgentProcess) -> tuple[str, dict[str, Any]]:
     body = {
         "model": MODEL,
@@ -45,68 +39,54 @@ def ask(one: AgentProcess) -> tuple[str, dict[str, Any]]:
         "temperature": 0,
         "max_tokens": 24,
     }
-    request = urllib.request.Request(
-        f"http://{one.api}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        given = json.load(answer)
-    with urllib.request.urlopen(f"http://{one.api}/mesh/v1/sessions/{given['id']}", timeout=10) as answer:
-        return given["choices"][0]["message"]["content"], json.load(answer)
+    client = ApiClient(f"http://{one.api}")
+    chunks = list(client.chat(body))
+    text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+    return text, client.get(f"/mesh/v1/sessions/{chunks[0]['id']}")
+
+
+def holding(
+    folder: Path, shards: str, store: ModelStore, peers: str = ""
+) -> AbstractContextManager[AgentProcess]:
+    home = str(store.root.parent)
+    return agent(folder, shards=f"{MODEL}:{shards}", home=home, scheduler="off", threads="1", peers=peers)
 
 
 @pytest.mark.timeout(200)
 def test_a_route_over_two_runtimes_answers_and_gives_way_to_one_of_one(
     store: ModelStore, tmp_path: Path
 ) -> None:
-    home = str(store.root.parent)
     with (
-        agent(tmp_path / "a", shards=f"{MODEL}:0-15/int8", home=home, scheduler="off", threads="1") as first,
-        agent(
-            tmp_path / "b",
-            shards=f"{MODEL}:15-30/litert-int4",
-            peers=first.address,
-            home=home,
-            scheduler="off",
-            threads="1",
-        ),
+        holding(tmp_path / "a", "0-15/int8", store) as first,
+        holding(tmp_path / "b", "15-30/litert-int4", store, first.address),
     ):
-        eventually(lambda: len(served(first)) == 2)
+        until(lambda: len(served(first)) == 2, LOADED_S)
         answer, trace = ask(first)
         assert "Paris" in answer
         assert trace["mixed"]
-        with agent(
-            tmp_path / "c",
-            shards=f"{MODEL}:15-30/int8",
-            peers=first.address,
-            home=home,
-            scheduler="off",
-            threads="1",
-        ) as third:
-            eventually(lambda: third.node in ask(first)[1]["stages"][1]["node"])
+        with holding(tmp_path / "c", "15-30/int8", store, first.address) as third:
+            until(lambda: ask(first)[1]["stages"][1]["node"] == third.node, LOADED_S)
             answer, trace = ask(first)
             assert "Paris" in answer
             assert not trace["mixed"]
-        eventually(lambda: _answers_mixed(first))
+        until(lambda: answers_mixed(first), LOADED_S)
 
 
-def _answers_mixed(one: AgentProcess) -> bool:
+def answers_mixed(one: AgentProcess) -> bool:
     """Once it is seen that the third is gone."""
     try:
         answer, trace = ask(one)
-    except urllib.error.HTTPError:
+    except MeshError:
         return False
     return "Paris" in answer and bool(trace["mixed"])
 
 
 @pytest.mark.timeout(200)
 def test_an_agent_measures_which_form_to_hold(store: ModelStore, tmp_path: Path) -> None:
-    home, data = str(store.root.parent), tmp_path / "data"
-    with agent(
-        tmp_path / "a", shards=f"{MODEL}:0-30/auto", home=home, scheduler="off", data_dir=str(data)
-    ) as one:
-        eventually(lambda: set(served(one).values()) <= {"onnx-int8", "litert-int4"} and bool(served(one)))
+    data = tmp_path / "a"
+    with holding(data, "0-30/auto", store) as one:
+        until(lambda: bool(served(one)), LOADED_S)
+        assert set(served(one).values()) <= {"onnx-int8", "litert-int4"}
         assert "Paris" in ask(one)[0]
     measured = json.loads((data / FILE).read_text())
     assert set(next(iter(measured.values()))) == {"onnx", "litert"}
