@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId
 from scheduler.cluster import ClusterSnapshot, ReplicaState
+from scheduler.nomad_view import LeaseAllocation, NomadFacts
 from scheduler.placement import Infeasible, Plan
 
 Placed = Mapping[tuple[NodeId, str, LayerRange, str, str], ReplicaState]
@@ -80,3 +82,59 @@ def infeasible_report(answer: Infeasible, names: Mapping[NodeId, str]) -> dict[s
         "would_do": answer.would_do,
         "idle": [{"node": n, "name": names.get(n, n), "reason": why} for n, why in answer.reasons],
     }
+
+
+def nomad_report(facts: NomadFacts, snapshot: ClusterSnapshot) -> dict[str, Any]:
+    """What Nomad says, and where that is not what the mesh sees."""
+    alive = {n.name for n in snapshot.nodes.values() if n.state is MemberState.ALIVE}
+    return {
+        "index": facts.index,
+        "avoid": dict(facts.avoid),
+        "down_but_alive": sorted(facts.down & alive),
+        "rollouts": [
+            {
+                "job": r.job,
+                "version": r.version,
+                "deployment": r.id,
+                "status": r.status,
+                "said": r.said,
+                "healthy": r.healthy,
+                "total": r.total,
+                "canaries": r.canaries,
+            }
+            for r in facts.rollouts
+            if r.status not in ("successful", "cancelled")
+        ],
+        "allocations": [
+            {
+                "id": a.id,
+                "job": a.job,
+                "layers": [a.layers.start, a.layers.end],
+                "client": a.client,
+                "status": a.status,
+                "said": a.said,
+                "difference": difference,
+            }
+            for a in facts.allocations
+            if (difference := _difference(a, snapshot))
+        ],
+    }
+
+
+def _difference(allocation: LeaseAllocation, snapshot: ClusterSnapshot) -> str:
+    """Between an allocation and what its client's agent says that it hosts; empty: none."""
+    host = next((n for n in snapshot.nodes.values() if n.name == allocation.client), None)
+    alive = host is not None and host.state is MemberState.ALIVE
+    states = (
+        {r.state for r in host.replicas if r.shard.layers == allocation.layers} if host and alive else set()
+    )
+    if allocation.status == "running" and allocation.wanted and not alive:
+        return "Nomad calls it running; the mesh does not see its node alive"
+    if allocation.status == "running" and allocation.wanted and not states & _HELD:
+        return "Nomad calls it running; its node holds no such layers"
+    if allocation.status == "lost" and ReplicaState.SERVING in states:
+        return "Nomad calls it lost; it goes on serving"
+    return "not placed yet" if allocation.status == "pending" and allocation.wanted and not states else ""
+
+
+_HELD = {ReplicaState.LOADING, ReplicaState.SERVING, ReplicaState.DRAINING}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ from mesh.types import (
     Token,
 )
 from node_agent.lease import Promise, ShardKey
+from scheduler.nomad_view import NomadFacts
 from scheduler.reconcile import Wanted
 
 if TYPE_CHECKING:
@@ -122,10 +123,11 @@ class Orchestrator(Protocol):
     """Who else decides about nodes, beside the mesh."""
 
     def follow(self, on: bool) -> None:
-        """Whether to keep ``avoid`` up to date."""
+        """Whether to keep ``facts`` up to date."""
 
-    def avoid(self) -> Mapping[str, str]:
-        """Nodes by name that are to get nothing new, and why."""
+    def facts(self) -> NomadFacts:
+        """As it said last; nothing while we do not follow."""
+        ...
 
 
 class PolicyFile(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,14 @@ class LeaseGroup:
     @property
     def name(self) -> str:
         return f"layers-{self.layers.start}-{self.layers.end}"
+
+
+def layers_of(group: str) -> LayerRange | None:
+    """Of a group by its name; ``None`` for groups that hold no replica."""
+    match = re.fullmatch(r"layers-([0-9]{1,4})-([0-9]{1,4})", group)
+    if not match or int(match[1]) >= int(match[2]):
+        return None
+    return LayerRange(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, slots=True)

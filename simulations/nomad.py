@@ -1,17 +1,16 @@
 """A modelled Nomad: it knows its clients, an operator drains them, and the leading scheduler follows it.
 
 It answers as ``node_agent.adapters.nomad_api`` finds the real one to answer, in Nomad's words; what follows from them is
-decided by ``scheduler.nomad_nodes``. A server that is away answers nobody, and what it said last stays.
+decided by ``scheduler.nomad_view``. A server that is away answers nobody, and what it said last stays.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mesh.types import Address
-from scheduler.nomad_nodes import NomadNodes
+from scheduler.nomad_view import NomadFacts, NomadView
 
 if TYPE_CHECKING:
     from simulations.network import Network
@@ -68,7 +67,7 @@ class SimFollower:
 
     def __init__(self, node: SimNode, server: SimNomad) -> None:
         self._node, self._server = node, server
-        self._nodes = NomadNodes()
+        self._view = NomadView()
         self._task: asyncio.Task[None] | None = None
 
     def follow(self, on: bool) -> None:
@@ -77,14 +76,14 @@ class SimFollower:
             self._task = self._node.loop.create_task(self._run())
         elif not on and self._task is not None:
             self._task.cancel()
-            self._task, self._nodes = None, NomadNodes()
+            self._task, self._view = None, NomadView()
 
-    def avoid(self) -> Mapping[str, str]:
-        """Clients by name that are to get nothing new, and why."""
-        return self._nodes.avoid()
+    def facts(self) -> NomadFacts:
+        """As it said last."""
+        return self._view.facts()
 
     async def _run(self) -> None:
         while True:
             if self._server.answers(self._node):
-                self._nodes.replace(self._server.listed(), self._server.index)
+                self._view.replace(self._server.index, self._server.listed())
             await asyncio.sleep(_LOOK_S)

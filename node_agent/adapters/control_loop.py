@@ -21,7 +21,7 @@ from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, Term
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.policy_book import PolicyBook
 from node_agent.config import AgentConfig
-from node_agent.plan_report import infeasible_report, plan_report
+from node_agent.plan_report import infeasible_report, nomad_report, plan_report
 from node_agent.ports import Orchestrator, PeerAgents
 from scheduler.cluster import ClusterSnapshot
 from scheduler.demand import ModelDemand
@@ -122,7 +122,14 @@ class ControlLoop:
             "term": leader.counter if leader else 0,
             "schedulers": sum(n.scheduler for n in snapshot.alive()),
             "elder": elder(snapshot),
+            "nomad": self._of_orchestrator(snapshot),
         }
+
+    def _of_orchestrator(self, snapshot: ClusterSnapshot) -> dict[str, Any] | None:
+        """``None`` where we do not follow one: only a leader does."""
+        if self._orchestrator is None or self.term is None:
+            return None
+        return nomad_report(self._orchestrator.facts(), snapshot)
 
     async def _place_all(self, snapshot: ClusterSnapshot, policy: Policy) -> dict[str, Plan | Infeasible]:
         """Every model of a policy, by name; what one takes, the next does not find free."""
@@ -153,7 +160,7 @@ class ControlLoop:
         return answer
 
     def _avoided(self, snapshot: ClusterSnapshot) -> dict[NodeId, str]:
-        by_name = self._orchestrator.avoid() if self._orchestrator else {}
+        by_name = self._orchestrator.facts().avoid if self._orchestrator else {}
         return {n.id: by_name[n.name] for n in snapshot.nodes.values() if n.name in by_name}
 
     async def _demand(self, model: str, runtime: str, quantization: str) -> ModelDemand:

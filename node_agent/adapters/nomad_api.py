@@ -135,10 +135,17 @@ class NomadApi:
         found = self._call(f"job/{name}/allocations", lambda: {"all": self._client.job.get_allocations(name)})
         return list(found["all"] or ())
 
-    def nodes(self) -> tuple[list[dict[str, Any]], int]:
-        """All clients in short, and the index that this is of."""
-        response = self._send("GET", "/v1/nodes")
+    def nodes(self, index: int = 0, wait_s: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """All clients in short, and the index that this is of; with ``wait_s``, once something changed after ``index``."""
+        asked = {"index": index, "wait": f"{wait_s}s"} if wait_s else {}
+        response = self._send("GET", "/v1/nodes", asked, timeout=wait_s * 1.1 + _TIMEOUT_S)
         return list(self._json(response, list)), _index(response)
+
+    def work(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """All allocations and all deployments of the namespace, in short."""
+        paths = ("/v1/allocations", "/v1/deployments")
+        allocations, deployments = (list(self._json(self._send("GET", path), list)) for path in paths)
+        return allocations, deployments
 
     def node(self, node: str) -> dict[str, Any]:
         """A client in full."""
@@ -154,13 +161,6 @@ class NomadApi:
                 except ValueError:
                     raise PeerError(f"{self._access.url}/v1/event/stream sent {line[:80]!r}") from None
                 yield int(batch.get("Index") or 0), list(batch.get("Events") or ())
-
-    def wait_for_nodes(self, index: int, wait_s: int) -> tuple[list[dict[str, Any]], int]:
-        """All clients, once something changed after ``index``, or after ``wait_s``."""
-        response = self._send(
-            "GET", "/v1/nodes", {"index": index, "wait": f"{wait_s}s"}, timeout=wait_s * 1.1 + _TIMEOUT_S
-        )
-        return list(self._json(response, list)), _index(response)
 
     # -- errors ----------------------------------------------------------------------------------
 

@@ -65,7 +65,28 @@ def report_view(report: dict[str, Any], explain: bool) -> str:
         parts.append("no leader yet: the longest-lived agent takes over within seconds")
     else:
         parts.append("no agent may schedule: start one with --scheduler on, or nothing is placed")
+    if report["nomad"]:
+        parts += nomad_view(report["nomad"])
     return "\n\n".join(parts)
+
+
+def nomad_view(nomad: dict[str, Any]) -> list[str]:
+    """What Nomad holds us to, rolls out, and sees otherwise than the mesh; nothing to say: nothing."""
+    lines = [f"{name}: {why}" for name, why in sorted(nomad["avoid"].items())]
+    lines += [
+        f"{name}: Nomad calls it down; the mesh sees it alive, and it goes on serving"
+        for name in nomad["down_but_alive"]
+    ]
+    for r in nomad["rollouts"]:
+        lines.append(
+            f"{r['job']}, version {r['version']}: {r['said']} ({r['healthy']} of {r['total']} healthy)"
+        )
+        if r["canaries"] and r["status"] == "running":
+            lines.append(f"  when its canaries do well: nomad deployment promote {r['deployment'][:8]}")
+    for a in nomad["allocations"]:
+        layers = f"{a['layers'][0]}-{a['layers'][1]}"
+        lines.append(f"{a['job']} {layers} on {a['client']} ({a['id'][:8]}): {a['difference']}")
+    return ["\n".join(["Nomad", *(f"  {line}" for line in lines)])] if lines else []
 
 
 def model_view(name: str, plan: dict[str, Any], explain: bool) -> str:

@@ -15,7 +15,7 @@ from node_agent.adapters.nomad_api import NomadAccess, NomadApi, nomad_access
 from node_agent.adapters.nomad_follow import NomadFollower
 from scheduler.nomad_change import Change, dry_run, nowhere
 from scheduler.nomad_job import Autoscale, JobSettings, LeaseGroup, ModelJob, fingerprint, job_spec
-from scheduler.nomad_nodes import NomadNodes
+from scheduler.nomad_view import NomadFacts, NomadView
 from tests.agents import until
 from tests.contract.nomad_replay import Replay, cassette, recorded, replay
 
@@ -184,29 +184,102 @@ def test_no_nomad_is_told_with_its_address(call: str) -> None:
     api.close()
 
 
+def recorded_stream() -> list[tuple[int, list[dict[str, Any]]]]:
+    """The recorded events, of a job whose group is one of ours."""
+    lines = cassette("event_stream")["response"]["body_ndjson"]
+    ours = json.loads(json.dumps(lines).replace('"TaskGroup": "g"', '"TaskGroup": "layers-0-15"'))
+    for line in ours:
+        for event in line.get("Events") or ():
+            deployment = event["Payload"].get("Deployment")
+            if deployment:
+                deployment["TaskGroups"] = {"layers-0-15": deployment["TaskGroups"]["g"]}
+    return [(int(line.get("Index") or 0), line.get("Events") or []) for line in ours]
+
+
 def test_clients_are_kept_from_the_recorded_stream() -> None:
-    nodes = NomadNodes()
+    view = NomadView()
     seen = {}
-    for batch in cassette("event_stream")["response"]["body_ndjson"]:
-        assert nodes.apply(int(batch.get("Index") or 0), batch.get("Events") or ())
-        seen[nodes.index] = nodes.avoid()
-    assert seen[42] == {"drone-2": "Nomad calls it ineligible"}
-    assert not any(avoid for index, avoid in seen.items() if index != 42), "down is no reason"
-    assert not nodes.apply(7, ()), "an index that went backwards asks for a new list"
-    assert nodes.apply(0, ()), "a heartbeat says nothing"
+    for index, events in recorded_stream():
+        assert view.apply(index, events)
+        seen[view.index] = view.facts()
+    assert seen[42].avoid == {"drone-2": "Nomad calls it ineligible"}
+    assert not any(facts.avoid for index, facts in seen.items() if index != 42), "down is no reason"
+    assert seen[24].down >= {"drone-2"}
+    assert "drone-2" not in seen[30].down
+    assert not view.apply(7, ()), "an index that went backwards asks for a new list"
+    assert view.apply(0, ()), "a heartbeat says nothing"
+
+
+def test_allocations_are_kept_from_the_recorded_stream() -> None:
+    view = NomadView()
+    seen = {}
+    for index, events in recorded_stream():
+        view.apply(index, events)
+        seen[index] = [(a.client, a.wanted, a.status) for a in view.facts().allocations]
+    assert seen[20] == [("drone-2", True, "pending")]
+    assert seen[23] == [("drone-2", True, "running")]
+    # Its client is down: Nomad wants another, and cannot know whether the task of the first goes on.
+    assert seen[26] == [("drone-1", True, "pending"), ("drone-2", False, "lost")]
+    assert seen[36] == [("drone-1", False, "running")], "the client came back and had ended its task"
+    assert seen[37] == [], "the job was stopped"
+    assert view.facts().allocations[0].said == "alloc is lost since its node is down"
+
+
+def test_what_is_repeated_after_a_list_changes_nothing() -> None:
+    events = recorded_stream()
+    through, listed = NomadView(), NomadView()
+    for index, batch in events:
+        through.apply(index, batch)
+    last = [a for _, batch in events for e in batch if (a := e["Payload"].get("Allocation"))]
+    listed.replace(20, (), list({a["ID"]: a for a in last}.values()))
+    wanted = [(a.id, a.status) for a in through.facts().allocations]
+    for index, batch in events:
+        if index > 20:
+            listed.apply(index, batch)
+            now = {a.id: a.status for a in listed.facts().allocations}
+            assert all(now[i] == status for i, status in wanted), f"older news of index {index} came through"
+
+
+def test_other_jobs_are_none_of_ours() -> None:
+    view = NomadView()
+    view.replace(163, (), recorded("allocations_list"), recorded("deployments_list"))
+    assert view.facts().allocations == ()
+    assert view.facts().rollouts == ()
+
+
+def of_ours(deployment: dict[str, Any]) -> dict[str, Any]:
+    return deployment | {"TaskGroups": {"layers-0-15": deployment["TaskGroups"]["stage"]}}
+
+
+def test_the_latest_rollout_of_a_job_is_kept() -> None:
+    view = NomadView()
+    view.replace(85, (), (), [of_ours(d) for d in recorded("job_deployments_after_revert")])
+    (rollout,) = view.facts().rollouts
+    assert (rollout.version, rollout.status) == (4, "running"), "Nomad reverted version 3 by a fourth"
+    canary = of_ours(recorded("job_deployment_canary"))
+    view.replace(46, (), (), [canary])
+    (rollout,) = view.facts().rollouts
+    assert (rollout.healthy, rollout.total, rollout.canaries) == (1, 3, 1)
+    promoted = json.loads(json.dumps(canary))
+    promoted["TaskGroups"]["layers-0-15"]["Promoted"] = True
+    promoted["ModifyIndex"] += 1
+    view.apply(47, [{"Topic": "Deployment", "Type": "PlanResult", "Payload": {"Deployment": promoted}}])
+    assert view.facts().rollouts[0].canaries == 0
 
 
 def test_a_draining_client_is_avoided_until_its_deadline() -> None:
-    nodes = NomadNodes()
-    nodes.replace([*recorded("nodes_list_one_down"), recorded("node_read_draining")], 120)
-    assert nodes.avoid() == {"drone-2": "Nomad drains it, until 2026-11-21T04:43:23"}
-    nodes.replace(recorded("nodes_list_fleet"), 22)
-    assert nodes.avoid() == {}
+    view = NomadView()
+    view.replace(120, [*recorded("nodes_list_one_down"), recorded("node_read_draining")])
+    assert view.facts().avoid == {"drone-2": "Nomad drains it, until 2026-11-21T04:43:23"}
+    view.replace(22, recorded("nodes_list_fleet"))
+    assert view.facts().avoid == {}
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_follower_lists_and_then_listens(stream: bool) -> None:
-    with replay("nodes_list_fleet") as book:
+    with replay("nodes_list_fleet", "allocations_list") as book:
+        canary = of_ours(recorded("job_deployment_canary"))
+        book.say("GET", "/v1/deployments", 200, json.dumps([canary]), "application/json")
         node = recorded("node_read_draining")
         event = {"Topic": "Node", "Type": "NodeDrain", "Payload": {"Node": node}}
         if stream:
@@ -222,14 +295,30 @@ def test_the_follower_lists_and_then_listens(stream: bool) -> None:
                 )
                 listed = json.dumps([node])
                 book.say("GET", "/v1/nodes", 200, listed, "application/json")
-            until(lambda: "drone-2" in follower.avoid(), 10)
+            until(lambda: "drone-2" in follower.facts().avoid, 10)
+            assert [r.canaries for r in follower.facts().rollouts] == [1]
         finally:
             follower.follow(False)
-        assert follower.avoid() == {}
+        assert follower.facts() == NomadFacts()
         if stream:
             (asked,) = [a for a in book.asked if a.path == "/v1/event/stream"][:1]
             assert asked.query["index"] == ["23"], "from the list's index on"
             assert asked.query["topic"] == cassette("event_stream")["request"]["query"]["topic"]
+
+
+def test_clients_are_followed_without_a_right_to_jobs() -> None:
+    with replay() as book:
+        book.say("GET", "/v1/nodes", 200, json.dumps([recorded("node_read_draining")]), "application/json")
+        book.say("GET", "/v1/allocations", 403, "Permission denied")
+        book.say("GET", "/v1/event/stream", 403, "Permission denied")
+        follower = NomadFollower(NomadAccess(book.url))
+        follower.follow(True)
+        try:
+            until(lambda: "drone-2" in follower.facts().avoid, 10)
+            until(lambda: any("wait" in a.query for a in book.asked), 10)
+            assert "drone-2" in follower.facts().avoid
+        finally:
+            follower.follow(False)
 
 
 def test_an_old_nomad_is_refused() -> None:
