@@ -78,7 +78,7 @@ class AgentConfig:
     labels: tuple[str, ...] = setting((), "Labels for placement and people, as key=value.")
     shards: tuple[str, ...] = setting(
         (),
-        "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/FORM: int8, fp32, litert-int4 and the like; auto is what is measured to be fastest here, once, and kept in the data directory.",
+        "Shards to hold from the start, as MODEL:START-END or MODEL:START-END/FORM: int8, fp32, litert-int4 and the like. Without a form, or with auto, it is what is measured to be fastest here; that is done once, and kept beside the models.",
     )
     providers: tuple[str, ...] = setting(
         ("CPUExecutionProvider",),
@@ -305,13 +305,13 @@ def join_address(host: str, port: int) -> str:
 
 
 def parse_shard(text: str) -> ShardKey:
-    """``MODEL:START-END[/FORM]``, the form being ``int8``, ``litert`` or ``litert-int4``; ``auto`` stands for a runtime that is
-    still to be chosen."""
+    """``MODEL:START-END[/FORM]``, the form being ``int8``, ``litert`` or ``litert-int4``; ``auto``, or none, stands for a
+    runtime that is still to be chosen."""
     match = _SHARD.fullmatch(text)
     if not match or int(match[2]) >= int(match[3]):
         raise ConfigError(f"{text!r} names no shard; write MODEL:START-END, for example smollm2-135m:0-10")
     try:
-        runtime, quantization = (AUTO, "") if match[4] == AUTO else parse_form(match[4] or "")
+        runtime, quantization = (AUTO, "") if match[4] in (None, AUTO) else parse_form(match[4])
     except InputError as error:
         raise ConfigError(f"{text!r}: {error}") from None
     return ShardKey(match[1], int(match[2]), int(match[3]), runtime, quantization)

@@ -42,6 +42,7 @@ from node_agent.adapters.agent_rpc import AgentService
 from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.control_loop import ControlLoop
 from node_agent.adapters.discovery_setup import discovery_of, leader_lock
+from node_agent.adapters.form_times import chosen_form, probed_speeds
 from node_agent.adapters.frame_store import RocksFrames
 from node_agent.adapters.generator import Generator
 from node_agent.adapters.http_api import HttpApi
@@ -365,16 +366,15 @@ class Agent:
         if key.runtime == AUTO:
             runtime, quantization = await asyncio.to_thread(self._fastest_form, key.model)
             key = replace(key, runtime=runtime, quantization=quantization)
+            self.replicas.expect(await asyncio.to_thread(probed_speeds, self.store))
         async for _ in self.replicas.hold(key, "settings"):
             pass
 
     def _fastest_form(self, model: str) -> tuple[str, str]:
         """Measured the first time; the default where that cannot be."""
         try:
-            from node_agent.adapters.form_probe import chosen_form
-
-            return chosen_form(self.store, model, "", "", self.data_dir)
-        except (MeshError, ImportError, OSError) as error:
+            return chosen_form(self.store, model, "", "")
+        except (MeshError, OSError) as error:
             log.warning("which runtime is fastest for %s was not measured: %s", model, error)
             return form_of("")
 
@@ -444,6 +444,7 @@ class Agent:
     async def _refresh(self) -> None:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``, and of links
         as rarely as views are exchanged: a radio has room for few bytes."""
+        self.replicas.expect(await asyncio.to_thread(probed_speeds, self.store))
         machine = self.view.membership
         now = time.monotonic()
         due = {"machine": now, "links": now + _FIRST_LINKS_S, "speeds": now + _SPEED_AFTER_S}

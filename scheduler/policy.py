@@ -27,7 +27,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from mesh.errors import ConfigError, InputError
-from mesh.forms import DEFAULT_RUNTIME, QUANTIZATIONS, form_of
+from mesh.forms import AUTO, QUANTIZATIONS, choices
 from scheduler.cluster import Node
 
 POLICY_BYTES_MAX = 64 * 1024
@@ -140,7 +140,11 @@ class ClassPolicy:
 class ModelPolicy(ClassPolicy):
     """What is wanted of a model's placement; its rules hold for every request to it as well."""
 
-    runtime: str = knob(DEFAULT_RUNTIME, "onnx, litert or onnxstd.", _choice(*QUANTIZATIONS))
+    runtime: str = knob(
+        AUTO,
+        "onnx, litert or onnxstd; auto is what the nodes that may host measured to be fastest, onnx where one of them did not measure.",
+        _choice(AUTO, *QUANTIZATIONS),
+    )
     quantization: str = knob(
         "", "int4 (litert), int8 or fp32. Empty: the runtime's default.", _choice("int4", "int8", "fp32")
     )
@@ -263,7 +267,7 @@ def _entry(
     made = kind(**checked)
     if isinstance(made, ModelPolicy):
         try:
-            form_of(made.runtime, made.quantization)
+            choices(made.runtime, made.quantization)
         except InputError as error:
             raise fail([*path, "quantization"], str(error)) from None
     both_ways = [label for label in made.allow if label in made.deny]

@@ -37,6 +37,8 @@ _TOLD = 0.04
 """Share by which a figure must move before peers hear of it."""
 _ROW_SHARE = 0.16
 """Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
+_GUESSED_TAIL = 2.0
+"""99th percentile over the median, until it is measured."""
 EFFICIENCY = 0.6
 """Of the probe's bandwidth and arithmetic that a whole shard reaches."""
 _GB_S, _GFLOP_S = 5.0, 20.0
@@ -135,6 +137,13 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
     )
 
 
+def probed_layer(
+    model: Digest, runtime: str, quantization: str, layer: float, head: float, prefill: float
+) -> LayerSpeed:
+    """Of a form that was measured on a few layers and never ran; microseconds. What batches and the tail take is guessed."""
+    return LayerSpeed(model, runtime, quantization, layer, head, _ROW_SHARE, prefill, _GUESSED_TAIL)
+
+
 def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
     """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
     layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
@@ -172,7 +181,7 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
     gb_s, gflop_s = (known[0].gb_s, known[0].gflop_s) if known else (_GB_S, _GFLOP_S)
     decode = shard.weight_bytes / (gb_s * 1e9 * EFFICIENCY) * _US
     prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * EFFICIENCY) * _US
-    return StageSpeed(decode, decode * _ROW_SHARE, prefill, 2 * decode)
+    return StageSpeed(decode, decode * _ROW_SHARE, prefill, _GUESSED_TAIL * decode)
 
 
 class SpeedMeter:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mesh.clock import Clock
 from mesh.errors import InputError, LeaseRefused, PeerError, RequestError
+from mesh.forms import choices
 from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, Term
 from node_agent.adapters.peers import ClusterView
 from node_agent.adapters.policy_book import PolicyBook
@@ -25,6 +26,7 @@ from node_agent.plan_report import infeasible_report, nomad_report, plan_report
 from node_agent.ports import Orchestrator, PeerAgents
 from scheduler.cluster import ClusterSnapshot
 from scheduler.demand import ModelDemand
+from scheduler.form_choice import chosen_form
 from scheduler.leadership import Leadership, elder
 from scheduler.placement import Infeasible, Plan, place
 from scheduler.policy import ModelPolicy, Policy, parse_policy
@@ -148,7 +150,9 @@ class ControlLoop:
     async def _place(
         self, snapshot: ClusterSnapshot, model: str, wishes: ModelPolicy, taken: Mapping[NodeId, int]
     ) -> Plan | Infeasible:
-        demand = await self._demand(model, wishes.runtime, wishes.quantization)
+        usual = next(iter(choices(wishes.runtime, wishes.quantization).items()))
+        shape = (await self._demand(model, *usual)).shape
+        demand = await self._demand(model, *chosen_form(snapshot, shape, wishes))
         others = [demand.scaled(q, s) for q, s in _SMALLER.get(demand.quantization, {}).items()]
         refused = self._refusals.held_off() | self._avoided(snapshot)
         flapping = self._flaps.held_off(self._clock.monotonic())

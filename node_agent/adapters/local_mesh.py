@@ -25,7 +25,7 @@ from mesh.adapters.grpc_links import CHANNEL_OPTIONS
 from mesh.errors import InputError, NoRoute, Unavailable
 from mesh.forms import DEFAULT_RUNTIME
 from mesh.types import NodeId
-from node_agent.adapters.form_probe import chosen_form
+from node_agent.adapters.form_times import chosen_form
 from node_agent.adapters.model_pull import CATALOGUE, pull_model
 from node_agent.adapters.model_store import ModelStore, Progress
 from node_agent.adapters.shard_maker import demand_of, make_shard
@@ -173,7 +173,7 @@ class LocalMesh:
         if model in CATALOGUE:
             await asyncio.to_thread(pull_model, store, model, progress=progress)
         runtime, quantization = await asyncio.to_thread(
-            chosen_form, store, model, runtime, quantization, self.options.home, progress
+            chosen_form, store, model, runtime, quantization, progress
         )
         make = partial(
             make_shard, store, model, quantization=quantization, progress=progress, runtime=runtime

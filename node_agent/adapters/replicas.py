@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from mesh.capabilities import Capabilities
@@ -134,6 +134,11 @@ class ReplicaManager:
     def layer_speeds(self) -> tuple[LayerSpeed, ...]:
         """What was measured here of each model, loaded or not."""
         return tuple(coarse_layer(s) for _, s in sorted(self._layer_speeds.items()))
+
+    def expect(self, probed: Iterable[LayerSpeed]) -> None:
+        """What forms of models were measured to take here before any of them ran."""
+        for speed in probed:
+            self._layer_speeds.setdefault((speed.model, speed.runtime, speed.quantization), speed)
 
     async def hold(
         self, key: ShardKey, holder: str, promise: Promise | None = None

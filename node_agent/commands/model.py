@@ -195,16 +195,13 @@ def _ranges(args: argparse.Namespace, layers: int) -> list[tuple[int, int]]:
 
 
 def _shard(store: ModelStore, args: argparse.Namespace) -> int:
-    from node_agent.adapters.form_probe import chosen_form
+    from node_agent.adapters.form_times import chosen_form
     from node_agent.adapters.shard_maker import make_shard
     from node_agent.commands.show import progress_bars
 
     ranges = _ranges(args, store.card(args.name).architecture.layers)
     with progress_bars() as progress:
-        data_dir = store.root.parent
-        runtime, quantization = chosen_form(
-            store, args.name, args.runtime, args.quantization, data_dir, progress
-        )
+        runtime, quantization = chosen_form(store, args.name, args.runtime, args.quantization, progress)
         folders = [
             make_shard(store, args.name, s, e, quantization, progress, runtime, args.context)
             for s, e in ranges

@@ -58,7 +58,7 @@ class Fleet:
         settings = {"home": self.home, "log_level": "info", **self.settings}
         if name[0] == "s":
             start, end = cuts(self.stages)[int(name[1])]
-            settings |= {"shards": f"{MODEL}:{start}-{end}", "threads": self.threads, "slots": "6"}
+            settings |= {"shards": f"{MODEL}:{start}-{end}/int8", "threads": self.threads, "slots": "6"}
             settings |= {"context": CONTEXT}
         else:
             settings |= {"replay": "fast" if name == "fast" else "exact"}

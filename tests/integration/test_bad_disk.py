@@ -103,7 +103,7 @@ def test_a_full_disk_refuses_answers_and_says_so_until_there_is_room(
 ) -> None:
     make_shard(store, MODEL, 0, 30, "int8")
     home = str(store.root.parent)
-    settings = {"home": home, "shards": f"{MODEL}:0-30", "slots": "4", "context": "256"}
+    settings = {"home": home, "shards": f"{MODEL}:0-30/int8", "slots": "4", "context": "256"}
     with mounted(tmp_path / "disk", "size=24m") as disk, agent(disk / "data", **settings) as one:  # type: ignore[arg-type]
         until(lambda: "choices" in asked(one), 40, "no first answer")
         ballast = fill(disk)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import InputError
-from mesh.forms import fastest
-from node_agent.adapters import form_probe
-from node_agent.adapters.form_probe import FILE, chosen_form, probe_forms
-from node_agent.shards.manifest import LITERT_GRAPH_FILE
+from mesh.forms import choices, fastest
+from node_agent.adapters import form_times
+from node_agent.adapters.form_times import FILE, chosen_form, probe_forms, probed_speeds
+from node_agent.shards.manifest import CARD_FILE, LITERT_GRAPH_FILE
 from tests.integration.test_tiny_models import pulled
 
 
@@ -31,37 +31,67 @@ def test_another_runtime_is_taken_only_where_it_is_clearly_faster(
     assert fastest(token_us) == wanted
 
 
+def test_what_is_usual_stays_where_another_is_hardly_faster() -> None:
+    assert fastest({"onnx": 80.0, "litert": 100.0}, usual="litert") == "litert"
+    assert fastest({"onnx": 70.0, "litert": 100.0}, usual="litert") == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "quantization", "wanted"),
+    [
+        ("auto", "", {"onnx": "int8", "litert": "int4"}),
+        ("auto", "fp32", {"onnx": "fp32"}),
+        ("auto", "int4", {"litert": "int4"}),
+        ("litert", "", {"litert": "int4"}),
+    ],
+)
+def test_what_there_is_to_choose_among(runtime: str, quantization: str, wanted: dict[str, str]) -> None:
+    assert choices(runtime, quantization) == wanted
+
+
 def test_runtimes_are_measured_once_and_what_was_damaged_anew(tmp_path: Path) -> None:
     store = pulled(tmp_path)
-    found = probe_forms(store, "tiny", tmp_path)
+    layers = store.card("tiny").architecture.layers
+    assert probed_speeds(store) == []
+    found = probe_forms(store, "tiny")
     assert set(found) == {"onnx", "litert"}
-    assert all(us > 0 for us in found.values())
-    assert chosen_form(store, "tiny", "", "", tmp_path)[0] == fastest(found)
-    path = tmp_path / FILE
+    assert all(t.layer > 0 and t.prefill > 0 for t in found.values())
+    assert chosen_form(store, "tiny", "", "")[0] == fastest({r: t.token_us(layers) for r, t in found.items()})
+    path = store.root.parent / FILE
     written = path.stat().st_mtime_ns
-    assert probe_forms(store, "tiny", tmp_path) == found
+    assert probe_forms(store, "tiny") == found
     assert path.stat().st_mtime_ns == written
     kept = json.loads(path.read_text())
-    kept[next(iter(kept))] = {"onnx": 10.0, "litert": 1.0}
+    slow = {"layer": 10.0, "head": 20.0, "prefill": 3.0}
+    kept[next(iter(kept))] = {"onnx": slow, "litert": slow | {"layer": 1.0, "head": 2.0}}
     path.write_text(json.dumps(kept))
-    assert chosen_form(store, "tiny", "", "", tmp_path) == ("litert", "int4")
-    path.write_text("{half")
-    assert set(probe_forms(store, "tiny", tmp_path)) == {"onnx", "litert"}
+    assert chosen_form(store, "tiny", "", "") == ("litert", "int4")
+    told = {(s.runtime, s.quantization): (s.layer, s.head, s.prefill) for s in probed_speeds(store)}
+    assert told == {("onnx", "int8"): (10.0, 20.0, 3.0), ("litert", "int4"): (1.0, 2.0, 3.0)}
+    card = store.folder("tiny") / CARD_FILE
+    whole = card.read_bytes()
+    card.write_text("{half")
+    assert probed_speeds(store) == []
+    card.write_bytes(whole)
+    for damaged in ("{half", '{"x": {"onnx": 3.0}}'):
+        path.write_text(damaged)
+        assert probed_speeds(store) == []
+    assert set(probe_forms(store, "tiny")) == {"onnx", "litert"}
 
 
 def test_what_was_asked_for_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = pulled(tmp_path)
-    monkeypatch.setattr(form_probe, "probe_forms", None)
-    assert chosen_form(store, "tiny", "litert", "", tmp_path) == ("litert", "int4")
-    assert chosen_form(store, "tiny", "", "fp32", tmp_path) == ("onnx", "fp32")
+    monkeypatch.setattr(form_times, "probe_forms", None)
+    assert chosen_form(store, "tiny", "litert", "") == ("litert", "int4")
+    assert chosen_form(store, "tiny", "", "fp32") == ("onnx", "fp32")
     with pytest.raises(InputError, match="'tpu' is unknown"):
-        chosen_form(store, "tiny", "tpu", "", tmp_path)
+        chosen_form(store, "tiny", "tpu", "")
 
 
 def test_a_runtime_that_fails_is_no_choice_and_ends_nothing(tmp_path: Path) -> None:
     store = pulled(tmp_path)
-    probe_forms(store, "tiny", tmp_path)
-    (tmp_path / FILE).unlink()
+    probe_forms(store, "tiny")
+    (store.root.parent / FILE).unlink()
     for graph in store.root.rglob(LITERT_GRAPH_FILE):
         graph.write_bytes(b"damaged")
-    assert set(probe_forms(store, "tiny", tmp_path)) == {"onnx"}
+    assert set(probe_forms(store, "tiny")) == {"onnx"}

@@ -260,7 +260,7 @@ def test_a_shard_made_from_another_file_is_not_held(tmp_path: Path) -> None:
         "--data-dir",
         str(tmp_path / "data"),
     ]
-    command += ["--port", "0", "--api-port", "0", "--shards", "tiny:0-3", "--context", "64"]
+    command += ["--port", "0", "--api-port", "0", "--shards", "tiny:0-3/int8", "--context", "64"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode == 2
     assert "was made from another file than the tiny that is here" in answer.stderr

@@ -18,7 +18,7 @@ from node_agent.adapters.shard_maker import make_shard
 from tests.agents import AgentProcess, agent, until
 from tests.conftest import MODEL
 
-SHARD = f"{MODEL}:0-30"
+SHARD = f"{MODEL}:0-30/int8"
 WITHIN_S = 10.0
 FAIR_WITHIN_S, FAIR_OVER_S = 30.0, 5.0
 

@@ -11,7 +11,7 @@ import pytest
 
 from mesh.errors import MeshError
 from node_agent.adapters.api_client import ApiClient
-from node_agent.adapters.form_probe import FILE
+from node_agent.adapters.form_times import FILE, probe_forms
 from node_agent.adapters.model_store import ModelStore
 from tests.agents import AgentProcess, agent, until
 from tests.conftest import MODEL
@@ -81,12 +81,33 @@ def answers_mixed(one: AgentProcess) -> bool:
     return "Paris" in answer and bool(trace["mixed"])
 
 
+def unmeasured(folder: Path, store: ModelStore) -> ModelStore:
+    """The model in a home of its own, where no runtime was measured yet."""
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / MODEL).symlink_to(store.folder(MODEL))
+    return ModelStore(folder)
+
+
 @pytest.mark.timeout(200)
-def test_an_agent_measures_which_form_to_hold(store: ModelStore, tmp_path: Path) -> None:
-    data = tmp_path / "a"
-    with holding(data, "0-30/auto", store) as one:
+def test_the_scheduler_places_what_its_nodes_measured_to_be_faster(store: ModelStore, tmp_path: Path) -> None:
+    home = unmeasured(tmp_path / "home", store)
+    probe_forms(home, MODEL)
+    path = tmp_path / "home" / FILE
+    (key, found) = next(iter(json.loads(path.read_text()).items()))
+    path.write_text(json.dumps({key: found | {"litert": {k: v / 9 for k, v in found["onnx"].items()}}}))
+    with agent(tmp_path / "a", home=str(tmp_path / "home"), threads="1") as one:
+        client = ApiClient(f"http://{one.api}")
+        policy = {"policy": f"[models.{MODEL}]\nsessions = 1\ncontext = 512\n", "name": "test"}
+        client.send("PUT", "/mesh/v1/policy", policy)
+        until(lambda: set(served(one).values()) == {"litert-int4"}, LOADED_S)
+        assert "Paris" in ask(one)[0]
+
+
+@pytest.mark.timeout(200)
+def test_an_agent_measures_which_form_to_hold_and_says_so(store: ModelStore, tmp_path: Path) -> None:
+    with holding(tmp_path / "a", "0-30", unmeasured(tmp_path / "home", store)) as one:
         until(lambda: bool(served(one)), LOADED_S)
         assert set(served(one).values()) <= {"onnx-int8", "litert-int4"}
         assert "Paris" in ask(one)[0]
-    measured = json.loads((data / FILE).read_text())
+    measured = json.loads((tmp_path / "home" / FILE).read_text())
     assert set(next(iter(measured.values()))) == {"onnx", "litert"}

@@ -182,7 +182,7 @@ def test_the_only_replica_is_loaded_elsewhere_when_it_dies(store: ModelStore, tm
     with agent(tmp_path / "ingress", **told, memory="64") as ingress:
         peers = ingress.address
         with (
-            agent(tmp_path / "only", **told, peers=peers, shards=f"{MODEL}:0-30") as only,
+            agent(tmp_path / "only", **told, peers=peers, shards=f"{MODEL}:0-30/int8") as only,
             agent(tmp_path / "idle", **told, peers=peers) as idle,
         ):
             until(lambda: serving(ingress) == 1, 40, "the shard is not served")

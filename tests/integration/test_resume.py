@@ -89,7 +89,7 @@ class Reader:
 
 
 def settings(home: str, peers: str, i: int) -> dict[str, str]:
-    shards = f"{MODEL}:{'0-15' if i < 2 else '15-30'}"
+    shards = f"{MODEL}:{'0-15' if i < 2 else '15-30'}/int8"
     return {"home": home, "peers": peers, "shards": shards, "threads": "1", "slots": "4", "context": "512"}
 
 
@@ -170,7 +170,7 @@ def test_after_everything_was_killed_sessions_go_on(store: ModelStore, tmp_path:
     make_shard(store, MODEL, 0, 30, "int8")
     told = {
         "home": str(store.root.parent),
-        "shards": f"{MODEL}:0-30",
+        "shards": f"{MODEL}:0-30/int8",
         "threads": "1",
         "log": log,
         "context": "512",

@@ -71,7 +71,8 @@ def test_a_delegate_is_a_path_and_options() -> None:
 
 
 def test_shards_by_name() -> None:
-    assert parse_shard("m.1-x:0-10") == ShardKey("m.1-x", 0, 10, "onnx", "int8")
+    assert parse_shard("m.1-x:0-10") == ShardKey("m.1-x", 0, 10, "auto", "")
+    assert parse_shard("m:0-10/int8") == ShardKey("m", 0, 10, "onnx", "int8")
     assert parse_shard("m:3-4/fp32") == ShardKey("m", 3, 4, "onnx", "fp32")
     assert parse_shard("m:3-4/auto") == ShardKey("m", 3, 4, "auto", "")
     assert parse_shard("m:3-4/litert") == ShardKey("m", 3, 4, "litert", "int4")
