@@ -10,7 +10,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -31,23 +31,23 @@ from mesh.messages import (
     Sampled,
     Witness,
 )
-from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Stage, Token
+from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Token
+from node_agent.adapters.acknowledgements import Acknowledgements
 from node_agent.adapters.metrics import StageMetrics
+from node_agent.adapters.placed import Key, Placed, next_stage
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.hop_log import HopLog
 from node_agent.hop_times import HopTimes
 from node_agent.hop_watch import HopWatch
 from node_agent.ports import NO_EPOCH, TokenLog
 from node_agent.stage import Refusal, StageSession
+from node_agent.token_copies import TokenCopies
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-ACK_DELAY_S = 0.04
-"""Acknowledgements of decode steps are gathered this long: they are off the token's path, and a
-message costs the same whether it carries one or twenty."""
 BEACON_INTERVAL_S = 0.03
 _MERGED_MAX = 128
 """Positions of a replay's frame when it need not be exact."""
@@ -55,8 +55,6 @@ _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
-
-Key = tuple[SessionId, int]
 
 
 class Owner(Protocol):
@@ -71,22 +69,6 @@ class Owner(Protocol):
     def silent(self, address: Address, reason: str) -> None:
         """A first stage gives no sign of life."""
         ...
-
-
-@dataclass(slots=True)
-class _Placed:
-    """A session at one of our replicas, and who feeds it."""
-
-    replica: Replica
-    metrics: StageMetrics
-    upstream: Upstream
-    order: Open
-
-    @property
-    def waits(self) -> bool:
-        """It is fed no more, until a later epoch."""
-        session = self.replica.book.sessions.get(self.order.session)
-        return session is None or session.orphan_ns > 0
 
 
 class StageHost:
@@ -105,7 +87,7 @@ class StageHost:
     ) -> None:
         """``send`` to a peer and ``drop`` the link to one that is silent; ``refused`` counts sessions by reason."""
         self.node, self.address, self._clock = node, address, clock
-        self._tokens = tokens
+        self._copies = TokenCopies(tokens)
         self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
         """Owners that took sessions over: what an older one wants is refused."""
         self._closed: OrderedDict[Key, Epoch] = OrderedDict()
@@ -116,10 +98,8 @@ class StageHost:
         self.metrics: dict[Digest, StageMetrics] = {}
         self.owner: Owner | None = None
         self._send_remote, self._drop_link, self._count_refused = send, drop, refused
-        self._placed: dict[Key, _Placed] = {}
-        self._computed: list[Computed] = []
-        """Rows not acknowledged yet."""
-        self._timer: asyncio.TimerHandle | None = None
+        self._placed: dict[Key, Placed] = {}
+        self._acks = Acknowledgements(self._placed, clock)
         self._loop = asyncio.get_running_loop()
         self._hop_times = HopTimes()
         self._local = _LocalUpstream(self)
@@ -200,11 +180,11 @@ class StageHost:
         if isinstance(outcome, Refusal):
             self._refuse(order, outcome.cause, outcome.reason)
             return
-        placed = _Placed(replica, self.metrics[stage.shard], upstream, order)
+        placed = Placed(replica, self.metrics[stage.shard], upstream, order)
         before = self._placed.get((order.session, order.stage))
         self._placed[order.session, order.stage] = placed
         self._work.set()
-        if before is not None and _onward(before.order) != _onward(order):
+        if before is not None and next_stage(before.order) != next_stage(order):
             # The owner tells it as well, but may have done so before our Open of that epoch arrived there.
             left = Close(order.session, before.order.epoch, "the session moved", waits=True)
             self._pass_close(before.order, left)
@@ -213,11 +193,7 @@ class StageHost:
         if order.standby:
             return
         if outcome.last and order.request and order.owner_address != self.address:
-            # All of them, even where this stage survived: it may have been a standby, or not the last for a while.
-            tokens = tuple(Token(len(order.prompt) + i, t) for i, t in enumerate(order.generated))
-            self._keep(
-                order.session, order.epoch, order.expires_ms, order.prompt, order.request, tokens, route
-            )
+            self._copies.opened(order)
         if order.stage + 1 < len(route.stages):
             left_ms = max(1, (outcome.deadline_ns - self._clock.monotonic_ns()) // 1_000_000)
             onward = replace(order, stage=order.stage + 1, deadline_ms=left_ms)
@@ -231,32 +207,10 @@ class StageHost:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
 
-    def _keep(
-        self,
-        session: SessionId,
-        epoch: Epoch,
-        expires_ms: int,
-        prompt: tuple[int, ...],
-        request: bytes,
-        tokens: tuple[Token, ...],
-        route: LayeredRoute | None = None,
-    ) -> None:
-        """Keep a session's tokens for its owner (rule R6). That a copy cannot be kept ends nothing."""
-        if self._tokens is None:
-            return
-        try:
-            if request:
-                self._tokens.begin(session, prompt, expires_ms / 1000, epoch, request, route)
-            if tokens:
-                self._tokens.append(session, tokens)
-        except OSError as error:
-            log.error("a copy of a session's tokens cannot be kept: %s", error, extra={"session": session})
-
     def _witness(self, message: Witness) -> None:
         fence = self._fences.get(message.session)
         if fence is None or message.epoch >= fence:
-            prompt, request = message.prompt, message.request
-            self._keep(message.session, message.epoch, message.expires_ms, prompt, request, message.tokens)
+            self._copies.witnessed(message)
 
     def fence(self, session: SessionId, epoch: Epoch) -> None:
         """Another ingress owns a session from now on: the old one is told, its stages here wait for the new one."""
@@ -298,7 +252,7 @@ class StageHost:
         self._loop.call_soon(self._resend, placed)
         placed.replica.dispatch()
 
-    def _resend(self, placed: _Placed) -> None:
+    def _resend(self, placed: Placed) -> None:
         """Replay the hop log to the next stage, as far as there is credit: a frame a turn of the loop."""
         order = placed.order
         session = placed.replica.book.sessions.get(order.session)
@@ -365,7 +319,7 @@ class StageHost:
 
     def _pass_close(self, order: Open, close: Close, lost: Address | None = None) -> None:
         """Tell the next stage and its standby, but not who is ``lost``."""
-        following = _onward(order)
+        following = next_stage(order)
         if following is None or order.standby:
             return
         onward = replace(close, epoch=order.epoch, stage=order.stage + 1)
@@ -375,7 +329,7 @@ class StageHost:
         if standby is not None and standby.address != lost:
             self.deliver(standby.address, replace(onward, keep=False, alone=True))
 
-    def _forget(self, key: Key, placed: _Placed, keep: bool = False) -> None:
+    def _forget(self, key: Key, placed: Placed, keep: bool = False) -> None:
         del self._placed[key]
         if placed.replica.close_session(key[0], placed.order.epoch, keep) and self.hops is not None:
             self.hops.forget(key[0], placed.replica.book.shard.digest)
@@ -467,23 +421,18 @@ class StageHost:
             self.deliver(address, onward)
         for address, onward in copies.items():
             self.deliver(address, onward)
-        self._computed.extend(rows)
         if self.hops is not None:
             for row in rows:
                 if not row.session.last:
                     shard = self._shard_of(row.session)
                     self.hops.append(row.session.order.session, shard, row.frame.position, row.output)
-        if self._brisk(rows[0]):
-            self._loop.call_soon(self._account)
-        elif self._timer is None:
-            self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
+        self._acks.computed(rows)
 
     def _log_tokens(self, rows: list[Computed]) -> None:
         for row in rows:
             order = row.session.order
             if row.session.last and row.output and order.request and order.owner_address != self.address:
-                kept = tuple(Token(t.position, t.token, t.logprob) for t in row.output)
-                self._keep(order.session, order.epoch, order.expires_ms, (), b"", kept)
+                self._copies.sampled(order, row.output)
 
     def _shard_of(self, session: StageSession) -> Digest:
         here = session.order.here
@@ -491,38 +440,6 @@ class StageHost:
         return here.shard
 
     # -- acknowledgements ----------------------------------------------------------------------
-
-    def _brisk(self, row: Computed) -> bool:
-        """Whether an acknowledgement cannot wait: prefill needs its credit, others before it runs out."""
-        waiting = len(self._computed)
-        return row.frame.length > 1 or waiting * 2 >= row.session.order.window * max(1, len(self._placed))
-
-    def _account(self) -> None:
-        """Acknowledge and measure what was computed since the last time: off every token's path."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        rows, self._computed = self._computed, []
-        now = self._clock.monotonic_ns()
-        owed: dict[int, tuple[Upstream, dict[Key, Ack]]] = {}
-        for row in rows:
-            order = row.session.order
-            placed = self._placed.get((order.session, order.stage))
-            if placed is None or row.frame.epoch != order.epoch:
-                continue  # of an epoch that is over
-            if order.standby:
-                placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
-                continue
-            placed.metrics.ran(row.frame.length, row.compute_us, row.queue_us)
-            held_us = (now - row.frame.arrived_ns) // 1000
-            end = row.frame.position + row.frame.length
-            # Cumulative: the furthest of each session says it all, be it of guesses that were wrong.
-            _, acks = owed.setdefault(id(placed.upstream), (placed.upstream, {}))
-            key = (order.session, order.stage)
-            if key not in acks or acks[key].position <= end:
-                acks[key] = Ack(order.session, order.epoch, end, order.stage, held_us)
-        for upstream, acks in owed.values():
-            upstream.reply(list(acks.values()))
 
     def _acknowledged(self, address: Address, ack: Ack) -> None:
         measured = self._hop_times.acknowledged(address, ack, self._clock.monotonic_ns())
@@ -557,7 +474,7 @@ class StageHost:
 
     def _lose(self, address: Address, cause: Cause, reason: str) -> None:
         for placed in list(self._placed.values()):
-            order, following = placed.order, _onward(placed.order)
+            order, following = placed.order, next_stage(placed.order)
             if order.owner_address == address and address != self.address:
                 self._wait(placed, reason, lost=address)  # nobody is left to hear of it, for now
             elif following is not None and following.address == address and not placed.waits:
@@ -571,7 +488,7 @@ class StageHost:
             if placed.upstream is upstream:
                 self._wait(placed, "the stage before was lost")
 
-    def _wait(self, placed: _Placed, why: str, lost: Address | None = None) -> None:
+    def _wait(self, placed: Placed, why: str, lost: Address | None = None) -> None:
         """Keep a session for a later epoch, here and behind here: its end may have been lost with who is ``lost``."""
         if placed.waits:
             return  # those behind were told, and may be lost as well: telling them again would dial for ever
@@ -645,19 +562,11 @@ class StageHost:
                     self.hops.forget(key[0], placed.replica.book.shard.digest)
 
 
-def _onward(order: Open) -> Stage | None:
-    """The stage after the receiver's."""
-    route = order.route
-    if not isinstance(route, LayeredRoute) or order.stage + 1 >= len(route.stages):
-        return None
-    return route.stages[order.stage + 1]
-
-
 def _abandoned(session: StageSession, now: int) -> bool:
     return session.orphan_ns > 0 and now - session.orphan_ns > _ORPHAN_NS
 
 
-def _answer(placed: _Placed, position: int, short: int = 0, replayed: int = 0) -> Opened:
+def _answer(placed: Placed, position: int, short: int = 0, replayed: int = 0) -> Opened:
     """What a stage tells its sender of an ``Open`` that asks."""
     order = placed.order
     short += position < order.position

@@ -1,0 +1,64 @@
+"""What a stage owes for computed rows: acknowledgements upstream and figures, gathered off every token's path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from mesh.adapters.grpc_links import Upstream
+from mesh.clock import Clock
+from mesh.messages import Ack
+from node_agent.adapters.placed import Key, Placed
+from node_agent.adapters.replica import Computed
+
+ACK_DELAY_S = 0.04
+"""Acknowledgements of decode steps are gathered this long: a message costs the same whether it carries one or twenty."""
+
+
+class Acknowledgements:
+    """Of one node; ``placed`` are its stages by key, as they are now."""
+
+    def __init__(self, placed: Mapping[Key, Placed], clock: Clock) -> None:
+        self._placed, self._clock = placed, clock
+        self._loop = asyncio.get_running_loop()
+        self._computed: list[Computed] = []
+        """Rows not acknowledged yet."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def computed(self, rows: Sequence[Computed]) -> None:
+        """A run is done; its rows are acknowledged soon."""
+        self._computed.extend(rows)
+        if self._brisk(rows[0]):
+            self._loop.call_soon(self._account)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
+
+    def _brisk(self, row: Computed) -> bool:
+        """Whether an acknowledgement cannot wait: prefill needs its credit, others before it runs out."""
+        waiting = len(self._computed)
+        return row.frame.length > 1 or waiting * 2 >= row.session.order.window * max(1, len(self._placed))
+
+    def _account(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        rows, self._computed = self._computed, []
+        now = self._clock.monotonic_ns()
+        owed: dict[int, tuple[Upstream, dict[Key, Ack]]] = {}
+        for row in rows:
+            order, frame = row.session.order, row.frame
+            placed = self._placed.get((order.session, order.stage))
+            if placed is None or frame.epoch != order.epoch:
+                continue  # of an epoch that is over
+            placed.metrics.ran(frame.length, row.compute_us, row.queue_us)
+            if order.standby:
+                continue
+            end = frame.position + frame.length
+            # Cumulative: the furthest of each session says it all, be it of guesses that were wrong.
+            _, acks = owed.setdefault(id(placed.upstream), (placed.upstream, {}))
+            key = (order.session, order.stage)
+            if key not in acks or acks[key].position <= end:
+                held_us = (now - frame.arrived_ns) // 1000
+                acks[key] = Ack(order.session, order.epoch, end, order.stage, held_us)
+        for upstream, acks in owed.values():
+            upstream.reply(list(acks.values()))
