@@ -1,7 +1,7 @@
 """Which form a model is placed in where its policy leaves that open: one for the whole mesh. Pure.
 
 Routes of one form are exact and routes of several are not, so it is not every node's own choice. Another form than the usual one is
-taken where every node that may host has measured both, and it is clearly faster for all of them together.
+taken where every node that may host has measured it, and it is clearly faster for all of them together, or the only one that they know.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def chosen_form(snapshot: ClusterSnapshot, shape: ModelShape, policy: ModelPolic
     hosts = [n for n in snapshot.alive() if shape.ref.name in n.models and forbidden(n, policy) is None]
     times = {r: _token_us(hosts, shape, r, q) for r, q in forms.items()}
     known = {r: us for r, us in times.items() if us is not None}
-    chosen = fastest(known, usual) if usual in known else usual
+    if usual not in known and (placed in forms or not known):
+        return usual, forms[usual]
+    chosen = fastest(known, usual)
     return chosen, forms[chosen]
 
 

@@ -54,11 +54,13 @@ def _measure(store: ModelStore, model: str, threads: int) -> dict[str, FormTime]
         for shard in loaded:
             shard.close()
     return {
-        runtime: FormTime(
-            round(inner / few, 2), round(max(0.0, last - inner), 2), round(chunk / few / _CHUNK, 3)
-        )
+        runtime: FormTime(_short(inner / few), _short(max(0.0, last - inner)), _short(chunk / few / _CHUNK))
         for runtime, (inner, last, chunk) in best.items()
     }
+
+
+def _short(us: float) -> float:
+    return float(f"{us:.4g}")
 
 
 def _load(store: ModelStore, model: str, cut: tuple[int, int], runtime: str, threads: int) -> Runtime:

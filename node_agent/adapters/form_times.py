@@ -11,11 +11,12 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from mesh.errors import MeshError
-from mesh.forms import AUTO, choices, fastest
+from mesh.forms import AUTO, DEFAULT_RUNTIME, choices, fastest
 from mesh.types import Digest
 from node_agent.adapters.fingerprint.cpu import probe_cpu
 from node_agent.adapters.model_store import ModelStore, Progress, new_file, no_progress
@@ -32,9 +33,9 @@ _LONGEST_S = 300
 class FormTime(msgspec.Struct, frozen=True):
     """Microseconds: a step over one layer, the head, a position of prefill in one layer."""
 
-    layer: float
-    head: float
-    prefill: float
+    layer: Annotated[float, msgspec.Meta(gt=0)]
+    head: Annotated[float, msgspec.Meta(ge=0)]
+    prefill: Annotated[float, msgspec.Meta(gt=0)]
 
     def token_us(self, layers: int) -> float:
         """A token of the whole model, alone on this machine."""
@@ -65,9 +66,10 @@ def chosen_form(
 
 
 def probe_forms(store: ModelStore, model: str, progress: Progress = no_progress) -> dict[str, FormTime]:
-    """What this machine takes, by runtime in its default quantization. Without a choice nothing is measured, and it is empty."""
+    """What this machine takes, by runtime in its default quantization. Where there is the usual runtime alone nothing is measured,
+    and it is empty."""
     installed = _installed()
-    if len(installed) < 2:
+    if installed.keys() <= {DEFAULT_RUNTIME}:
         return {}
     path, key = store.root.parent / FILE, _key(store, model, installed)
     kept = _read(path)

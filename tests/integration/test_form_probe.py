@@ -10,7 +10,7 @@ import pytest
 from mesh.errors import InputError
 from mesh.forms import choices, fastest
 from node_agent.adapters import form_times
-from node_agent.adapters.form_times import FILE, chosen_form, probe_forms, probed_speeds
+from node_agent.adapters.form_times import FILE, FormTime, chosen_form, probe_forms, probed_speeds
 from node_agent.shards.manifest import CARD_FILE, LITERT_GRAPH_FILE
 from tests.integration.test_tiny_models import pulled
 
@@ -64,7 +64,8 @@ def test_runtimes_are_measured_once_and_what_was_damaged_anew(tmp_path: Path) ->
     kept = json.loads(path.read_text())
     slow = {"layer": 10.0, "head": 20.0, "prefill": 3.0}
     kept[next(iter(kept))] = {"onnx": slow, "litert": slow | {"layer": 1.0, "head": 2.0}}
-    path.write_text(json.dumps(kept))
+    whole_file = json.dumps(kept)
+    path.write_text(whole_file)
     assert chosen_form(store, "tiny", "", "") == ("litert", "int4")
     told = {(s.runtime, s.quantization): (s.layer, s.head, s.prefill) for s in probed_speeds(store)}
     assert told == {("onnx", "int8"): (10.0, 20.0, 3.0), ("litert", "int4"): (1.0, 2.0, 3.0)}
@@ -73,7 +74,8 @@ def test_runtimes_are_measured_once_and_what_was_damaged_anew(tmp_path: Path) ->
     card.write_text("{half")
     assert probed_speeds(store) == []
     card.write_bytes(whole)
-    for damaged in ("{half", '{"x": {"onnx": 3.0}}'):
+    negative = whole_file.replace("10.0", "-10.0")
+    for damaged in ("{half", '{"x": {"onnx": 3.0}}', negative):
         path.write_text(damaged)
         assert probed_speeds(store) == []
     assert set(probe_forms(store, "tiny")) == {"onnx", "litert"}
@@ -95,3 +97,20 @@ def test_a_runtime_that_fails_is_no_choice_and_ends_nothing(tmp_path: Path) -> N
     for graph in store.root.rglob(LITERT_GRAPH_FILE):
         graph.write_bytes(b"damaged")
     assert set(probe_forms(store, "tiny")) == {"onnx"}
+
+
+@pytest.mark.parametrize(("installed", "wanted"), [("onnx", "onnx"), ("litert", "litert"), ("", "onnx")])
+def test_where_there_is_one_runtime_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str, wanted: str
+) -> None:
+    store = pulled(tmp_path)
+    measured: list[str] = []
+
+    def measure(_: object, model: str) -> dict[str, FormTime]:
+        measured.append(model)
+        return {installed: FormTime(1.0, 1.0, 1.0)}
+
+    monkeypatch.setattr(form_times, "_installed", lambda: {installed: "1.0"} if installed else {})
+    monkeypatch.setattr(form_times, "_measured", measure)
+    assert chosen_form(store, "tiny", "", "")[0] == wanted
+    assert bool(measured) == (installed == "litert")

@@ -48,6 +48,8 @@ def placed(host: Node, runtime: str) -> Node:
         # One that never measured LiteRT may be one that cannot run it.
         ([measured("a", onnx=100, litert=60), measured("b", onnx=100)], "onnx-int8"),
         ([measured("a", onnx=100, litert=60), measured("b")], "onnx-int8"),
+        ([measured("a", litert=60)], "litert-int4"),
+        ([measured("a", onnx=10, litert=60), measured("b", litert=60)], "litert-int4"),
         # Slow for one and quick for the other: what they do together decides.
         ([measured("a", onnx=100, litert=40), measured("b", onnx=100, litert=120)], "litert-int4"),
         ([measured("a", onnx=10, litert=40), measured("b", onnx=100, litert=40)], "onnx-int8"),
@@ -68,7 +70,8 @@ def test_what_is_placed_is_not_exchanged_for_a_little() -> None:
     host = measured("a", onnx=80, litert=100)
     assert chosen(placed(host, "litert")) == "litert-int4"
     assert chosen(placed(measured("a", onnx=70, litert=100), "litert")) == "onnx-int8"
-    # A newcomer that measured nothing is no reason either.
+    # A newcomer that measured nothing, or another form only, is no reason either.
+    assert chosen(placed(host, "onnx"), measured("b", litert=10)) == "onnx-int8"
     assert chosen(placed(host, "litert"), measured("b")) == "litert-int4"
 
 
