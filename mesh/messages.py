@@ -179,7 +179,8 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class HopLost:
-    """A report to the owner: ``stage`` cannot go on (rule R1: peers report, the owner decides)."""
+    """A report to the owner: ``stage`` cannot go on (rule R1: peers report, the owner decides). The number after the
+    last stage's is no stage: a stream home or a log is lost, no node is to blame, and the route may stay."""
 
     session: SessionId
     epoch: Epoch

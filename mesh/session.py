@@ -434,7 +434,7 @@ def _stands_by(stage: Stage, place: int, route: LayeredRoute, lost: dict[NodeId,
 
 def _stage_name(route: LayeredRoute, index: int) -> str:
     if not 0 <= index < len(route.stages):
-        return f"stage {index}"
+        return "part of the route"
     stage = route.stages[index]
     return f"stage {index} (layers {stage.layers} on {stage.node})"
 

@@ -109,6 +109,8 @@ class Faults:
         match fault.what:
             case "freeze":
                 world.freeze(name, for_s)
+            case "reset":
+                world.reset(name, for_s)
             case "slow":
                 world.slow(name, fault.factor, for_s)
             case "disk":

@@ -118,6 +118,11 @@ class Stream:
             self.target.machine.post(max(at, self._due[True] + 1), self.on_ended)
         loop.at_ns(loop.now_ns + network.longest_ns, self._shut)
 
+    def reset(self) -> None:
+        """Break it for both ends; what was under way is lost."""
+        self.close("reset by peer")
+        self.open = False
+
     def _shut(self) -> None:
         self.open = False
 
@@ -250,6 +255,12 @@ class Network:
             cut = self.is_cut(stream.source.address, stream.target.address)
             if not cut and not self._lives(stream):
                 stream.close("reset by peer")
+
+    def reset(self, address: Address) -> None:
+        """Break the streams that lead to an address, as a router that forgot them would."""
+        for stream in list(self._at[address]):
+            if stream.target.address == address and not stream.cut_at_ns:
+                stream.reset()
 
     def _keepalive(self, stream: Stream, cut_at_ns: int) -> None:
         if stream.cut_at_ns == cut_at_ns:

@@ -208,6 +208,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         "freeze",
         "partition",
         "one-way",
+        "reset",
         "slow",
         "disk",
         "clock",

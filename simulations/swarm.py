@@ -34,6 +34,7 @@ _FAULTS = (
     Fault(what="consul", every="exponential(15s)", duration="uniform(2s, 20s)"),
     Fault(what="update", every="exponential(20s)", duration="uniform(3s, 10s)", count=2, wave="3s"),
 )
+_RESETS, _RESET_SHARE = Fault(what="reset", every="exponential(2s)", duration="uniform(1ms, 200ms)"), 0.3
 _NOMAD_FAULTS = (
     Fault(what="nomad", every="exponential(15s)", duration="uniform(2s, 20s)"),
     Fault(what="drain", every="exponential(10s)", duration="uniform(1s, 10s)"),
@@ -91,6 +92,8 @@ def random_scenario(seed: int, time: str) -> Scenario:
     if rng.random() < _SPECULATING:
         model = msgspec.structs.replace(drawn.model, vocabulary=_FEW_TOKENS)
         drawn = msgspec.structs.replace(drawn, speculation="on", model=model)
+    if rng.random() < _RESET_SHARE:
+        drawn = msgspec.structs.replace(drawn, faults=(*drawn.faults, _RESETS))
     return drawn
 
 

@@ -219,6 +219,14 @@ class World:
         self.network.heal(pairs)
         self.tell(f"{', '.join(names)} reachable again")
 
+    def reset(self, name: str, seconds: float) -> None:
+        """Break the streams that lead to a node, and after a while those that were dialled meanwhile."""
+        self.quiet.disturb()
+        self.faults["streams reset"] += 1
+        self.tell(f"streams to {name} are reset")
+        self.network.reset(self.specs[name].address)
+        self.loop.call_later(seconds, self.network.reset, self.specs[name].address)
+
     def slow(self, name: str, factor: float, seconds: float) -> None:
         """Make a node's runs take longer for a while."""
         spec = self.specs[name]

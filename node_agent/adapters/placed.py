@@ -22,6 +22,9 @@ class Placed:
     metrics: StageMetrics
     upstream: Upstream
     order: Open
+    report_ns: int = 0
+    """When to tell the owner again that the stream to it broke; 0: it did not."""
+    report_wait_ns: int = 0
 
     @property
     def waits(self) -> bool:

@@ -53,6 +53,7 @@ _MERGED_MAX = 128
 """Positions of a replay's frame when it need not be exact."""
 _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
+_REPORT_AGAIN_NS = 60_000_000
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 
@@ -267,7 +268,7 @@ class StageHost:
                 if self.hops is not None:
                     self.hops.forget(order.session, placed.replica.book.shard.digest)
                 placed.replica.book.hush(order.session)  # its owner may be here, and end it at once
-                self._report(order, -1, Cause.NO_CACHE, "a hop log is damaged", start)
+                self._report(order, len(route.stages), Cause.NO_CACHE, "a hop log is damaged", start)
                 return
             frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
             placed.replica.book.resent(session, start + len(payload))
@@ -476,11 +477,23 @@ class StageHost:
         for placed in list(self._placed.values()):
             order, following = placed.order, next_stage(placed.order)
             if order.owner_address == address and address != self.address:
-                self._wait(placed, reason, lost=address)  # nobody is left to hear of it, for now
+                if following is None and not placed.waits:
+                    placed.report_ns, placed.report_wait_ns = self._clock.monotonic_ns(), _REPORT_AGAIN_NS
+                self._wait(placed, reason, lost=address)
             elif following is not None and following.address == address and not placed.waits:
                 # What was under way is lost: nothing may follow it over a new link in this epoch.
                 placed.replica.book.hush(order.session)
                 self._report(order, order.stage + 1, cause, reason)
+
+    def _stream_home_lost(self, placed: Placed, now: int) -> None:
+        """If only the stream broke, its tokens are lost and the owner hears of it over another one, of which that may be true as
+        well. If the owner is gone, so is this after a few dials, ever further apart."""
+        if not placed.waits:
+            placed.report_ns = 0
+        elif now >= placed.report_ns:
+            placed.report_ns = now + placed.report_wait_ns
+            placed.report_wait_ns *= 2
+            self._report(placed.order, placed.order.stage + 1, Cause.STREAM_BROKEN, "the stream to its owner")
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
@@ -532,9 +545,11 @@ class StageHost:
     def _look(self, now: int) -> None:
         """Report the next stages that are silent (rule R1: the owner decides)."""
         owing = self._owing()
-        for placed in self._placed.values():
+        for placed in list(self._placed.values()):
             order, route = placed.order, placed.order.route
             session = placed.replica.book.sessions.get(order.session)
+            if placed.report_ns:
+                self._stream_home_lost(placed, now)
             if session is None or session.last or session.orphan_ns or order.standby:
                 continue
             if not isinstance(route, LayeredRoute):

@@ -816,7 +816,7 @@ class HopLost(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     stage: builtins.int
-    """the stage that is lost"""
+    """the stage that is lost; their number: none, but a stream home or a log"""
     cause: Global___Cause.ValueType
     detail: builtins.str
     position: builtins.int

@@ -175,6 +175,43 @@ def test_faults_happen_and_nothing_breaks(fault: str, counted: str) -> None:
     assert (found["tokens_lost"], found["tokens_repeated"], found["tokens_changed"]) == (0, 0, 0)
 
 
+TWO_GATEWAYS = """
+name = "x"
+time = "20s"
+quiet = "5s"
+[model]
+cuts = [10, 20]
+[load]
+each = "exponential(1500ms)"
+prompt = [20, 200]
+tokens = [40, 80]
+[[nodes]]
+kind = "host"
+count = 6
+[[nodes]]
+kind = "gateway"
+count = 2
+hosts = false
+[[faults]]
+what = "reset"
+every = "exponential(700ms)"
+who = "gateway"
+duration = "uniform(1ms, 50ms)"
+"""
+
+
+def test_a_stream_to_the_owner_that_breaks_is_missed_at_once_and_moves_nobody() -> None:
+    outcome = simulate(read_scenario(TWO_GATEWAYS, "x"), 1)
+    found = figures(outcome)
+    assert found["violations"] == []
+    assert found["availability"] == 1.0
+    assert "stream_broken" in found["causes"], "tokens were lost on the way home"
+    # Without the last stage's word the owner waits for its step's deadline, or the client goes elsewhere after seconds.
+    assert found["stall_ms_p50"] < 100
+    assert found["stall_ms_max"] < 1000
+    assert "cold" not in found["failovers"]
+
+
 def test_a_wiped_disk_has_no_tokens_any_more() -> None:
     outcome = run(faults='[[faults]]\nwhat = "wipe"\nat = "8s"\nwho = "n-1"\nduration = "2s"\n')
     assert any("its disk is lost" in what for _, what in outcome.world.events)
