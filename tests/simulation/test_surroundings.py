@@ -290,7 +290,7 @@ def test_a_seed_draws_the_same_scenario_and_another_one_another() -> None:
     assert random_scenario(5, "60s") == random_scenario(5, "60s")
     assert random_scenario(5, "60s") != random_scenario(6, "60s")
     kinds = {f.what for seed in range(60) for f in random_scenario(seed, "60s").faults}
-    assert len(kinds) == 15
+    assert len(kinds) == 16
 
 
 # -- what is drawn -------------------------------------------------------------------------------
