@@ -477,7 +477,7 @@ class StageHost:
         for placed in list(self._placed.values()):
             order, following = placed.order, next_stage(placed.order)
             if order.owner_address == address and address != self.address:
-                if following is None and not placed.waits:
+                if not placed.waits:
                     placed.report_ns, placed.report_wait_ns = self._clock.monotonic_ns(), _REPORT_AGAIN_NS
                 self._wait(placed, reason, lost=address)
             elif following is not None and following.address == address and not placed.waits:
@@ -486,14 +486,16 @@ class StageHost:
                 self._report(order, order.stage + 1, cause, reason)
 
     def _stream_home_lost(self, placed: Placed, now: int) -> None:
-        """If only the stream broke, its tokens are lost and the owner hears of it over another one, of which that may be true as
-        well. If the owner is gone, so is this after a few dials, ever further apart."""
+        """If only the stream broke, its tokens or reports are lost and the owner hears of it over another one, of which that may
+        be true as well. If the owner is gone, so is this after a few dials, ever further apart."""
         if not placed.waits:
             placed.report_ns = 0
         elif now >= placed.report_ns:
             placed.report_ns = now + placed.report_wait_ns
             placed.report_wait_ns *= 2
-            self._report(placed.order, placed.order.stage + 1, Cause.STREAM_BROKEN, "the stream to its owner")
+            route = placed.order.route
+            assert isinstance(route, LayeredRoute)
+            self._report(placed.order, len(route.stages), Cause.STREAM_BROKEN, "the stream to its owner")
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
