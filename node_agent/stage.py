@@ -67,6 +67,8 @@ class StageSession:
     """Tokens sampled here in this epoch (last stage): with those of the ``Open``, what penalties look at."""
     told: bool = True
     """The next stage has told where it stands; nothing is computed before."""
+    hushed: bool = False
+    """The next stage was lost: nothing goes on in this epoch, whatever it may still say."""
     onward: int = 0
     """What the next stage wants next: nothing below it is sent there."""
     resending: int | None = None
@@ -285,6 +287,7 @@ class StageBook:
         session.running = False
         session.sampled.clear()
         session.told = self.shard.last or order.standby or not order.asks
+        session.hushed = False
         session.onward = NOTHING_ONWARD if order.standby else 0
         session.resending, session.orphan_ns = None, 0
         return session
@@ -294,7 +297,7 @@ class StageBook:
         its hop log, whole from ``logged_from`` on (``None``: there is none), holds the rest; else it must be given
         that again and forgets it (rules R2 and R4). ``None`` if nobody waits for this."""
         session = self.sessions.get(session_id)
-        if session is None or epoch != session.order.epoch or session.told:
+        if session is None or epoch != session.order.epoch or session.told or session.hushed:
             return None
         session.told, session.onward = True, position
         if position < session.position:
@@ -306,7 +309,8 @@ class StageBook:
 
     def hush(self, session_id: SessionId) -> None:
         """Compute and send no more of a session in this epoch."""
-        self.sessions[session_id].told = False
+        session = self.sessions[session_id]
+        session.told, session.hushed = False, True
 
     def resent(self, session: StageSession, end: int) -> None:
         """A frame of the hop log, up to ``end``, is on its way to the next stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh.adapters.grpc_links import Upstream
-from mesh.messages import Open
+from mesh.messages import HopLost, Open
 from mesh.types import LayeredRoute, SessionId, Stage
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.replica import Replica
@@ -22,8 +22,9 @@ class Placed:
     metrics: StageMetrics
     upstream: Upstream
     order: Open
+    report: HopLost | None = None
+    """What the owner was told and has not acted on: told again at ``report_ns``, and ever more rarely."""
     report_ns: int = 0
-    """When to tell the owner again that the stream to it broke; 0: it did not."""
     report_wait_ns: int = 0
 
     @property

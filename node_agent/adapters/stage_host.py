@@ -53,7 +53,7 @@ _MERGED_MAX = 128
 """Positions of a replay's frame when it need not be exact."""
 _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
-_REPORT_AGAIN_NS = 60_000_000
+_REPORT_AGAIN_NS = 100_000_000
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 
@@ -268,7 +268,7 @@ class StageHost:
                 if self.hops is not None:
                     self.hops.forget(order.session, placed.replica.book.shard.digest)
                 placed.replica.book.hush(order.session)  # its owner may be here, and end it at once
-                self._report(order, len(route.stages), Cause.NO_CACHE, "a hop log is damaged", start)
+                self._insist(placed, _no_stage(order), Cause.NO_CACHE, "a hop log is damaged", start)
                 return
             frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
             placed.replica.book.resent(session, start + len(payload))
@@ -337,11 +337,25 @@ class StageHost:
         placed.replica.dispatch()
 
     def _report(self, order: Open, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
-        """Tell the owner (rule R1)."""
-        if order.standby:
-            return
-        lost = HopLost(order.session, order.epoch, stage, cause, detail, position)
-        self.deliver(order.owner_address, lost)
+        """Tell the owner (rule R1) of a session that has ended here."""
+        if not order.standby:
+            lost = HopLost(order.session, order.epoch, stage, cause, detail, position)
+            self.deliver(order.owner_address, lost)
+
+    def _insist(self, placed: Placed, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
+        """Tell the owner (rule R1) of a session that goes on here when it acts. What breaks one stream may break the next: it is
+        told again until then, at ever longer intervals, since an owner that is gone will never."""
+        order = placed.order
+        if not order.standby:
+            placed.report = HopLost(order.session, order.epoch, stage, cause, detail, position)
+            placed.report_wait_ns = _REPORT_AGAIN_NS
+            self._tell_owner(placed)
+
+    def _tell_owner(self, placed: Placed) -> None:
+        assert placed.report is not None
+        placed.report_ns = self._clock.monotonic_ns() + placed.report_wait_ns
+        placed.report_wait_ns *= 2
+        self.deliver(placed.order.owner_address, placed.report)
 
     def failed(self, session: StageSession, cause: Cause, detail: str) -> None:
         """A replica could not compute a session's row."""
@@ -477,25 +491,14 @@ class StageHost:
         for placed in list(self._placed.values()):
             order, following = placed.order, next_stage(placed.order)
             if order.owner_address == address and address != self.address:
+                # If only the stream broke, its tokens or reports are lost; the owner hears of it over another one.
                 if not placed.waits:
-                    placed.report_ns, placed.report_wait_ns = self._clock.monotonic_ns(), _REPORT_AGAIN_NS
+                    self._insist(placed, _no_stage(order), Cause.STREAM_BROKEN, "a stream to the owner")
                 self._wait(placed, reason, lost=address)
             elif following is not None and following.address == address and not placed.waits:
                 # What was under way is lost: nothing may follow it over a new link in this epoch.
                 placed.replica.book.hush(order.session)
-                self._report(order, order.stage + 1, cause, reason)
-
-    def _stream_home_lost(self, placed: Placed, now: int) -> None:
-        """If only the stream broke, its tokens or reports are lost and the owner hears of it over another one, of which that may
-        be true as well. If the owner is gone, so is this after a few dials, ever further apart."""
-        if not placed.waits:
-            placed.report_ns = 0
-        elif now >= placed.report_ns:
-            placed.report_ns = now + placed.report_wait_ns
-            placed.report_wait_ns *= 2
-            route = placed.order.route
-            assert isinstance(route, LayeredRoute)
-            self._report(placed.order, len(route.stages), Cause.STREAM_BROKEN, "the stream to its owner")
+                self._insist(placed, order.stage + 1, cause, reason)
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
@@ -550,9 +553,9 @@ class StageHost:
         for placed in list(self._placed.values()):
             order, route = placed.order, placed.order.route
             session = placed.replica.book.sessions.get(order.session)
-            if placed.report_ns:
-                self._stream_home_lost(placed, now)
-            if session is None or session.last or session.orphan_ns or order.standby:
+            if placed.report is not None and now >= placed.report_ns:
+                self._tell_owner(placed)
+            if session is None or session.last or session.orphan_ns or session.hushed or order.standby:
                 continue
             if not isinstance(route, LayeredRoute):
                 continue
@@ -577,6 +580,12 @@ class StageHost:
                 self._forget(key, placed)
                 if session is None and self.hops is not None:
                     self.hops.forget(key[0], placed.replica.book.shard.digest)
+
+
+def _no_stage(order: Open) -> int:
+    """The number after the last stage's: nobody is to blame, and the route may stay."""
+    assert isinstance(order.route, LayeredRoute)
+    return len(order.route.stages)
 
 
 def _abandoned(session: StageSession, now: int) -> bool:
