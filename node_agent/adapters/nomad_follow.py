@@ -25,6 +25,8 @@ class NomadFollower:
     def __init__(self, access: NomadAccess) -> None:
         self._access = access
         self._facts = NomadFacts()
+        self._refused = ""
+        """Why we may not see jobs, as it was logged last."""
         self._stop: threading.Event | None = None
 
     def facts(self) -> NomadFacts:
@@ -79,7 +81,9 @@ class NomadFollower:
             return api.work()
         except InputError as error:
             # A token may have a right to clients and none to jobs. Clients are what is decided by.
-            log.info("no allocations and deployments of Nomad (%s)", error)
+            if str(error) != self._refused:
+                log.info("no allocations and deployments of Nomad (%s)", error)
+            self._refused = str(error)
             return [], []
 
     def _stream(self, api: NomadApi, view: NomadView, stop: threading.Event) -> None:

@@ -54,6 +54,7 @@ _MERGED_MAX = 128
 _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
 _REPORT_AGAIN_NS = 100_000_000
+"""Until a report is repeated for the first time: an owner that heard of it has opened another epoch by then."""
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 

@@ -389,6 +389,20 @@ def test_r2_a_stage_computes_nothing_before_the_next_has_told_where_it_stands() 
     assert computed(b, b.next_run(10**9)) == [(0, 5)]
 
 
+def test_r2_what_was_lost_in_an_epoch_is_begun_again_by_the_next_one_only() -> None:
+    b = book()
+    computing(b, 6)
+    reopened(b, 5)
+    b.hush(name(1))
+    assert b.told(name(1), Epoch(2, OWNER), 5, 0) is None, "a silent stage answers after all"
+    b.accept(frame(5, session=name(1), epoch=Epoch(2, OWNER)))
+    assert b.next_run(10**9) is None
+    opened(b, 1, window=64, epoch=Epoch(3, OWNER), position=5)
+    b.accept(frame(5, session=name(1), epoch=Epoch(3, OWNER)))
+    assert b.told(name(1), Epoch(3, OWNER), 5, 0) == 5
+    assert computed(b, b.next_run(10**9)) == [(0, 5)]
+
+
 def test_r4_what_the_next_stage_lacks_is_replayed_from_the_log_before_anything_new() -> None:
     b = book()
     computing(b, 6)
