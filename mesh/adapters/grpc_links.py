@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from mesh.adapters.begun import Begun
 from mesh.adapters.codec import Decoder, encode
 from mesh.errors import PeerError
 from mesh.messages import FEATURES, WIRE_VERSION, Message
@@ -71,33 +72,51 @@ class Upstream(Protocol):
 
 
 class _Outbox:
-    """Packets waiting for a stream; written by one task."""
+    """Packets waiting for a stream; one is written at a time.
+
+    The first is handed to the stream as it is put: a token waits for it, and all that its sender does next, and
+    whatever else is in line on the loop, would come before.
+    """
 
     def __init__(self) -> None:
         self._packets: deque[pb.Packet] = deque()
         self._wake = asyncio.Event()
+        self._write: Callable[[pb.Packet], Any] | None = None
+        self._begun: Begun | None = None
         self.broken = False
         self.bytes_sent = 0
 
     def put(self, message: Message) -> bool:
-        """Queue a message; false when the peer has not read for too long."""
+        """Send a message, or queue it behind others; false when the peer has not read for too long."""
         if self.broken or len(self._packets) >= OUTBOX_MAX:
             self.broken = True
             return False
         self._packets.extend(encode(message))
+        if self._write is not None and self._begun is None and self._packets:
+            self._begun = self._begin(self._write)
         self._wake.set()
         return True
 
+    def _begin(self, write: Callable[[pb.Packet], Any]) -> Begun:
+        packet = self._packets.popleft()
+        self.bytes_sent += packet.ByteSize() + _FRAMING_BYTES
+        return Begun(write(packet))
+
     async def pump(self, write: Callable[[pb.Packet], Any]) -> None:
         """Write for ever; ends by cancellation or with the stream's error."""
-        while True:
-            while self._packets:
-                packet = self._packets.popleft()
-                self.bytes_sent += packet.ByteSize() + _FRAMING_BYTES
-                await write(packet)
-            self._wake.clear()
-            if not self._packets:
+        self._write = write
+        try:
+            while True:
+                while self._begun is not None or self._packets:
+                    self._begun = self._begun or self._begin(write)
+                    await self._begun
+                    self._begun = None
+                self._wake.clear()
                 await self._wake.wait()
+        finally:
+            self._write = None
+            if self._begun is not None:
+                self._begun.close()
 
 
 class _Link:

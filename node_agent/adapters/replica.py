@@ -241,15 +241,6 @@ class Replica:
         self._busy = False
         self.runs += 1
         compute_us = (ended - started) // 1000
-        first = next(run.live)[2]
-        if first.drafts:
-            pass  # neither a step nor a chunk as sessions without guesses have them
-        elif first.length > 1:
-            self._speed.prefilled(first.length, compute_us, ended / 1e9)
-        else:
-            if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
-                self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
-            self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
         results = []
         for i, session, frame in run.live:
             if not self.book.finished(session, frame):
@@ -265,7 +256,19 @@ class Replica:
             results.append(Computed(session, frame, output, queue_us, compute_us))
         if results:
             self._forward(results)
+        self._measured(run, compute_us, started, ended)
         self.dispatch()
+
+    def _measured(self, run: Run, compute_us: int, started: int, ended: int) -> None:
+        first = next(run.live)[2]
+        if first.drafts:
+            pass  # neither a step nor a chunk as sessions without guesses have them
+        elif first.length > 1:
+            self._speed.prefilled(first.length, compute_us, ended / 1e9)
+        else:
+            if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
+                self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
+            self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions, wait for the running ones, then drop weights and memory."""
