@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
-_BUCKETS = (256, 512, 1024, 2048)
+_BUCKETS = (256, 512, 768, 1024, 2048)
 _CHUNKS, _BATCHES = (1, 16, 64), (4,)
 _ONNX_CHUNKS = (1, 64)
 """Providers compile each graph by itself, weights and all: fewer, then."""
@@ -53,7 +53,8 @@ range cost a third of what perplexity lost."""
 
 
 def buckets_for(context: int) -> tuple[int, ...]:
-    """Context buckets that hold ``context`` positions: doubling, for a static context is paid for in full."""
+    """Context buckets that hold ``context`` positions: close steps to 1k, wider ones beyond, as most sessions are short and a
+    static context is paid for in full."""
     buckets = [b for i, b in enumerate(_BUCKETS) if i == 0 or _BUCKETS[i - 1] < context]
     while buckets[-1] < context:
         buckets.append(buckets[-1] * 2)

@@ -34,11 +34,11 @@ def text(count: int) -> Any:
     return (np.arange(count, dtype=np.int64) * 7 + 3) % 90
 
 
-def test_buckets_double_until_a_context_fits() -> None:
+def test_buckets_are_close_up_to_1k_and_double_beyond_until_a_context_fits() -> None:
     assert buckets_for(100) == (256,)
     assert buckets_for(256) == (256,)
     assert buckets_for(257) == (256, 512)
-    assert buckets_for(8192) == (256, 512, 1024, 2048, 4096, 8192)
+    assert buckets_for(8192) == (256, 512, 768, 1024, 2048, 4096, 8192)
 
 
 @pytest.mark.parametrize(
