@@ -182,19 +182,18 @@ class Router:
             best = _cheapest(graphs, request)
         if best is None:
             raise NoRoute(_explain(snapshot, request, [g.held for g in self._of(snapshot, request)]))
-        cost, graph, path, prices = best
-        resumed = _resumed(graphs, request, cost)
+        graph, search = best
+        resumed = _resumed(graphs, request, search.total)
         if resumed is not None:
-            graph, path, prices, request = resumed
-        chosen = path
+            graph, search, request = resumed
+        chosen = search.path
         others = []
         for _ in range(request.alternatives):
-            prices = graph.without(prices, path, request.ingress)
-            found = graph.shortest(prices)
+            found = graph.shortest(graph.without(search, request.ingress), search)
             if found is None:
                 break
-            path = found[1]
-            others.append(graph.route(path))
+            search = found
+            others.append(graph.route(search.path))
         positions = request.kept.positions if resumed is not None and request.kept else 0
         return replace(graph.told(request, chosen, tuple(others)), resumed=positions)
 
@@ -214,13 +213,12 @@ class Router:
         return graphs
 
 
-def _cheapest(graphs: list[_Graph], request: RouteRequest) -> tuple[float, _Graph, list[int], _Prices] | None:
-    best: tuple[float, _Graph, list[int], _Prices] | None = None
+def _cheapest(graphs: list[_Graph], request: RouteRequest) -> tuple[_Graph, _Search] | None:
+    best: tuple[_Graph, _Search] | None = None
     for graph in graphs:
-        prices = graph.prices(request)
-        found = graph.shortest(prices)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = (found[0], graph, found[1], prices)
+        found = graph.shortest(graph.prices(request))
+        if found is not None and (best is None or found.total < best[1].total):
+            best = (graph, found)
     return best
 
 
@@ -238,7 +236,7 @@ def mixed_pin(request: RouteRequest) -> Group | None:
 
 def _resumed(
     graphs: list[_Graph], request: RouteRequest, cost: float
-) -> tuple[_Graph, list[int], _Prices, RouteRequest] | None:
+) -> tuple[_Graph, _Search, RouteRequest] | None:
     """The route that keeps the prompt's beginning, if that is cheaper: all of its stages or none, for a cache
     in parts saves nothing."""
     kept = request.kept
@@ -248,7 +246,9 @@ def _resumed(
     for graph in graphs:
         path, prices = graph.path_of(kept.route), graph.prices(shorter)
         if path and graph.cost_of(prices, path) < cost:
-            return graph, path, prices, shorter
+            found = graph.shortest(prices)
+            assert found is not None
+            return graph, replace(found, path=path), shorter
     return None
 
 
@@ -316,9 +316,20 @@ class _Prices:
     each boundary, from the ingress and home."""
 
     replicas: Floats
-    edges: list[Floats]
+    edges: list[NDArray[np.float32]]
     outward: Floats
     home: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The cheapest path at some prices, as replicas' numbers, and what getting to each replica costs, by way of which."""
+
+    prices: _Prices
+    path: list[int]
+    total: float
+    cost: Floats
+    parent: NDArray[np.int64]
 
 
 class _Graph:
@@ -352,26 +363,36 @@ class _Graph:
             self._starts.setdefault(replica.shard.layers.start, []).append(i)
             self._ends.setdefault(replica.shard.layers.end, []).append(i)
         self._boundaries = [
-            (np.array(self._ends[layer]), np.array(self._starts[layer]), *self._ways(layer))
+            (np.array(self._ends[layer]), np.array(self._starts[layer]))
             for layer in sorted(self._starts)
             if layer in self._ends
         ]
+        ways = [self._ways(layer) for layer in sorted(self._starts) if layer in self._ends]
+        # Latencies and transfers of all boundaries in two rows, so that a request's weights are one product.
+        self._edges = np.concatenate(ways, axis=1) if ways else np.empty((2, 0), dtype=np.float32)
         self._outward = self._ingress_ways(ingress, outward=True)
         self._home = self._ingress_ways(ingress, outward=False)
         self._first = np.array(self._starts[0]) if 0 in self._starts else None
         self._last = np.array(self._ends[self._layers]) if self._layers in self._ends else None
 
-    def _ways(self, layer: int) -> tuple[Floats, Floats]:
-        """Latency and transfer from those that end at a layer to those that start there."""
+    def _ways(self, layer: int) -> NDArray[np.float32]:
+        """Latency and transfer, a row of each, from those that end at a layer to those that start there."""
         before = [self.held[i][0] for i in self._ends[layer]]
         after = [self.held[i][0] for i in self._starts[layer]]
         latency, transfer = ways_us(before, after, self._frame_bytes, self._percentile)
-        # A row for each that starts: the search runs along what lies together.
+        # By those that start: the search runs along what lies together.
         # Single precision halves what goes through the caches; a microsecond in ten seconds is not seen.
-        return (
-            np.ascontiguousarray(latency.T, dtype=np.float32),
-            np.ascontiguousarray(transfer.T, dtype=np.float32),
-        )
+        return np.stack([latency.T.ravel(), transfer.T.ravel()]).astype(np.float32)
+
+    def _priced_edges(self, frames: float, positions: float) -> list[NDArray[np.float32]]:
+        """What an edge costs, a matrix for each boundary: a row for each that starts, a column for each that ends."""
+        priced = np.array([frames, positions], dtype=np.float32) @ self._edges
+        edges, at = [], 0
+        for before, after in self._boundaries:
+            size = len(before) * len(after)
+            edges.append(priced[at : at + size].reshape(len(after), len(before)))
+            at += size
+        return edges
 
     def _ingress_ways(self, ingress: Node | None, outward: bool) -> Floats:
         """Tokens to the first stages or home from the last ones: few bytes."""
@@ -418,30 +439,36 @@ class _Graph:
         frames, positions = request.tokens + chunks, request.tokens + request.prompt
         return _Prices(
             np.where(self._room < request.positions, np.inf, total),
-            [
-                np.float32(frames) * latency + np.float32(positions) * transfer
-                for _, _, latency, transfer in self._boundaries
-            ],
+            self._priced_edges(frames, positions),
             frames * self._outward,
             request.tokens * self._home,
         )
 
-    def without(self, prices: _Prices, path: list[int], ingress: NodeId) -> _Prices:
+    def without(self, search: _Search, ingress: NodeId) -> _Prices:
         """The prices when the machines of a path, but not the ingress, are gone."""
-        used = [self._places[i] for i in path if self.held[i][0].id != ingress]
+        used = [self._places[i] for i in search.path if self.held[i][0].id != ingress]
         lost = np.zeros(self._machines, dtype=bool)
         lost[used] = True
-        gone = lost[self._places]
-        return _Prices(np.where(gone, np.inf, prices.replicas), prices.edges, prices.outward, prices.home)
+        return replace(search.prices, replicas=np.where(lost[self._places], np.inf, search.prices.replicas))
 
-    def shortest(self, prices: _Prices) -> tuple[float, list[int]] | None:
-        """Cost and replicas of the cheapest path; ``None`` if there is none."""
+    def shortest(self, prices: _Prices, known: _Search | None = None) -> _Search | None:
+        """The cheapest path; ``None`` if there is none.
+
+        ``known``: a search of the same request at prices that were nowhere higher. Where the way to a replica led through
+        none that is dearer now, it is the cheapest still: the others only rose.
+        """
         if self._first is None or self._last is None:
             return None
-        cost = np.full(len(self.held), np.inf)
-        parent = np.full(len(self.held), -1)
+        size = len(self.held)
+        cost = np.full(size, np.inf) if known is None else known.cost.copy()
+        parent = np.full(size, -1) if known is None else known.parent.copy()
         cost[self._first] = prices.outward[self._first] + prices.replicas[self._first]
-        for (before, after, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
+        for (before, after), edges in zip(self._boundaries, prices.edges, strict=True):
+            if known is not None:
+                by = parent[after]
+                rose = cost[by] != known.cost[by]
+                rose |= prices.replicas[after] != known.prices.replicas[after]
+                after, edges = after[rose], edges[rose]
             reached = edges + cost[before].astype(np.float32)
             which = reached.argmin(axis=1)
             cost[after] = reached[np.arange(len(after)), which] + prices.replicas[after]
@@ -453,7 +480,7 @@ class _Graph:
         path = [int(self._last[best])]
         while parent[path[-1]] >= 0:
             path.append(int(parent[path[-1]]))
-        return float(ends[best]), path[::-1]
+        return _Search(prices, path[::-1], float(ends[best]), cost, parent)
 
     def path_of(self, route: LayeredRoute) -> list[int] | None:
         """The path of a route, if all of its replicas are here."""
@@ -465,7 +492,7 @@ class _Graph:
         """What ``shortest`` would find for a path."""
         total = float(prices.outward[path[0]] + prices.home[path[-1]] + prices.replicas[path].sum())
         for before, after in pairwise(path):
-            for (ends, starts, _, _), edges in zip(self._boundaries, prices.edges, strict=True):
+            for (ends, starts), edges in zip(self._boundaries, prices.edges, strict=True):
                 row, column = np.flatnonzero(starts == after), np.flatnonzero(ends == before)
                 if row.size and column.size:
                     total += float(edges[row[0], column[0]])

@@ -363,8 +363,7 @@ class SessionDriver:
         if self._frames:
             frames, self._frames = self._frames, {}
             for address, batch in frames.items():
-                self._host.note_sent(address, batch)
-                self._host.deliver(address, batch)
+                self._host.feed(address, batch)
         if self._copies:
             copies, self._copies = self._copies, {}
             for address, batch in copies.items():

@@ -11,9 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from mesh.adapters.grpc_links import Upstream
 from mesh.clock import Clock
@@ -35,6 +33,7 @@ from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, 
 from node_agent.adapters.acknowledgements import Acknowledgements
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.placed import Key, Placed, next_stage
+from node_agent.adapters.replays import Replays, stands_at
 from node_agent.adapters.replica import Computed, Replica
 from node_agent.hop_log import HopLog
 from node_agent.hop_times import HopTimes
@@ -43,14 +42,9 @@ from node_agent.ports import NO_EPOCH, TokenLog
 from node_agent.stage import Refusal, StageSession
 from node_agent.token_copies import TokenCopies
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 log = logging.getLogger(__name__)
 
 BEACON_INTERVAL_S = 0.03
-_MERGED_MAX = 128
-"""Positions of a replay's frame when it need not be exact."""
 _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
 _REPORT_AGAIN_NS = 100_000_000
@@ -102,7 +96,7 @@ class StageHost:
         self._send_remote, self._drop_link, self._count_refused = send, drop, refused
         self._placed: dict[Key, Placed] = {}
         self._acks = Acknowledgements(self._placed, clock)
-        self._loop = asyncio.get_running_loop()
+        self._replays = Replays(self._placed, hops, self.feed, self._damaged)
         self._hop_times = HopTimes()
         self._local = _LocalUpstream(self)
         self._work = asyncio.Event()
@@ -158,6 +152,13 @@ class StageHost:
         else:
             self._send_remote(address, message)
 
+    def feed(self, address: Address, frames: list[Frame]) -> None:
+        """Send frames to a stage that acknowledges them; the hop is measured, and its silence noticed."""
+        self._work.set()
+        if address != self.address:
+            self._hop_times.sent(frames, self._clock.monotonic_ns())
+        self.deliver(address, frames)
+
     # -- sessions ------------------------------------------------------------------------------
 
     def _open(self, upstream: Upstream, order: Open) -> None:
@@ -204,7 +205,7 @@ class StageHost:
             if standby is not None:
                 self.deliver(standby.address, replace(onward, standby=True))
         elif order.asks:
-            upstream.reply(_answer(placed, outcome.position))
+            upstream.reply(stands_at(order, outcome.position))
         else:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
@@ -230,72 +231,16 @@ class StageHost:
             self.deliver(order.owner_address, refused)
 
     def _told(self, opened: Opened) -> None:
-        """A stage behind ours, or behind the owner, told where it stands: replay to it, tell our own sender."""
-        if opened.stage == 0:
-            if self.owner is not None:
-                self.owner.on_message(opened)
-            return
-        placed = self._placed.get((opened.session, opened.stage - 1))
-        if placed is None:
-            return
-        order, book = placed.order, placed.replica.book
-        session = book.sessions.get(opened.session)
-        if session is None or opened.position > order.position:
-            return
-        reached, shard = session.position, book.shard.digest
-        logged = self.hops.whole_from(opened.session, shard, reached) if self.hops is not None else None
-        wanted = book.told(opened.session, opened.epoch, opened.position, logged)
-        if wanted is None:
-            return
-        if self.hops is not None:
-            self.hops.open(opened.session, shard, wanted)
-        resent = max(opened.replayed, wanted - opened.position)
-        placed.upstream.reply(_answer(placed, wanted, opened.short, resent))
-        self._loop.call_soon(self._resend, placed)
-        placed.replica.dispatch()
+        """A stage behind ours, or behind the owner, told where it stands."""
+        if opened.stage > 0:
+            self._replays.told(opened)
+        elif self.owner is not None:
+            self.owner.on_message(opened)
 
-    def _resend(self, placed: Placed) -> None:
-        """Replay the hop log to the next stage, as far as there is credit: a frame a turn of the loop."""
-        order = placed.order
-        session = placed.replica.book.sessions.get(order.session)
-        route = order.route
-        if session is None or session.order is not order or not isinstance(route, LayeredRoute):
-            return
-        address = route.stages[order.stage + 1].address
-        if session.told and session.resending is not None and session.credit > 0:
-            start = session.resending
-            payload = self._logged(session, placed.replica.book.shard.digest)
-            if payload is None:
-                if self.hops is not None:
-                    self.hops.forget(order.session, placed.replica.book.shard.digest)
-                placed.replica.book.hush(order.session)  # its owner may be here, and end it at once
-                self._insist(placed, _no_stage(order), Cause.NO_CACHE, "a hop log is damaged", start)
-                return
-            frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
-            placed.replica.book.resent(session, start + len(payload))
-            if address != self.address:
-                self._hop_times.sent([frame], self._clock.monotonic_ns())
-            self.deliver(address, [frame])
-            self._loop.call_soon(self._resend, placed)
-
-    def _logged(self, session: StageSession, shard: Digest) -> NDArray[np.float32] | None:
-        """The frame of the hop log where the replay stands: as it first ran, or several in one."""
-        assert self.hops is not None
-        assert session.resending is not None
-        position, count = session.resending, 0
-        pieces: list[NDArray[np.float32]] = []
-        while position < session.position and (not pieces or count < _MERGED_MAX):
-            piece = self.hops.frame(session.order.session, shard, position)
-            if piece is None:
-                return None
-            # The last one may end in guesses.
-            piece = piece[: session.position - position]
-            if session.order.exact:
-                return piece
-            pieces.append(piece)
-            position += len(piece)
-            count += len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _damaged(self, placed: Placed, position: int) -> None:
+        """A session's hop log cannot be read."""
+        placed.replica.book.hush(placed.order.session)  # its owner may be here, and end it at once
+        self._insist(placed, _no_stage(placed.order), Cause.NO_CACHE, "a hop log is damaged", position)
 
     def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
         self._count_refused(cause.name.lower())
@@ -432,9 +377,7 @@ class StageHost:
         for address, batch in tokens.items():
             self.deliver(address, batch)
         for address, onward in frames.items():
-            if address != self.address:
-                self._hop_times.sent(onward, self._clock.monotonic_ns())
-            self.deliver(address, onward)
+            self.feed(address, onward)
         for address, onward in copies.items():
             self.deliver(address, onward)
         if self.hops is not None:
@@ -466,19 +409,13 @@ class StageHost:
         placed = self._placed.get((ack.session, ack.stage - 1))
         if placed is not None:
             placed.replica.acknowledged(ack.session, ack.epoch, ack.position)
-            self._resend(placed)
+            self._replays.go_on(placed)
             if measured:
                 placed.metrics.hopped(self._hop_times.one_way_us(address))
 
     def hop_us(self, address: Address) -> int:
         """Estimate of the one-way time to an address, microseconds; 0 if unknown."""
         return self._hop_times.one_way_us(address)
-
-    def note_sent(self, address: Address, frames: list[Frame]) -> None:
-        """The ingress sends frames itself; note when, so that its hop is measured as well."""
-        self._work.set()
-        if address != self.address:
-            self._hop_times.sent(frames, self._clock.monotonic_ns())
 
     # -- losses --------------------------------------------------------------------------------
 
@@ -591,13 +528,6 @@ def _no_stage(order: Open) -> int:
 
 def _abandoned(session: StageSession, now: int) -> bool:
     return session.orphan_ns > 0 and now - session.orphan_ns > _ORPHAN_NS
-
-
-def _answer(placed: Placed, position: int, short: int = 0, replayed: int = 0) -> Opened:
-    """What a stage tells its sender of an ``Open`` that asks."""
-    order = placed.order
-    short += position < order.position
-    return Opened(order.session, order.epoch, order.stage, position, short, replayed)
 
 
 class _LocalUpstream:

@@ -131,6 +131,28 @@ def test_alternatives_share_no_machine() -> None:
     assert [r.stages[0].node for r in plan.alternatives] == ["a", "a"]
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10_000))
+def test_an_alternative_is_the_cheapest_without_the_machines_of_those_before(seed: int) -> None:
+    snapshot = cluster(*unequal_nodes(Random(seed), 12))
+    ingress = NodeId("n0")
+    router = Router()
+    request = RouteRequest("tiny", ingress, tokens=40, prompt=20)
+    try:
+        plan = router.plan(snapshot, replace(request, alternatives=3))
+    except NoRoute:
+        return
+    before, used = [plan.route, *plan.alternatives], set[NodeId]()
+    for i in range(4):
+        used |= {s.node for s in before[i - 1].stages if i and s.node != ingress}
+        try:
+            alone = router.plan(snapshot, replace(request, avoid=frozenset(used))).route
+        except NoRoute:
+            assert len(before) == i
+            break
+        assert before[i] == alone
+
+
 def test_room_for_the_session_is_demanded() -> None:
     small = node("b", shard())
     small = replace(small, replicas=(replace(small.replicas[0], context_max=100),))
@@ -185,20 +207,24 @@ def test_pairs_without_measurement_use_coordinates() -> None:
     assert latency == pytest.approx(20_000, rel=0.01)
 
 
+def unequal_nodes(rng: Random, most: int) -> list[Node]:
+    """Nodes with unequal shards, speeds, loads and links; half of the links are not measured."""
+    cuts = [(0, 2), (0, 3), (2, 3), (2, 6), (3, 6), (3, 4), (4, 6), (0, 6)]
+    nodes = []
+    for i in range(rng.randrange(1, most + 1)):
+        shards = [shard(*c) for c in rng.sample(cuts, rng.randrange(1, 3))]
+        made = node(f"n{i}", *shards, sessions=rng.randrange(3))
+        made = at_speed(made, *(rng.uniform(0.5, 9) for _ in shards))
+        links = {f"n{k}": link(rng.uniform(0.1, 20)) for k in range(most + 1) if rng.random() < 0.5}
+        nodes.append(linked(made, **links))
+    return nodes
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10_000))
 def test_no_path_is_cheaper(seed: int) -> None:
     """Against every path of a random mesh, with costs summed one by one from the told terms."""
-    rng = Random(seed)
-    cuts = [(0, 2), (0, 3), (2, 3), (2, 6), (3, 6), (3, 4), (4, 6), (0, 6)]
-    nodes = []
-    for i in range(rng.randrange(1, 7)):
-        shards = [shard(*c) for c in rng.sample(cuts, rng.randrange(1, 3))]
-        made = node(f"n{i}", *shards, sessions=rng.randrange(3))
-        made = at_speed(made, *(rng.uniform(0.5, 9) for _ in shards))
-        nodes.append(
-            linked(made, **{f"n{k}": link(rng.uniform(0.1, 20)) for k in range(7) if rng.random() < 0.5})
-        )
+    nodes = unequal_nodes(Random(seed), 6)
     snapshot = cluster(*nodes)
     request = RouteRequest("tiny", NodeId("n0"))
     router = Router()
