@@ -133,6 +133,10 @@ class ShardManifest(msgspec.Struct, frozen=True):
         )
 
 
+# What msgspec knows of a type is built by its first use, which crashes where two threads are first at once: manifests are
+# read on threads. It is built here, while this module is imported.
+_KNOWN = tuple(msgspec.json.Decoder(kind) for kind in (ModelCard, ShardManifest))
+
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 
 
