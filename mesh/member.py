@@ -42,6 +42,8 @@ class Member:
     suspicion: Suspicion | None = None
     missed: int = 0
     """Probes in a row that found no direct answer."""
+    broken: bool = False
+    """What is held against it is that our stream from it broke; otherwise it is silent."""
     by_stream: bool = False
     """Its last answer came over gRPC because datagrams did not get through."""
     probe: Probe | None = None

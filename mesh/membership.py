@@ -251,9 +251,9 @@ class Membership:
             self._known_present = [m for _, m in sorted(self.members.items()) if m.present]
         return self._known_present
 
-    def _change(self, member: Member, state: MemberState, reason: str) -> None:
+    def _change(self, member: Member, state: MemberState, reason: str, broken: bool = False) -> None:
         self._known_present = None
-        member.since, member.reason = self._now, reason
+        member.since, member.reason, member.broken = self._now, reason, broken
         if state is not MemberState.SUSPECT:
             member.suspicion = None
         self._out.append(Changed(member.fact.node))
@@ -303,7 +303,7 @@ class Membership:
 
     # -- suspicion and death -------------------------------------------------------------------
 
-    def _suspect(self, member: Member, by: NodeId, reason: str) -> None:
+    def _suspect(self, member: Member, by: NodeId, reason: str, broken: bool = False) -> None:
         fact = replace(member.fact, state=MemberState.SUSPECT, by=by)
         suspicion = member.suspicion
         if suspicion is None:
@@ -313,7 +313,7 @@ class Membership:
             )
             suspicion.confirm(by)
             member.fact = fact
-            self._change(member, MemberState.SUSPECT, reason)
+            self._change(member, MemberState.SUSPECT, reason, broken)
         elif not suspicion.confirm(by):
             return
         self._tell(fact)
@@ -331,13 +331,13 @@ class Membership:
 
     def _bury(self, member: Member) -> None:
         member.fact = replace(member.fact, state=MemberState.DEAD, by=self.me.node)
-        self._change(member, MemberState.DEAD, member.reason)
+        self._change(member, MemberState.DEAD, member.reason, member.broken)
         self._tell(member.fact)
 
     def _stream_lost(self, node: NodeId, instance: int, reason: str) -> None:
         member = self.members.get(node)
         if member and member.fact.instance == instance and member.fact.state is MemberState.ALIVE:
-            self._suspect(member, self.me.node, reason)
+            self._suspect(member, self.me.node, reason, broken=True)
 
     def _try_dead(self) -> None:
         """Knock at one dead member, and forget those that are dead for long."""

@@ -89,6 +89,8 @@ class Node:
     state: MemberState = MemberState.ALIVE
     reachable: bool = True
     """It answers *us*; a node that answers others only is alive, but in no route from here."""
+    broken: bool = False
+    """It is not alive because our stream from it broke; otherwise it fell silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class NodeJudged:
     state: MemberState
     reachable: bool = True
     at_s: float = 0.0
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +141,26 @@ class ClusterSnapshot:
                         node,
                         state=known.state,
                         reachable=known.reachable,
+                        broken=known.broken,
                         losses=known.losses,
                         known_since_s=known.known_since_s,
                     )
                 else:
                     node = replace(node, known_since_s=at_s)
                 nodes[node.id] = node
-            case NodeJudged(node_id, state, reachable, at_s):
+            case NodeJudged(node_id, state, reachable, at_s, broken):
                 known = nodes.get(node_id)
-                if known is None or (known.state, known.reachable) == (state, reachable):
+                if known is None or (known.state, known.reachable, known.broken) == (
+                    state,
+                    reachable,
+                    broken,
+                ):
                     return self
                 died = state is MemberState.DEAD and known.state is not MemberState.DEAD
                 losses = known.losses + died
-                nodes[node_id] = replace(known, state=state, reachable=reachable, losses=losses)
+                nodes[node_id] = replace(
+                    known, state=state, reachable=reachable, broken=broken, losses=losses
+                )
             case NodeForgotten(node_id):
                 if nodes.pop(node_id, None) is None:
                     return self

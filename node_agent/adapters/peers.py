@@ -112,7 +112,7 @@ class ClusterView:
             self.twins.pop(node, None)
             return
         state = member.fact.state
-        self.apply(NodeJudged(node, state, member.reachable, self._clock.monotonic()))
+        self.apply(NodeJudged(node, state, member.reachable, self._clock.monotonic(), member.broken))
         if state is MemberState.SUSPECT:
             self.on_suspicion()
         log.log(
@@ -179,7 +179,7 @@ class ClusterView:
         self.on_record(node)
         member = self.membership.members.get(node_id)
         if member is not None:
-            self.apply(NodeJudged(node_id, member.fact.state, member.reachable, now))
+            self.apply(NodeJudged(node_id, member.fact.state, member.reachable, now, member.broken))
 
     # -- the end -------------------------------------------------------------------------------
 

@@ -489,7 +489,7 @@ class SessionDriver:
             if trouble is None:
                 continue
             stage, cause, detail = trouble
-            if cause is Cause.SILENT:
+            if cause is not Cause.DRAINING:
                 self.handle(session, HopLost(session.order.session, session.epoch, stage, cause, detail))
             elif session.state is State.DECODE:
                 handle.trace.lost(f"{cause.name.lower()}: {detail}", self._clock.monotonic_ns())

@@ -88,6 +88,10 @@ class WeightIndex(msgspec.Struct, frozen=True):
     files: dict[str, StoredFile]
 
 
+# Built here and not by its first use, which would be on several threads at once (as for manifests).
+_INDEX = msgspec.json.Decoder(WeightIndex)
+
+
 def open_gguf(path: Path) -> tuple[memoryview, GgufFile]:
     """The file's bytes and its directory; raises ``ModelFileError``.
 
@@ -218,7 +222,7 @@ def convert_weights(
     spec = card.architecture
     folder = store.folder(name) / "weights" / quantization
     with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-        index = msgspec.json.decode((folder / _INDEX_FILE).read_bytes(), type=WeightIndex)
+        index = _INDEX.decode((folder / _INDEX_FILE).read_bytes())
         if index.format == FORMAT and index.model_digest == card.digest:
             return folder, index
     total = spec.layers + 2

@@ -135,8 +135,9 @@ def test_a_broken_stream_is_evidence_at_once_and_refuted_at_once() -> None:
     net = knit(5)
     victim = net.machines[Address("n0")].members[NodeId("n1")]
     net.give(Address("n0"), StreamLost(NodeId("n1"), victim.fact.instance, "reset by peer"))
-    assert (victim.fact.state, victim.reason) == (SUSPECT, "reset by peer")
+    assert (victim.fact.state, victim.reason, victim.broken) == (SUSPECT, "reset by peer", True)
     assert net.until(lambda: net.states("n1") == {ALIVE}, 2) < 0.2
+    assert not victim.broken
     net.give(Address("n0"), StreamLost(NodeId("n1"), victim.fact.instance - 1, "of an earlier life"))
     assert victim.fact.state is ALIVE
 

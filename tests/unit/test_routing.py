@@ -454,6 +454,12 @@ def test_trouble_of_a_running_route() -> None:
     assert troubled(snapshot, route) is None
     silent = snapshot.apply(NodeJudged(NodeId("b"), MemberState.SUSPECT))
     assert troubled(silent, route) == (1, Cause.SILENT, "its node is suspect")
+    broken = snapshot.apply(NodeJudged(NodeId("b"), MemberState.SUSPECT, broken=True))
+    assert troubled(broken, route) == (
+        1,
+        Cause.STREAM_BROKEN,
+        "its node is suspect: our stream from it broke",
+    )
     assert troubled(cluster(snapshot.nodes[NodeId("b")]), route) == (0, Cause.SILENT, "its node is gone")
     draining = cluster(node("a", shard(0, 3), draining=True), node("b", shard(3, 6)))
     assert troubled(draining, route) == (0, Cause.DRAINING, "its node drains")
