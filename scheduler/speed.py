@@ -44,6 +44,9 @@ EFFICIENCY = 0.6
 _GB_S, _GFLOP_S = 5.0, 20.0
 """Of a machine that was not measured: a small board's."""
 _FADES_S = 5.0
+_KNOWN_CHUNKS = 6
+"""Chunks of a prompt are few, and equal ones are measured a fifth apart: what this machine took for other cuts of the model
+counts as so many."""
 _WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
 """Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
 HEAD_SHARE = 0.65
@@ -159,7 +162,7 @@ def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
     if told is not None and told.measured == now.measured:
         near = (
             abs(told.decode - now.decode) <= _TOLD * now.decode,
-            abs(told.prefill - now.prefill) <= 2 * _TOLD * now.prefill,
+            abs(told.prefill - now.prefill) <= _TOLD * now.prefill,
             abs(told.row - now.row) <= 4 * _TOLD * now.row,
             abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
             abs(told.context - now.context) * _FAR <= _TOLD * now.decode,
@@ -230,7 +233,7 @@ class SpeedMeter:
         now = StageSpeed(
             guessed.decode if single is None else max(0.1 * single, single - at_mean),
             _or(_mean(self._rows), guessed.row),
-            _or(_mean(self._prefill), guessed.prefill),
+            self._prefill_us(),
             guessed.decode_p99 if single is None else _or(_quantile(self._single, 99), 0.0) - at_mean,
             self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
             self._context,
@@ -246,6 +249,11 @@ class SpeedMeter:
         likely = typical * (_DOUBT + (1 - _DOUBT) * sure)
         hoped = _DOUBT * min(typical, self._best.weighed)
         return replace(now, hope=likely * trust + hoped * (1 - trust))
+
+    def _prefill_us(self) -> float:
+        """A position of a chunk."""
+        known = [self._prior.prefill] * _KNOWN_CHUNKS if self._prior.measured else []
+        return _or(_mean([*known, *self._prefill]), self._prior.prefill)
 
     def _usual(self) -> float | None:
         """A step of late, without spikes."""

@@ -58,9 +58,8 @@ MEMORY_MIB = 170
 REQUESTS = 2
 """Counted ones of a placement in a round, after one that is not."""
 TOKENS = 128
-PROMPT = 160
-"""Tokens: as many as a first token takes about a second for, as the answer does. Of 13 it took 60 to 130 ms, and moments of the
-machine."""
+PROMPT = 128
+"""Tokens, two chunks: a first token takes half a second or more. After 13 it took 60 to 130 ms, and moments of the machine."""
 T_95 = {2: 12.7, 3: 4.3, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t for a 95 % interval of the mean of so many."""
 
@@ -277,6 +276,7 @@ async def measure(
     planned = [problem.cost(tuple((hosts.index(n), a, b) for n, a, b in c)) / 1000 for c in chains]
     by_round: list[list[list[float]]] = []
     errors: dict[str, list[float]] = {"tpot": [], "ttft": []}
+    came: dict[str, list[list[float]]] = {what: [[] for _ in chains] for what in errors}
     first: list[float] = []
     # Round by round, in an order drawn anew: the machine is faster at one time than at another.
     for turn in range(rounds):
@@ -294,6 +294,7 @@ async def measure(
             by_round[-1][i] = [t["tpot_ms"] for t in counted]
             for what in errors:
                 errors[what] += [_off(t, what) for t in counted]
+                came[what][i] += [t[f"{what}_ms"] for t in counted]
     print(file=sys.stderr)
     tpots = without_drift(by_round)
     rows: list[tuple[str, ...]] = [("placement", "planned ms", "measured ms", "95 % +-")]
@@ -301,11 +302,14 @@ async def measure(
         label = " ".join(f"{names[n]}[{a}-{b}]" for n, a, b in chain) + ("  <- chosen" if i == 0 else "")
         rows.append((label, f"{planned[i]:.2f}", f"{mean(times):.2f}", f"{_half(times):.2f}"))
     fastest = min(tpots, key=mean)
+    spread = {what: [off for times in came[what] for off in _spread(times)] for what in came}
     keys = {
         "tpot_error_p50": round(median(errors["tpot"]), 4),
         "tpot_error_p95": round(_p95(errors["tpot"]), 4),
         "ttft_error_p50": round(median(errors["ttft"]), 4),
         "ttft_error_p95": round(_p95(errors["ttft"]), 4),
+        **{f"{what}_spread_p50": round(median(spread[what]), 4) for what in spread},
+        **{f"{what}_spread_p95": round(_p95(spread[what]), 4) for what in spread},
         "first_tpot_error_p50": round(median(first), 4),
         "chosen_is_best": mean(tpots[0]) <= mean(fastest) + _half(fastest),
         "chosen_over_fastest": round(mean(tpots[0]) / mean(fastest), 3),
@@ -330,6 +334,11 @@ def without_drift(by_round: list[list[list[float]]]) -> list[list[float]]:
 def _off(trace: dict[str, Any], what: str) -> float:
     said, was = trace[f"predicted_{what}_ms"], trace[f"{what}_ms"]
     return float(abs(said - was) / was)
+
+
+def _spread(times: list[float]) -> list[float]:
+    """How far equal requests are from their own median: who knew that beforehand would still miss by so much."""
+    return [abs(median(times) - t) / t for t in times]
 
 
 def _p95(values: list[float]) -> float:

@@ -331,6 +331,21 @@ def test_speeds_are_learned_and_old_slowness_fades() -> None:
     assert meter.speed(600.0).decode == 10_000
 
 
+def test_a_few_chunks_do_not_outweigh_what_other_cuts_took() -> None:
+    guessed, known = (
+        SpeedMeter(StageSpeed(1000, 160, 100, 2000)),
+        SpeedMeter(StageSpeed(1000, 160, 100, 2000, True)),
+    )
+    for meter in (guessed, known):
+        for _ in range(2):
+            meter.prefilled(64, 64 * 140, 1.0)
+    assert guessed.speed(1.0).prefill == 140, "a guess counts for nothing"
+    assert known.speed(1.0).prefill == pytest.approx(110)
+    for _ in range(190):
+        known.prefilled(64, 64 * 140, 2.0)
+    assert known.speed(2.0).prefill == pytest.approx(140, rel=0.02)
+
+
 def test_who_was_measured_in_a_bad_moment_is_tried_again_and_seen_as_it_is() -> None:
     busy = SpeedMeter(StageSpeed(1000, 160, 100, 2000))
     for i in range(192):
