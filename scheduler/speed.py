@@ -51,6 +51,8 @@ _WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
 """Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
 HEAD_SHARE = 0.65
 """Time of the head by its bytes, against a layer's: one large product where a layer is many small ones."""
+_HEAD_WITHIN = 2.0
+"""Of what a head takes by its bytes: what layers leave beyond that is the machine's doing, not the head's."""
 _US = 1e6
 
 
@@ -92,6 +94,8 @@ class LayerSpeed:
     prefill: float
     tail: float
     context: float = 0.0
+    apart: bool = False
+    """``layer`` was measured here in a shard without the head; peers are not told."""
 
     def stage(self, shard_layers: LayerRange, layers: int) -> float:
         """A decode step over a range of layers."""
@@ -116,17 +120,17 @@ def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
 
 
 def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
-    """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: they are
-    parted by what is ``known`` of this node, else by bytes."""
-    layers, head_layers = len(shard.layers), head_layers_of(shard)
-    if not shard.last:
-        layer = speed.decode / layers
-        head = known.head * layer / known.layer if known and known.layer > 0 else layer * head_layers
-    elif known and speed.decode - layers * known.layer > 0.2 * known.head:
-        layer, head = known.layer, speed.decode - layers * known.layer
-    else:
-        layer = speed.decode / (layers + head_layers)
-        head = layer * head_layers
+    """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: the head is what the
+    layers leave, where their time is ``known`` of another cut and leaves a head's; else both are as much slower or faster than
+    they were known to be. What a machine of another speed was probed at says how they compare, no more."""
+    layers, by_bytes = len(shard.layers), head_layers_of(shard)
+    heads = known.head / known.layer if known and known.layer > 0 else by_bytes
+    layer = speed.decode / (layers + heads if shard.last else layers)
+    head, apart = layer * heads, not shard.last
+    if shard.last and known and known.apart:
+        left, usual, apart = speed.decode - layers * known.layer, known.layer * by_bytes, True
+        if usual / _HEAD_WITHIN < left < usual * _HEAD_WITHIN:
+            layer, head = known.layer, left
     return LayerSpeed(
         shard.model.ref.digest,
         shard.runtime,
@@ -137,6 +141,7 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         speed.prefill / layers,
         max(1.0, speed.decode_p99 / speed.decode),
         speed.context / layers,
+        apart,
     )
 
 

@@ -44,8 +44,8 @@ from tests.delayed_lan import DelayedLan, refused
 
 SHARES = (1.0, 0.8, 0.6, 0.5)
 """Of a core, by node."""
-PERIOD_US = 2000
-"""Short, so that a limited node is slow evenly and not in bursts."""
+QUOTA_US = 1000
+"""In each period: the least that the kernel takes, so that a limited node is slow evenly and not in bursts."""
 DELAYS_MS = {
     (1, 2): 0.4, (2, 1): 0.4,
     (1, 3): 1.0, (3, 1): 1.5,
@@ -69,9 +69,9 @@ def quota(share: float, name: str) -> Iterator[Path]:
     """A cgroup (version 1) whose processes get so much of a core."""
     folder = Path(f"/sys/fs/cgroup/cpu/{name}")
     folder.mkdir()
-    (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
     if share < 1:
-        (folder / "cpu.cfs_quota_us").write_text(str(int(share * PERIOD_US)))
+        (folder / "cpu.cfs_period_us").write_text(str(int(QUOTA_US / share)))
+        (folder / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
     try:
         yield folder
     finally:
