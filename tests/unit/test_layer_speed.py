@@ -35,20 +35,20 @@ def test_a_head_is_not_blamed_for_a_machine_that_is_slower_than_its_probe() -> N
     assert known.stage(LayerRange(22, 30), 30) == pytest.approx(16_000)
     # The next cut has no head: what it says of layers is not multiplied into a monstrous one.
     known = layer_speed(shard(0, 8), steps(8 * 1000), known)
-    assert (known.layer, known.head) == (1000, pytest.approx(5333, rel=0.01))
+    assert (known.layer, known.head) == pytest.approx((1000, 5333), rel=0.01)
 
 
 def test_a_head_is_what_layers_leave_once_they_were_measured_without_it() -> None:
     known = layer_speed(shard(0, 8), steps(8 * 1000), probed())
     known = layer_speed(shard(22, 30), steps(8 * 1000 + 7000), known)
-    assert (known.layer, known.head) == (1000, pytest.approx(7000))
+    assert (known.layer, known.head) == pytest.approx((1000, 7000))
 
 
 def test_a_machine_that_slows_down_slows_layers_and_head() -> None:
     known = layer_speed(
         shard(22, 30), steps(8 * 1000 + 5000), layer_speed(shard(0, 8), steps(8 * 1000), None)
     )
-    assert (known.layer, known.head) == (1000, pytest.approx(5000))
+    assert (known.layer, known.head) == pytest.approx((1000, 5000))
     for percent in range(100, 501, 5):
         known = layer_speed(shard(22, 30), steps(13_000 * percent / 100), known)
     assert known.layer > 2500
