@@ -53,13 +53,17 @@ def hosts_of(
 ) -> tuple[list[Host], dict[NodeId, str]]:
     """Hosts by node id, and why every other node is none. ``taken``: bytes that other plans will take."""
     scale, stage_us = _calibration(snapshot, demand), stage_overhead_us(snapshot)
+    heads = _heads(snapshot, demand)
     hosts, reasons = [], {}
     for node_id, node in sorted(snapshot.nodes.items()):
         if taken.get(node_id):
             node = replace(node, memory_free_bytes=max(0, node.memory_free_bytes - taken[node_id]))
         reason = _unfit(node, demand, policy)
         if reason is None:
-            hosts.append(_host(node, demand, policy, scale, stage_us, snapshot.at_s))
+            host = _host(node, demand, policy, scale, stage_us, snapshot.at_s)
+            if heads is not None and not host.speed.head_known:
+                host = replace(host, speed=replace(host.speed, head=host.speed.layer * heads))
+            hosts.append(host)
         else:
             reasons[node_id] = reason
     return hosts, reasons
@@ -222,6 +226,14 @@ def _calibration(snapshot: ClusterSnapshot, demand: ModelDemand) -> float:
         if known is not None:
             ratios.append(known.layer / guessed_speed(node, demand, 1.0).layer)
     return median(ratios) if ratios else 1.0
+
+
+def _heads(snapshot: ClusterSnapshot, demand: ModelDemand) -> float | None:
+    """How many layers' time the head takes where that was measured: elsewhere bytes say it, or a probe of a few layers
+    that stay in caches; both are off by up to a half."""
+    known = [known_speed(node, demand) for node in snapshot.nodes.values()]
+    ratios = [k.head / k.layer for k in known if k is not None and k.head_known]
+    return median(ratios) if ratios else None
 
 
 def mib(count: float) -> str:

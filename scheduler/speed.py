@@ -96,6 +96,8 @@ class LayerSpeed:
     context: float = 0.0
     apart: bool = False
     """``layer`` was measured here in a shard without the head; peers are not told."""
+    head_known: bool = False
+    """So was, after that, what a last shard takes beyond its layers: ``head`` over ``layer`` is no guess."""
 
     def stage(self, shard_layers: LayerRange, layers: int) -> float:
         """A decode step over a range of layers."""
@@ -126,11 +128,11 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
     layers, by_bytes = len(shard.layers), head_layers_of(shard)
     heads = known.head / known.layer if known and known.layer > 0 else by_bytes
     layer = speed.decode / (layers + heads if shard.last else layers)
-    head, apart = layer * heads, not shard.last
+    head, apart, head_known = layer * heads, not shard.last, known is not None and known.head_known
     if shard.last and known and known.apart:
         left, usual, apart = speed.decode - layers * known.layer, known.layer * by_bytes, True
         if usual / _HEAD_WITHIN < left < usual * _HEAD_WITHIN:
-            layer, head = known.layer, left
+            layer, head, head_known = known.layer, left, True
     return LayerSpeed(
         shard.model.ref.digest,
         shard.runtime,
@@ -142,6 +144,7 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         max(1.0, speed.decode_p99 / speed.decode),
         speed.context / layers,
         apart,
+        head_known,
     )
 
 

@@ -147,6 +147,7 @@ def _layer_speed_record(speed: LayerSpeed) -> pb.LayerSpeed:
         prefill=speed.prefill,
         tail=speed.tail,
         context=speed.context,
+        head_known=speed.head_known,
     )
 
 
@@ -156,7 +157,8 @@ def _read_layer_speeds(record: pb.NodeRecord) -> tuple[LayerSpeed, ...]:
     for s in record.layer_speeds[:_SPEEDS_MAX]:
         values = (s.layer, s.head, s.row_share, s.prefill, s.tail, s.context)
         if all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and s.layer > 0 and s.prefill > 0:
-            speeds.append(LayerSpeed(Digest(s.model_digest.hex()), s.runtime, s.quantization, *values))
+            model = Digest(s.model_digest.hex())
+            speeds.append(LayerSpeed(model, s.runtime, s.quantization, *values, head_known=s.head_known))
     return tuple(speeds)
 
 

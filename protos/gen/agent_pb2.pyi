@@ -529,6 +529,7 @@ class LayerSpeed(google.protobuf.message.Message):
     PREFILL_FIELD_NUMBER: builtins.int
     TAIL_FIELD_NUMBER: builtins.int
     CONTEXT_FIELD_NUMBER: builtins.int
+    HEAD_KNOWN_FIELD_NUMBER: builtins.int
     model_digest: builtins.bytes
     runtime: builtins.str
     quantization: builtins.str
@@ -543,6 +544,8 @@ class LayerSpeed(google.protobuf.message.Message):
     """99th percentile over the mean"""
     context: builtins.float
     """a layer's decode step, more for each position before it"""
+    head_known: builtins.bool
+    """head was measured apart from the layers"""
     def __init__(
         self,
         *,
@@ -555,8 +558,9 @@ class LayerSpeed(google.protobuf.message.Message):
         prefill: builtins.float = ...,
         tail: builtins.float = ...,
         context: builtins.float = ...,
+        head_known: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "head_known", b"head_known", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
 
 Global___LayerSpeed: typing_extensions.TypeAlias = LayerSpeed
 

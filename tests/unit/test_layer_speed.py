@@ -40,8 +40,11 @@ def test_a_head_is_not_blamed_for_a_machine_that_is_slower_than_its_probe() -> N
 
 def test_a_head_is_what_layers_leave_once_they_were_measured_without_it() -> None:
     known = layer_speed(shard(0, 8), steps(8 * 1000), probed())
+    assert not known.head_known
     known = layer_speed(shard(22, 30), steps(8 * 1000 + 7000), known)
     assert (known.layer, known.head) == pytest.approx((1000, 7000))
+    assert known.head_known
+    assert layer_speed(shard(8, 15), steps(7 * 1500), known).head == pytest.approx(1.5 * 7000)
 
 
 def test_a_machine_that_slows_down_slows_layers_and_head() -> None:

@@ -18,6 +18,7 @@ from scheduler.availability import availability, down_share
 from scheduler.chain import ChainProblem, solve, solve_exact, solve_heuristic
 from scheduler.cluster import ClusterSnapshot, Node, NodeForgotten, NodeJudged
 from scheduler.demand import ModelDemand
+from scheduler.feasibility import hosts_of
 from scheduler.placement import Infeasible, Plan, place
 from scheduler.policy import ModelPolicy
 from scheduler.speed import LayerSpeed
@@ -296,3 +297,12 @@ def test_large_meshes_carry_a_bound() -> None:
 def test_solve_is_exact_on_small_meshes() -> None:
     rng = np.random.default_rng(3)
     assert solve(random_problem(rng, 6, 9)).exact
+
+
+def test_a_head_that_was_measured_anywhere_is_no_guess_elsewhere() -> None:
+    a, b = host("a"), host("b", layer_us=800.0)
+    measured = replace(a.layer_speeds[0], head=4 * 500.0, head_known=True)
+    hosts, _ = hosts_of(cluster(replace(a, layer_speeds=(measured,)), b), DEMAND, ONE)
+    assert [h.speed.head for h in hosts] == [2000, 3200]
+    hosts, _ = hosts_of(cluster(a, b), DEMAND, ONE)
+    assert [h.speed.head for h in hosts] == [500, 800]

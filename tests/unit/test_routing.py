@@ -26,7 +26,7 @@ from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, trans
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
 from scheduler.routing import Kept, Router, RouteRequest, find_route, group_of, mixed, troubled
-from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
+from scheduler.speed import LayerSpeed, SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
 
 HERE = NodeId("a")
@@ -188,8 +188,11 @@ def test_nonsense_from_the_network_steers_nothing() -> None:
 def test_records_carry_speeds_links_and_places() -> None:
     made = linked(at_speed(node("b", shard()), 1), x=link(3, 50, 0.25))
     made = replace(made, coordinate=Coordinate((0.5, 0.25, 0.0, 0.0), 0.125, 0.0, 0.5))
+    told = LayerSpeed(SHAPE.ref.digest, "onnx", "int8", 512.0, 2048.0, 0.25, 64.0, 2.0, head_known=True)
+    made = replace(made, layer_speeds=(told,))
     back = read_node(node_record(made, "c"))
     assert back.replicas[0].speed == made.replicas[0].speed
+    assert back.layer_speeds == (told,)
     assert back.coordinate == made.coordinate
     there = back.links[NodeId("x")]
     assert (there.rtt_p50, there.loss_out, there.bandwidth_out_p50) == (3 * MS, 0.25, 50_000_000)
