@@ -149,12 +149,8 @@ class ClusterSnapshot:
                     node = replace(node, known_since_s=at_s)
                 nodes[node.id] = node
             case NodeJudged(node_id, state, reachable, at_s, broken):
-                known = nodes.get(node_id)
-                if known is None or (known.state, known.reachable, known.broken) == (
-                    state,
-                    reachable,
-                    broken,
-                ):
+                known, told = nodes.get(node_id), (state, reachable, broken)
+                if known is None or (known.state, known.reachable, known.broken) == told:
                     return self
                 died = state is MemberState.DEAD and known.state is not MemberState.DEAD
                 losses = known.losses + died

@@ -232,7 +232,7 @@ def _heads(snapshot: ClusterSnapshot, demand: ModelDemand) -> float | None:
     """How many layers' time the head takes where that was measured: elsewhere bytes say it, or a probe of a few layers
     that stay in caches; both are off by up to a half."""
     known = [known_speed(node, demand) for node in snapshot.nodes.values()]
-    ratios = [k.head / k.layer for k in known if k is not None and k.head_known]
+    ratios = [k.head / k.layer for k in known if k is not None and k.head_known and k.head > 0]
     return median(ratios) if ratios else None
 
 
