@@ -354,6 +354,7 @@ class _Graph:
         self._row = np.array([s.row for s in self._speeds])
         self._context = np.array([s.context for s in self._speeds])
         self._prefill = np.array([s.prefill for s in self._speeds])
+        self._prefill_context = np.array([s.prefill_context for s in self._speeds])
         tail = percentile is Percentile.P99
         self._tail = np.array([max(0.0, s.decode_p99 - s.decode) if tail else 0.0 for s in self._speeds])
         self._room = np.array([r.context_max or np.inf for _, r in held])
@@ -427,7 +428,8 @@ class _Graph:
         )
         queue = BUSY_WAIT * (self._decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
-        filling = (request.prompt - request.steps) * self._prefill + request.steps * step
+        chunked = request.prompt - request.steps
+        filling = chunked * (self._prefill + self._prefill_context * chunked / 2) + request.steps * step
         if request.holding:
             held = np.array([key in request.holding for key in self._keys])
             filling = np.where(held, 0.0, filling)
@@ -512,8 +514,10 @@ class _Graph:
     def told(self, request: RouteRequest, path: list[int], others: tuple[LayeredRoute, ...]) -> RoutePlan:
         """A path with its terms, by ``scheduler.cost``'s formulas one by one."""
         load, learned = self._load(request), request.learned
-        terms, slowest, ttft = [], 0.0, learned.start_us
-        chunk = min(request.chunk, request.prompt)
+        terms: list[Terms] = []
+        begins = range(0, max(1, request.prompt), request.chunk)
+        chunks = [(min(request.chunk, request.prompt - begin), begin) for begin in begins]
+        ends = [learned.start_us] * len(chunks)
         for place, i in enumerate(path):
             node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])
             if place == 0:
@@ -525,12 +529,12 @@ class _Graph:
             risk = float(self._hazard[i]) * learned.recovery_us / 1e6 * compute
             queue, price = queue_us(speed, sessions), float(self._price[i])
             terms.append(Terms(compute, queue, latency, transfer, risk, price))
-            block = learned.stage_us + speed.prefill * chunk
-            slowest = max(slowest, block)
-            ttft += block + latency + transfer * chunk
-        chunks = -(-request.prompt // request.chunk) if request.prompt else 1
+            done = 0.0
+            for k, (positions, begin) in enumerate(chunks):
+                came = ends[k] + latency + transfer * positions
+                ends[k] = done = max(done, came) + learned.stage_us + speed.chunk(positions, begin)
         home = float(self._home[path[-1]])
-        ttft += (chunks - 1) * slowest + home
+        ttft = ends[-1] + home
         groups = {group_of(self.held[i][1].shard) for i in path}
         group = groups.pop() if len(groups) == 1 else (self.held[0][1].shard.model.ref.digest, "", "")
         return RoutePlan(self.route(path), tuple(terms), home, ttft, others, group)

@@ -1,8 +1,8 @@
 """How fast a replica computes: measured while it works, guessed from the machine's probe before.
 
 A decode step of ``b`` sessions at position ``p`` takes ``decode + p * context + (b - 1) * row``: reading the
-weights once, looking at what came before, then a little for each further row. Prefill takes
-``prefill`` a position. All in microseconds.
+weights once, looking at what came before, then a little for each further row. A chunk of a prompt takes ``prefill +
+prefill_context * before`` a position, and no less than a step. All in microseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DOUBT = 0.8
 whoever is used is measured faster for it, and whoever was measured in a bad moment must get another one."""
 _SURE_STEPS = 96
 """So many of late leave no doubt."""
-_FIT_STEPS, _FIT_SPREAD, _FIT_GAIN = 64, 96, 0.2
+_FIT_STEPS, _FIT_CHUNKS, _FIT_SPREAD, _FIT_GAIN = 64, 24, 96, 0.2
 _FAR = 1000
 _TOLD = 0.04
 """Share by which a figure must move before peers hear of it."""
@@ -69,6 +69,7 @@ class StageSpeed:
     hope: float = 0.0
     """What routes weigh in place of ``decode``: steps without the slowest tenth; the longer nothing ran, the
     closer to the best that was ever measured. 0 is the same as ``decode``."""
+    prefill_context: float = 0.0
 
     @property
     def weighed(self) -> float:
@@ -78,6 +79,11 @@ class StageSpeed:
     def step(self, sessions: int, position: float = 0.0) -> float:
         """A decode step of so many sessions together."""
         return self.decode + self.context * position + max(0, sessions - 1) * self.row
+
+    def chunk(self, positions: int, begin: int = 0) -> float:
+        """So many positions of a prompt together, from ``begin`` on. Weights are read once, as for a step."""
+        before = begin + positions / 2
+        return max(self.decode, positions * (self.prefill + self.prefill_context * before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ class LayerSpeed:
     prefill: float
     tail: float
     context: float = 0.0
+    prefill_context: float = 0.0
     apart: bool = False
     """``layer`` was measured here in a shard without the head; peers are not told."""
     head_known: bool = False
@@ -116,9 +123,11 @@ def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
     """Of another cut of a model whose layers were measured on this machine. A chunk of a prompt passes the head
     with one position only."""
     decode = known.stage(shard.layers, shard.model.layers)
-    prefill = known.prefill * len(shard.layers)
-    context = known.context * len(shard.layers)
-    return StageSpeed(decode, decode * known.row_share, prefill, decode * known.tail, True, context)
+    prefill, context, later = (
+        each * len(shard.layers) for each in (known.prefill, known.context, known.prefill_context)
+    )
+    row, tail = decode * known.row_share, decode * known.tail
+    return StageSpeed(decode, row, prefill, tail, True, context, prefill_context=later)
 
 
 def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
@@ -143,6 +152,7 @@ def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -
         speed.prefill / layers,
         max(1.0, speed.decode_p99 / speed.decode),
         speed.context / layers,
+        speed.prefill_context / layers,
         apart,
         head_known,
     )
@@ -158,10 +168,20 @@ def probed_layer(
 def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
     """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
     layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
-    row, prefill, tail, context = (
-        float(f"{v:.2g}") for v in (speed.row_share, speed.prefill, speed.tail, speed.context)
+    row, prefill, tail, context, later = (
+        float(f"{v:.2g}")
+        for v in (speed.row_share, speed.prefill, speed.tail, speed.context, speed.prefill_context)
     )
-    return replace(speed, layer=layer, head=head, row_share=row, prefill=prefill, tail=tail, context=context)
+    return replace(
+        speed,
+        layer=layer,
+        head=head,
+        row_share=row,
+        prefill=prefill,
+        tail=tail,
+        context=context,
+        prefill_context=later,
+    )
 
 
 def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
@@ -174,14 +194,24 @@ def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
             abs(told.row - now.row) <= 4 * _TOLD * now.row,
             abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
             abs(told.context - now.context) * _FAR <= _TOLD * now.decode,
+            abs(told.prefill_context - now.prefill_context) * _FAR <= _TOLD * now.prefill,
             abs(told.weighed - now.weighed) <= _TOLD * now.weighed,
         )
         if all(near):
             return told
-    decode, row, prefill, p99, context = (
-        float(f"{v:.3g}") for v in (now.decode, now.row, now.prefill, now.decode_p99, now.context)
+    decode, row, prefill, p99, context, hope, later = (
+        float(f"{v:.3g}")
+        for v in (
+            now.decode,
+            now.row,
+            now.prefill,
+            now.decode_p99,
+            now.context,
+            now.hope,
+            now.prefill_context,
+        )
     )
-    return StageSpeed(decode, row, prefill, p99, now.measured, context, float(f"{now.hope:.3g}"))
+    return StageSpeed(decode, row, prefill, p99, now.measured, context, hope, later)
 
 
 def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
@@ -203,11 +233,12 @@ class SpeedMeter:
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
         self._single: deque[float] = deque(maxlen=_WINDOW)
-        self._positions: deque[int] = deque(maxlen=_WINDOW)
+        self._positions: deque[float] = deque(maxlen=_WINDOW)
         self._times: deque[float] = deque(maxlen=_WINDOW)
-        self._context = prior.context
+        self._context, self._prefill_context = prior.context, prior.prefill_context
         self._rows: deque[float] = deque(maxlen=_WINDOW)
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
+        self._middles: deque[float] = deque(maxlen=_WINDOW)
         self._best: StageSpeed | None = None
         self._last_s = 0.0
         self._cold = _COLD_STEPS
@@ -225,17 +256,19 @@ class SpeedMeter:
             alone = _mean(self._single) or self._prior.decode
             self._rows.append(max(0.0, us - alone) / (rows - 1))
 
-    def prefilled(self, positions: int, us: float, now_s: float) -> None:
-        """A chunk of ``positions`` took ``us``."""
+    def prefilled(self, positions: int, us: float, now_s: float, begin: int = 0) -> None:
+        """A chunk of ``positions`` from ``begin`` on took ``us``."""
         self._last_s = now_s
         self._prefill.append(us / positions)
+        self._middles.append(begin + positions / 2)
 
     def speed(self, now_s: float) -> StageSpeed:
         """The estimate of now."""
         guessed = self._best or self._prior
         if not (self._single or self._rows or self._prefill):
             return guessed
-        self._fit_context()
+        self._context = _fitted(self._context, self._positions, self._single, _FIT_STEPS)
+        self._prefill_context = _fitted(self._prefill_context, self._middles, self._prefill, _FIT_CHUNKS)
         at_mean = self._context * (sum(self._positions) / len(self._positions) if self._positions else 0.0)
         single = _mean(self._single)
         now = StageSpeed(
@@ -245,6 +278,7 @@ class SpeedMeter:
             guessed.decode_p99 if single is None else _or(_quantile(self._single, 99), 0.0) - at_mean,
             self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
             self._context,
+            prefill_context=self._prefill_context,
         )
         usual = self._usual()
         typical = now.decode if usual is None else max(0.1 * usual, usual - at_mean)
@@ -259,9 +293,13 @@ class SpeedMeter:
         return replace(now, hope=likely * trust + hoped * (1 - trust))
 
     def _prefill_us(self) -> float:
-        """A position of a chunk."""
+        """A position of a chunk with nothing before it."""
         known = [self._prior.prefill] * _KNOWN_CHUNKS if self._prior.measured else []
-        return _or(_mean([*known, *self._prefill]), self._prior.prefill)
+        first = [
+            max(0.1 * us, us - self._prefill_context * middle)
+            for us, middle in zip(self._prefill, self._middles, strict=True)
+        ]
+        return _or(_mean([*known, *first]), self._prior.prefill)
 
     def _usual(self) -> float | None:
         """A step of late, without spikes."""
@@ -271,20 +309,22 @@ class SpeedMeter:
             recent = list(self._single)[-_RECENT_STEPS:]
         return _mean(recent, _SPIKES)
 
-    def _fit_context(self) -> None:
-        """Least squares over the window's steps; kept while positions are too close together to tell. A step
-        does not double within ``_FAR`` positions, so noise cannot make it seem to."""
-        places = sorted(self._positions)
-        if len(places) < _FIT_STEPS or places[-1] - places[0] < _FIT_SPREAD:
-            return
-        limit = _quantile(self._single, 98) or 0.0
-        pairs = [(p, u) for p, u in zip(self._positions, self._single, strict=True) if u <= limit]
-        mean_p = sum(p for p, _ in pairs) / len(pairs)
-        mean_u = sum(u for _, u in pairs) / len(pairs)
-        spread = sum((p - mean_p) ** 2 for p, _ in pairs)
-        if spread:
-            slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
-            self._context += (min(max(0.0, slope), mean_u / _FAR) - self._context) * _FIT_GAIN
+
+def _fitted(slope: float, places: deque[float], times: deque[float], enough: int) -> float:
+    """Microseconds that a run takes longer for each position before it: ``slope``, moved towards the least squares of a
+    window's runs; kept while they are few, or too close together to tell. A run does not double within ``_FAR``
+    positions, so noise cannot make it seem to."""
+    if len(places) < enough or max(places) - min(places) < _FIT_SPREAD:
+        return slope
+    limit = _quantile(times, 98) or 0.0
+    pairs = [(p, u) for p, u in zip(places, times, strict=True) if u <= limit]
+    mean_p = sum(p for p, _ in pairs) / len(pairs)
+    mean_u = sum(u for _, u in pairs) / len(pairs)
+    spread = sum((p - mean_p) ** 2 for p, _ in pairs)
+    if not spread:
+        return slope
+    found = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
+    return slope + (min(max(0.0, found), mean_u / _FAR) - slope) * _FIT_GAIN
 
 
 def _or(measured: float | None, guessed: float) -> float:

@@ -61,10 +61,7 @@ class ModelledRuntime:
 
     provider, batch, batch_exact = "modelled", 64, True
 
-    def __init__(
-        self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed, prefill_context: float
-    ) -> None:
-        self._prefill_context = prefill_context
+    def __init__(self, info: ShardInfo, slots: int, capacity: int, speed: StageSpeed) -> None:
         self.info, self.slots, self.capacity, self.speed = info, slots, capacity, speed
         self.took_us = 0.0
         self.stepped = False
@@ -83,9 +80,7 @@ class ModelledRuntime:
         return self._written(values)
 
     def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> NDArray[Any]:
-        before = position + len(inputs) / 2
-        self.took_us = (self.speed.prefill + self._prefill_context * before) * len(inputs)
-        self.stepped = False
+        self.took_us, self.stepped = self.speed.chunk(len(inputs), position), False
         values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
         return self._written(values[len(values) - logits :] if self.info.last else values)
 

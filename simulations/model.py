@@ -65,11 +65,8 @@ class SimModel:
             told.prefill_us / factor,
             _TAIL,
             told.context_us / factor,
+            told.prefill_context_us / factor,
         )
-
-    def prefill_context(self, info: ShardInfo, factor: float) -> float:
-        """What each position before adds to one of a prompt, microseconds."""
-        return len(info.layers) * self._told.prefill_context_us / factor
 
     def probed(self, factor: float) -> Speed:
         """What such a node's own probe would find, before it has run a layer."""
@@ -100,4 +97,4 @@ class SimShards:
         info = await self.find(key)
         await asyncio.sleep(self._model.load_s)
         speed = stage_speed(info, self._model.speed(self._factor))
-        return ModelledRuntime(info, slots, capacity, speed, self._model.prefill_context(info, self._factor))
+        return ModelledRuntime(info, slots, capacity, speed)

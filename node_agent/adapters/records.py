@@ -95,15 +95,17 @@ def _speed_record(speed: StageSpeed) -> pb.StageSpeed:
         measured=speed.measured,
         context=speed.context,
         hope=speed.hope,
+        prefill_context=speed.prefill_context,
     )
 
 
 def _read_speed(record: pb.StageSpeed) -> StageSpeed | None:
     """``None`` for figures that cannot be: they come from the network and steer routes."""
-    values = (record.decode, record.row, record.prefill, record.decode_p99, record.context, record.hope)
-    if not all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) or record.decode <= 0:
+    runs = (record.decode, record.row, record.prefill, record.decode_p99)
+    later = (record.context, record.hope, record.prefill_context)
+    if not all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in (*runs, *later)) or record.decode <= 0:
         return None
-    return StageSpeed(*values[:4], record.measured, record.context, record.hope)
+    return StageSpeed(*runs, record.measured, *later)
 
 
 def node_record(node: Node, cluster: str) -> pb.NodeRecord:
@@ -147,6 +149,7 @@ def _layer_speed_record(speed: LayerSpeed) -> pb.LayerSpeed:
         prefill=speed.prefill,
         tail=speed.tail,
         context=speed.context,
+        prefill_context=speed.prefill_context,
         head_known=speed.head_known,
     )
 
@@ -155,7 +158,7 @@ def _read_layer_speeds(record: pb.NodeRecord) -> tuple[LayerSpeed, ...]:
     """Those whose figures can be."""
     speeds = []
     for s in record.layer_speeds[:_SPEEDS_MAX]:
-        values = (s.layer, s.head, s.row_share, s.prefill, s.tail, s.context)
+        values = (s.layer, s.head, s.row_share, s.prefill, s.tail, s.context, s.prefill_context)
         if all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and s.layer > 0 and s.prefill > 0:
             model = Digest(s.model_digest.hex())
             speeds.append(LayerSpeed(model, s.runtime, s.quantization, *values, head_known=s.head_known))

@@ -264,7 +264,7 @@ class Replica:
         if first.drafts:
             pass  # neither a step nor a chunk as sessions without guesses have them
         elif first.length > 1:
-            self._speed.prefilled(first.length, compute_us, ended / 1e9)
+            self._speed.prefilled(first.length, compute_us, ended / 1e9, first.position)
         else:
             if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
                 self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)

@@ -477,7 +477,9 @@ Global___ReplicaRecord: typing_extensions.TypeAlias = ReplicaRecord
 
 @typing.final
 class StageSpeed(google.protobuf.message.Message):
-    """Microseconds. A decode step of b sessions at position p takes decode + p * context + (b - 1) * row."""
+    """Microseconds. A decode step of b sessions at position p takes decode + p * context + (b - 1) * row,
+    a position of a chunk around p takes prefill + p * prefill_context.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -488,6 +490,7 @@ class StageSpeed(google.protobuf.message.Message):
     MEASURED_FIELD_NUMBER: builtins.int
     CONTEXT_FIELD_NUMBER: builtins.int
     HOPE_FIELD_NUMBER: builtins.int
+    PREFILL_CONTEXT_FIELD_NUMBER: builtins.int
     decode: builtins.float
     row: builtins.float
     prefill: builtins.float
@@ -499,6 +502,7 @@ class StageSpeed(google.protobuf.message.Message):
     """more for each position before it"""
     hope: builtins.float
     """decode as routes should weigh it: what was measured long ago counts ever less"""
+    prefill_context: builtins.float
     def __init__(
         self,
         *,
@@ -509,8 +513,9 @@ class StageSpeed(google.protobuf.message.Message):
         measured: builtins.bool = ...,
         context: builtins.float = ...,
         hope: builtins.float = ...,
+        prefill_context: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "decode", b"decode", "decode_p99", b"decode_p99", "hope", b"hope", "measured", b"measured", "prefill", b"prefill", "row", b"row"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "decode", b"decode", "decode_p99", b"decode_p99", "hope", b"hope", "measured", b"measured", "prefill", b"prefill", "prefill_context", b"prefill_context", "row", b"row"]) -> None: ...
 
 Global___StageSpeed: typing_extensions.TypeAlias = StageSpeed
 
@@ -530,6 +535,7 @@ class LayerSpeed(google.protobuf.message.Message):
     TAIL_FIELD_NUMBER: builtins.int
     CONTEXT_FIELD_NUMBER: builtins.int
     HEAD_KNOWN_FIELD_NUMBER: builtins.int
+    PREFILL_CONTEXT_FIELD_NUMBER: builtins.int
     model_digest: builtins.bytes
     runtime: builtins.str
     quantization: builtins.str
@@ -546,6 +552,8 @@ class LayerSpeed(google.protobuf.message.Message):
     """a layer's decode step, more for each position before it"""
     head_known: builtins.bool
     """head was measured apart from the layers"""
+    prefill_context: builtins.float
+    """a layer's position of a chunk, more for each position before it"""
     def __init__(
         self,
         *,
@@ -559,8 +567,9 @@ class LayerSpeed(google.protobuf.message.Message):
         tail: builtins.float = ...,
         context: builtins.float = ...,
         head_known: builtins.bool = ...,
+        prefill_context: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "head_known", b"head_known", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "head_known", b"head_known", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "prefill_context", b"prefill_context", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
 
 Global___LayerSpeed: typing_extensions.TypeAlias = LayerSpeed
 

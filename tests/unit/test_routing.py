@@ -22,7 +22,17 @@ from node_agent.commands.route import plan_view
 from node_agent.hysteresis import links_worth_telling, place_worth_telling
 from node_agent.route_report import route_report
 from scheduler.cluster import ClusterSnapshot, Node, NodeJudged, NodeSeen
-from scheduler.cost import Percentile, hazard_per_s, hop_us, link_between, transfer_us, way_us, ways_us
+from scheduler.cost import (
+    FRAME_HEAD_BYTES,
+    STAGE_US,
+    Percentile,
+    hazard_per_s,
+    hop_us,
+    link_between,
+    transfer_us,
+    way_us,
+    ways_us,
+)
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
 from scheduler.routing import Kept, Router, RouteRequest, find_route, group_of, mixed, troubled
@@ -347,6 +357,49 @@ def test_a_few_chunks_do_not_outweigh_what_other_cuts_took() -> None:
     for _ in range(190):
         known.prefilled(64, 64 * 140, 2.0)
     assert known.speed(2.0).prefill == pytest.approx(140, rel=0.02)
+
+
+def test_what_a_chunk_takes_more_for_what_came_before_is_learned() -> None:
+    meter, rng = SpeedMeter(StageSpeed(1000, 160, 50, 2000)), Random(1)
+    for turn in range(30):
+        for begin in range(0, 1024, 64):
+            around = 100 + 0.05 * (begin + 32)
+            meter.prefilled(64, 64 * around * rng.uniform(0.9, 1.1), float(turn), begin)
+        learned = meter.speed(float(turn))
+    assert learned.prefill_context == pytest.approx(0.05, rel=0.1)
+    assert learned.prefill == pytest.approx(100, rel=0.03)
+    assert learned.chunk(64, 1024) == pytest.approx(64 * 152.8, rel=0.03)
+    assert learned.chunk(1) == learned.decode, "weights are read for one position as for many"
+
+
+@given(
+    st.integers(1, 700), st.lists(st.tuples(st.integers(1, 90), st.integers(0, 30)), min_size=1, max_size=5)
+)
+def test_a_first_token_comes_when_the_last_chunk_is_through(
+    prompt: int, stages: list[tuple[int, int]]
+) -> None:
+    """Against the plain recursion: a stage begins a chunk when it has come and the one before is done."""
+    edges = [0, *range(1, len(stages)), SHAPE.layers]
+    names = [f"n{i}" for i in range(len(stages))]
+    nodes = []
+    for i, (ms, later) in enumerate(stages):
+        made = node(names[i], shard(edges[i], edges[i + 1]))
+        speed = StageSpeed(ms * 100, 0, ms * 10, ms * 200, True, prefill_context=later / 100)
+        replicas = tuple(replace(r, speed=speed) for r in made.replicas)
+        nodes.append(linked(replace(made, replicas=replicas), **{n: link(2) for n in names if n != names[i]}))
+    here = linked(node("a"), **{n: link(2) for n in names})
+    plan = Router().plan(cluster(here, *nodes), RouteRequest("tiny", HERE, prompt=prompt))
+    transfer = transfer_us(link(2), SHAPE.width * 4 + FRAME_HEAD_BYTES)
+    free = [0.0] * len(stages)
+    at = 0.0
+    for begin in range(0, prompt, 64):
+        size, at = min(64, prompt - begin), 0.0
+        for i, made in enumerate(nodes):
+            speed = made.replicas[0].speed
+            assert speed is not None
+            way = plan.terms[0].hop if i == 0 else 1000 + transfer * size
+            free[i] = at = max(free[i], at + way) + STAGE_US + speed.chunk(size, begin)
+    assert plan.ttft_us == pytest.approx(at + plan.home_us)
 
 
 def test_who_was_measured_in_a_bad_moment_is_tried_again_and_seen_as_it_is() -> None:
