@@ -40,12 +40,12 @@ from mesh.session_events import (
 from mesh.session_states import State
 from mesh.types import Address, Digest, Epoch, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
+from node_agent.adapters.session_accounts import SessionAccounts
 from node_agent.adapters.stage_host import StageHost
 from node_agent.ports import TokenLog
 from node_agent.prefixes import KeptSession, PrefixBook
 from node_agent.trace import SessionTrace
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.learning import Learner
 from scheduler.routing import RoutePlan, mixed, troubled
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,11 @@ class SessionDriver:
         clock: Clock = time,
     ) -> None:
         self._clock = clock
-        self._host, self._log, self._metrics = host, token_log, metrics
+        self._host, self._log = host, token_log
+        self._accounts = SessionAccounts(metrics)
         self._sessions_max, self._keep_s = sessions_max, keep_s
         self._view, self._looked_at = view, ClusterSnapshot()
-        self.learner = Learner()
+        self.learner = self._accounts.learner
         self.prefixes = PrefixBook()
         self.ours_told: dict[tuple[NodeId, Digest], int] = {}
         """Of the sessions in each replica's record, ours."""
@@ -158,7 +159,7 @@ class SessionDriver:
         if self.draining:
             raise Unavailable("this agent is draining; ask another", retry_after_s=5)
         if len(self._running) >= self._sessions_max:
-            self._metrics.refused.labels(self._metrics.node_id, "ingress_full").inc()
+            self._accounts.refused()
             raise Full(f"this agent runs {len(self._running)} sessions already, its limit")
         now = self._clock.monotonic_ns()
         route = plan.route
@@ -192,7 +193,7 @@ class SessionDriver:
         self.traces[order.session] = trace
         while len(self.traces) > TRACES_KEPT:
             self.traces.popitem(last=False)
-        self._metrics.owned.labels(self._metrics.node_id).set(len(self._running))
+        self._accounts.owned(len(self._running))
         self._carry_out(handle, session.start(now))
         self._feed()
         return handle
@@ -253,42 +254,11 @@ class SessionDriver:
                     going = handle.session.state is not State.REROUTING
                     stalled_us = handle.trace.token(effect.token, now, going)
                     if stalled_us:
-                        self._recovered(handle, stalled_us)
+                        self._accounts.recovered(handle.session, handle.trace, stalled_us)
             self._carry_out(handle, effects)
         except MeshError as error:
             log.exception("session %s failed", handle.session.order.session)
             self._end(handle, Ended(error=error))
-
-    def _recovered(self, handle: SessionHandle, stalled_us: int) -> None:
-        session, recovery = handle.session, handle.trace.recoveries[-1]
-        rung = session.rung.value if session.rung else "moved"
-        if recovery.opening:
-            recovery.rung = "opening"
-            log.info(
-                "a session was opened elsewhere: %s", recovery.cause, extra={"session": session.order.session}
-            )
-            return
-        recovery.rung = "cold" if recovery.waited else rung
-        recovery.replayed = session.replayed
-        self.learner.recovered(stalled_us)
-        metrics, node = self._metrics, self._metrics.node_id
-        metrics.recovery.labels(node).observe(stalled_us / 1e6)
-        metrics.failovers.labels(node, recovery.rung, recovery.cause.split(":")[0]).inc()
-        metrics.replayed.labels(node).inc(session.replayed)
-        log.warning(
-            "session went on after %.0f ms by %s: %s",
-            stalled_us / 1000,
-            recovery.rung,
-            recovery.cause,
-            extra={
-                "session": session.order.session,
-                "left": recovery.route,
-                "route": str(session.route),
-                "epoch": session.epoch.counter,
-                "tokens": recovery.tokens,
-                "replayed": recovery.replayed,
-            },
-        )
 
     def report(self) -> list[dict[str, Any]]:
         """``/mesh/v1/sessions``: those that run, with their routes and epochs."""
@@ -417,7 +387,7 @@ class SessionDriver:
         """Give a session another route, if there is one now; otherwise it asks again."""
         try:
             if not self._budget.take(self._clock.monotonic_ns(), len(self._view().alive())):
-                self._metrics.held.labels(self._metrics.node_id).inc()
+                self._accounts.held()
                 raise NoRoute("this node's budget of recoveries is spent")
             plan = handle.replan(handle.session, handle.plan, avoid)
         except NoRoute as error:
@@ -520,34 +490,7 @@ class SessionDriver:
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
         trace.outcome = ended.finish.value if ended.finish else f"failed: {ended.error}"
         handle.push(ended)
-        metrics, node = self._metrics, self._metrics.node_id
-        metrics.owned.labels(node).set(len(self._running))
-        metrics.finished.labels(node, ended.finish.value if ended.finish else "failed").inc()
-        metrics.tokens.labels(node).inc(trace.tokens)
-        if trace.tokens:
-            metrics.ttft.labels(node, trace.model).observe(trace.ttft_ms / 1000)
-        if trace.tokens > 1:
-            metrics.tpot.labels(node, trace.model).observe(trace.tpot_ms / 1000)
-            for what, error in trace.prediction_errors().items():
-                metrics.prediction.labels(node, trace.model, what).observe(error)
-            if trace.comparable:
-                self.learner.ended(
-                    trace.learned,
-                    len(trace.route.stages),
-                    (trace.tpot_ms - trace.predicted_tpot_ms) * 1000,
-                    (trace.ttft_ms - trace.predicted_ttft_ms) * 1000,
-                )
-        extra = {
-            "session": order.session,
-            "model_version": trace.model,
-            "tokens": trace.tokens,
-            "ttft_ms": round(trace.ttft_ms, 1),
-            "tpot_ms": round(trace.tpot_ms, 2),
-        }
-        if ended.error:
-            log.warning("session ended: %s", trace.outcome, extra=extra)
-        else:
-            log.info("session ended: %s", trace.outcome, extra=extra)
+        self._accounts.ended(trace, ended, len(self._running))
 
     async def run(self) -> None:
         """Deadlines, and tokens of sessions that nobody will ask for again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import socket
 import statistics
 import time
@@ -29,6 +30,8 @@ END_OF_TEXT = 2
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark; SIGTERM ends it as Ctrl-C does, so that no agent and no network stays behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     return parser

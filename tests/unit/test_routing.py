@@ -395,10 +395,10 @@ def test_a_first_token_comes_when_the_last_chunk_is_through(
     for begin in range(0, prompt, 64):
         size, at = min(64, prompt - begin), 0.0
         for i, made in enumerate(nodes):
-            speed = made.replicas[0].speed
-            assert speed is not None
+            known = made.replicas[0].speed
+            assert known is not None
             way = plan.terms[0].hop if i == 0 else 1000 + transfer * size
-            free[i] = at = max(free[i], at + way) + STAGE_US + speed.chunk(size, begin)
+            free[i] = at = max(free[i], at + way) + STAGE_US + known.chunk(size, begin)
     assert plan.ttft_us == pytest.approx(at + plan.home_us)
 
 
