@@ -210,6 +210,7 @@ def guessed_speed(node: Node, demand: ModelDemand, scale: float) -> LayerSpeed:
         rate.row / rate.decode,
         rate.prefill * scale,
         rate.decode_p99 / rate.decode,
+        rate.context * scale,
     )
 
 

@@ -113,18 +113,30 @@ class LayerSpeed:
 
 def head_layers_of(shard: ShardInfo) -> float:
     """How many layers' time the head of a shard's model takes, by its bytes."""
+    head, layer = _bytes_of(shard)
+    return HEAD_SHARE * head / layer
+
+
+def growth_of(shard: ShardInfo) -> float:
+    """Share by which a decode step over the shard's layers takes longer for each position before it, by bytes: its keys
+    and values are read as the weights are."""
+    return shard.kv_bytes_per_token / len(shard.layers) / _bytes_of(shard)[1]
+
+
+def _bytes_of(shard: ShardInfo) -> tuple[float, float]:
+    """Of the head, and of a layer."""
     head = shard.model.vocabulary * shard.model.width * _WEIGHT_BYTES.get(shard.quantization, 1.0)
     edges = head if shard.first or shard.last else 0.0
-    layer = max(head / 1000, (shard.weight_bytes - edges) / len(shard.layers))
-    return HEAD_SHARE * head / layer
+    return head, max(head / 1000, (shard.weight_bytes - edges) / len(shard.layers))
 
 
 def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
     """Of another cut of a model whose layers were measured on this machine. A chunk of a prompt passes the head
     with one position only."""
     decode = known.stage(shard.layers, shard.model.layers)
+    context = known.context or known.layer * growth_of(shard)
     prefill, context, later = (
-        each * len(shard.layers) for each in (known.prefill, known.context, known.prefill_context)
+        each * len(shard.layers) for each in (known.prefill, context, known.prefill_context)
     )
     row, tail = decode * known.row_share, decode * known.tail
     return StageSpeed(decode, row, prefill, tail, True, context, prefill_context=later)
@@ -222,7 +234,8 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
     gb_s, gflop_s = (known[0].gb_s, known[0].gflop_s) if known else (_GB_S, _GFLOP_S)
     decode = shard.weight_bytes / (gb_s * 1e9 * EFFICIENCY) * _US
     prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * EFFICIENCY) * _US
-    return StageSpeed(decode, decode * _ROW_SHARE, prefill, _GUESSED_TAIL * decode)
+    context = shard.kv_bytes_per_token / (gb_s * 1e9 * EFFICIENCY) * _US
+    return StageSpeed(decode, decode * _ROW_SHARE, prefill, _GUESSED_TAIL * decode, context=context)
 
 
 class SpeedMeter:
@@ -235,7 +248,10 @@ class SpeedMeter:
         self._single: deque[float] = deque(maxlen=_WINDOW)
         self._positions: deque[float] = deque(maxlen=_WINDOW)
         self._times: deque[float] = deque(maxlen=_WINDOW)
-        self._context, self._prefill_context = prior.context, prior.prefill_context
+        # By what share a run grows with each position before it, until enough is seen as it was known: a machine that is
+        # slower than its probe is so there, too.
+        self._growth = prior.context / prior.decode if prior.decode else 0.0
+        self._prefill_growth = prior.prefill_context / prior.prefill if prior.prefill else 0.0
         self._rows: deque[float] = deque(maxlen=_WINDOW)
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
         self._middles: deque[float] = deque(maxlen=_WINDOW)
@@ -267,21 +283,24 @@ class SpeedMeter:
         guessed = self._best or self._prior
         if not (self._single or self._rows or self._prefill):
             return guessed
-        self._context = _fitted(self._context, self._positions, self._single, _FIT_STEPS)
-        self._prefill_context = _fitted(self._prefill_context, self._middles, self._prefill, _FIT_CHUNKS)
-        at_mean = self._context * (sum(self._positions) / len(self._positions) if self._positions else 0.0)
-        single = _mean(self._single)
+        self._growth = _fitted(self._growth, self._positions, self._single, _FIT_STEPS)
+        self._prefill_growth = _fitted(self._prefill_growth, self._middles, self._prefill, _FIT_CHUNKS)
+        middle = sum(self._positions) / len(self._positions) if self._positions else 0.0
+        grown = 1 + self._growth * middle
+        single, prefill = _mean(self._single), self._prefill_us()
+        decode = guessed.decode if single is None else single / grown
+        p99 = _quantile(self._single, 99)
         now = StageSpeed(
-            guessed.decode if single is None else max(0.1 * single, single - at_mean),
+            decode,
             _or(_mean(self._rows), guessed.row),
-            self._prefill_us(),
-            guessed.decode_p99 if single is None else _or(_quantile(self._single, 99), 0.0) - at_mean,
+            prefill,
+            guessed.decode_p99 if p99 is None else p99 - decode * (grown - 1),
             self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
-            self._context,
-            prefill_context=self._prefill_context,
+            decode * self._growth,
+            prefill_context=prefill * self._prefill_growth,
         )
         usual = self._usual()
-        typical = now.decode if usual is None else max(0.1 * usual, usual - at_mean)
+        typical = decode if usual is None else usual / grown
         enough = len(self._single) >= _WINDOW // 4
         if self._best is None or (enough and typical < self._best.weighed):
             self._best = replace(now, hope=typical)
@@ -296,7 +315,7 @@ class SpeedMeter:
         """A position of a chunk with nothing before it."""
         known = [self._prior.prefill] * _KNOWN_CHUNKS if self._prior.measured else []
         first = [
-            max(0.1 * us, us - self._prefill_context * middle)
+            us / (1 + self._prefill_growth * middle)
             for us, middle in zip(self._prefill, self._middles, strict=True)
         ]
         return _or(_mean([*known, *first]), self._prior.prefill)
@@ -310,21 +329,23 @@ class SpeedMeter:
         return _mean(recent, _SPIKES)
 
 
-def _fitted(slope: float, places: deque[float], times: deque[float], enough: int) -> float:
-    """Microseconds that a run takes longer for each position before it: ``slope``, moved towards the least squares of a
+def _fitted(growth: float, places: deque[float], times: deque[float], enough: int) -> float:
+    """Share by which a run takes longer for each position before it: ``growth``, moved towards the least squares of a
     window's runs; kept while they are few, or too close together to tell. A run does not double within ``_FAR``
     positions, so noise cannot make it seem to."""
     if len(places) < enough or max(places) - min(places) < _FIT_SPREAD:
-        return slope
+        return growth
     limit = _quantile(times, 98) or 0.0
     pairs = [(p, u) for p, u in zip(places, times, strict=True) if u <= limit]
     mean_p = sum(p for p, _ in pairs) / len(pairs)
     mean_u = sum(u for _, u in pairs) / len(pairs)
     spread = sum((p - mean_p) ** 2 for p, _ in pairs)
     if not spread:
-        return slope
-    found = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
-    return slope + (min(max(0.0, found), mean_u / _FAR) - slope) * _FIT_GAIN
+        return growth
+    slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
+    first = mean_u - slope * mean_p
+    found = min(max(0.0, slope / first), 1 / _FAR) if first > 0 else 1 / _FAR
+    return growth + (found - growth) * _FIT_GAIN
 
 
 def _or(measured: float | None, guessed: float) -> float:

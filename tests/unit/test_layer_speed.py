@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mesh.types import Digest, LayerRange, ModelRef, ModelShape, ShardInfo
-from scheduler.speed import LayerSpeed, StageSpeed, head_layers_of, layer_speed, probed_layer
+from scheduler.speed import (
+    LayerSpeed,
+    SpeedMeter,
+    StageSpeed,
+    growth_of,
+    guess,
+    head_layers_of,
+    layer_speed,
+    probed_layer,
+    stage_speed,
+)
+from tests.builders import CAPABILITIES
 
 SHAPE = ModelShape(ModelRef("llm", Digest("a" * 64)), 30, 576, 49_152, 2048)
 
@@ -62,3 +75,25 @@ def test_nothing_known_is_parted_by_bytes() -> None:
     last = shard(22, 30)
     known = layer_speed(last, steps(16_000), None)
     assert known.head / known.layer == pytest.approx(head_layers_of(last))
+
+
+def test_a_step_grows_with_its_context_before_that_was_seen() -> None:
+    """By bytes: keys and values of what came before are read as weights are. Of 135 M parameters at int8, a third in 1,000
+    positions; measured were 0.36 to 0.39 in 920."""
+    part = replace(shard(5, 25), kv_bytes_per_token=20 * 1536)
+    assert growth_of(part) * 1000 == pytest.approx(0.375, rel=0.01)
+    for prior in (guess(part, CAPABILITIES), stage_speed(part, probed())):
+        meter = SpeedMeter(prior)
+        for i in range(60):
+            # Eight times slower than its prior: the proportion is what is kept.
+            meter.decoded(1, 8 * prior.step(1, 100 + i % 40), 1.0, 100 + i % 40)
+        learned = meter.speed(1.0)
+        assert learned.step(1, 1000) == pytest.approx(8 * prior.step(1, 1000), rel=0.01)
+        assert learned.step(1, 1000) > 1.2 * learned.decode
+
+
+def test_what_was_fitted_of_contexts_counts_more_than_bytes() -> None:
+    part = replace(shard(5, 25), kv_bytes_per_token=20 * 1536)
+    fitted = replace(probed(), context=0.1)
+    assert stage_speed(part, fitted).context == pytest.approx(20 * 0.1)
+    assert stage_speed(part, probed()).context == pytest.approx(20 * 150 * growth_of(part))
