@@ -56,8 +56,7 @@ def hosts_of(
     heads = _heads(snapshot, demand)
     hosts, reasons = [], {}
     for node_id, node in sorted(snapshot.nodes.items()):
-        if taken.get(node_id):
-            node = replace(node, memory_free_bytes=max(0, node.memory_free_bytes - taken[node_id]))
+        node = without(node, taken)
         reason = _unfit(node, demand, policy)
         if reason is None:
             host = _host(node, demand, policy, scale, stage_us, snapshot.at_s)
@@ -67,6 +66,13 @@ def hosts_of(
         else:
             reasons[node_id] = reason
     return hosts, reasons
+
+
+def without(node: Node, taken: Mapping[NodeId, int]) -> Node:
+    """A node with that much less memory free."""
+    if not taken.get(node.id):
+        return node
+    return replace(node, memory_free_bytes=max(0, node.memory_free_bytes - taken[node.id]))
 
 
 def _unfit(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
@@ -82,7 +88,7 @@ def _unfit(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
         lambda: (
             None if ref.name in node.models else f"it does not have {ref.name}: mesh model pull {ref.name}"
         ),
-        lambda: _no_room(node, demand, policy),
+        lambda: no_room(node, demand, policy),
     )
     return next((why for check in checks if (why := check())), None)
 
@@ -110,7 +116,8 @@ def _figures(node: Node) -> str | None:
     return None
 
 
-def _no_room(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
+def no_room(node: Node, demand: ModelDemand, policy: ModelPolicy) -> str | None:
+    """What a node lacks for one layer, if that much."""
     room = room_of(node, demand, policy)
     least = least_bytes(demand, policy)
     if room >= least or any(replica_of(r, demand) for r in node.replicas):

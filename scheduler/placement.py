@@ -23,7 +23,17 @@ from scheduler.chain import Chain, ChainProblem, Solution, solve
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, TYPICAL_POSITION, Percentile, ways_us
 from scheduler.demand import ModelDemand
-from scheduler.feasibility import NOTHING_TAKEN, Host, hosts_of, least_bytes, mib, positions_of
+from scheduler.feasibility import (
+    NOTHING_TAKEN,
+    Host,
+    hosts_of,
+    least_bytes,
+    mib,
+    no_room,
+    positions_of,
+    room_of,
+    without,
+)
 from scheduler.policy import ModelPolicy, matches
 from scheduler.speed import LayerSpeed
 
@@ -144,7 +154,7 @@ def _place(
     reasons |= {h.node.id: held_off[h.node.id] for h in hosts if h.node.id in held_off}
     hosts = [h for h in hosts if h.node.id not in held_off]
     if not hosts:
-        return _nobody(demand, policy, reasons)
+        return _nobody(snapshot, demand, policy, taken, reasons)
     plan = _copies(CopySearch(snapshot, hosts, demand, policy), reasons)
     if isinstance(plan, Infeasible):
         return plan
@@ -179,19 +189,26 @@ def _at_work(speed: LayerSpeed) -> float:
     return speed.layer + speed.context * TYPICAL_POSITION
 
 
-def _nobody(demand: ModelDemand, policy: ModelPolicy, reasons: dict[NodeId, str]) -> Infeasible:
+def _nobody(
+    snapshot: ClusterSnapshot,
+    demand: ModelDemand,
+    policy: ModelPolicy,
+    taken: Mapping[NodeId, int],
+    reasons: dict[NodeId, str],
+) -> Infeasible:
     listed = tuple(sorted(reasons.items()))
     if not reasons:
         return Infeasible("nodes", "there are no nodes")
-    short = [r for r in reasons.values() if "short of one layer" in r]
-    if short:
-        least = min(short, key=_shortfall)
+    nodes = [without(snapshot.nodes[i], taken) for i in reasons]
+    small = [n for n in nodes if reasons[n.id] == no_room(n, demand, policy)]
+    if small:
+        roomiest = max(small, key=lambda n: room_of(n, demand, policy))
         positions = positions_of(demand, policy)
         return Infeasible(
             "memory",
             f"one layer of {demand.shape.ref.name} fits on no node: it takes {mib(least_bytes(demand, policy))} "
             f"({mib(demand.layer_bytes + demand.shard_bytes)} weights, {mib(positions * demand.kv_layer_bytes)} KV for "
-            f"{policy.sessions} sessions of {positions // policy.sessions}), and the roomiest is {least}",
+            f"{policy.sessions} sessions of {positions // policy.sessions}), and the roomiest is {reasons[roomiest.id]}",
             reasons=listed,
         )
     counts: dict[str, int] = {}
@@ -199,11 +216,6 @@ def _nobody(demand: ModelDemand, policy: ModelPolicy, reasons: dict[NodeId, str]
         counts[reason] = counts.get(reason, 0) + 1
     told = "; ".join(f"{c} x {r}" if c > 1 else r for r, c in sorted(counts.items(), key=lambda i: -i[1])[:4])
     return Infeasible("nodes", f"none of {len(reasons)} nodes may host it: {told}", reasons=listed)
-
-
-def _shortfall(reason: str) -> float:
-    number, unit = reason.split()[:2]
-    return float(number) * (1024 if unit == "GiB" else 1)
 
 
 def _would_do(

@@ -243,6 +243,13 @@ def test_infeasible_says_what_binds_and_what_would_do() -> None:
     small = refused(cluster(host("a", room=90), host("b", room=80)))
     assert small.limit == "memory"
     assert "one layer of tiny fits on no node" in small.reason
+    giant, both = (
+        replace(DEMAND, layer_bytes=2 << 30),
+        cluster(host("a", room=90 << 20), host("b", room=900 << 20)),
+    )
+    assert "the roomiest is 1148 MiB short of one layer" in str(place(both, giant, ONE))
+    less = place(both, giant, ONE, taken={NodeId("b"): 850 << 20})
+    assert "the roomiest is 1958 MiB short of one layer" in str(less)
     few = refused(cluster(host("a", room=300), host("b", room=250)))
     assert "2 nodes have room for" in few.reason
     assert "of 6 layers" in few.reason
