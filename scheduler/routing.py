@@ -86,6 +86,8 @@ class RouteRequest:
     percentile: Percentile = Percentile.P50
     tokens: int = 1
     prompt: int = 0
+    begin: int = 0
+    """Positions before those of ``prompt``, whose KV cache the route has."""
     chunk: int = 64
     own: Mapping[tuple[NodeId, Digest], int] = field(default_factory=dict)
     ours_told: Mapping[tuple[NodeId, Digest], int] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class RouteRequest:
     @property
     def position(self) -> float:
         """Of a decode step in the middle of the answer."""
-        return self.prompt + self.tokens / 2
+        return self.begin + self.prompt + self.tokens / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ def _resumed(
     kept = request.kept
     if kept is None:
         return None
-    shorter = replace(request, prompt=request.prompt - kept.positions)
+    shorter = replace(request, prompt=request.prompt - kept.positions, begin=kept.positions)
     for graph in graphs:
         path, prices = graph.path_of(kept.route), graph.prices(shorter)
         if path and graph.cost_of(prices, path) < cost:
@@ -429,7 +431,8 @@ class _Graph:
         queue = BUSY_WAIT * (self._decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
         chunked = request.prompt - request.steps
-        filling = chunked * (self._prefill + self._prefill_context * chunked / 2) + request.steps * step
+        before = request.begin + chunked / 2
+        filling = chunked * (self._prefill + self._prefill_context * before) + request.steps * step
         if request.holding:
             held = np.array([key in request.holding for key in self._keys])
             filling = np.where(held, 0.0, filling)
@@ -515,8 +518,8 @@ class _Graph:
         """A path with its terms, by ``scheduler.cost``'s formulas one by one."""
         load, learned = self._load(request), request.learned
         terms: list[Terms] = []
-        begins = range(0, max(1, request.prompt), request.chunk)
-        chunks = [(min(request.chunk, request.prompt - begin), begin) for begin in begins]
+        starts = range(0, max(1, request.prompt), request.chunk)
+        chunks = [(min(request.chunk, request.prompt - at), request.begin + at) for at in starts]
         ends = [learned.start_us] * len(chunks)
         for place, i in enumerate(path):
             node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])

@@ -479,6 +479,18 @@ def test_a_route_that_keeps_the_prompts_beginning_is_preferred_if_that_pays() ->
     plain = router.plan(snapshot, RouteRequest("tiny", HERE, tokens=5, prompt=310))
     assert ([s.node for s in plain.route.stages], plain.resumed) == (["b"], 0)
     assert long.ttft_us < plain.ttft_us
+    # What is kept is context all the same: of steps, and of the ten positions that are left.
+    grows = StageSpeed(6000, 0, 60, 9000, True, context=3.0, prefill_context=0.5)
+    held = tuple(replace(r, speed=grows) for r in snapshot.nodes[NodeId("c")].replicas)
+    far = router.plan(
+        cluster(replace(snapshot.nodes[NodeId("c")], replicas=held)),
+        RouteRequest("tiny", HERE, tokens=10, prompt=400, kept=kept),
+    )
+    assert far.resumed == 300
+    assert far.terms[0].compute == pytest.approx(STAGE_US + grows.step(1, 405))
+    assert far.ttft_us - far.home_us - far.terms[0].hop == pytest.approx(
+        2 * STAGE_US + grows.chunk(64, 300) + grows.chunk(36, 364)
+    )
     short = kept_on(snapshot, "c", 1)
     assert router.plan(snapshot, RouteRequest("tiny", HERE, tokens=200, prompt=310, kept=short)).resumed == 0
     gone = cluster(snapshot.nodes[NodeId("b")])
