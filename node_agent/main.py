@@ -297,7 +297,6 @@ class Agent:
         )
         self.service = AgentService(
             config.cluster,
-            self.record,
             self.view.know,
             self.replicas,
             lambda: (self.policies.version, self.policies.text),
@@ -439,7 +438,7 @@ class Agent:
             self._told = record
             self.view.apply(NodeSeen(record, time.monotonic()))
             self.driver.note_record(record)
-            self.service.changed()
+            self.service.tell(record)
 
     async def _refresh(self) -> None:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``, and of links

@@ -33,8 +33,10 @@ _SURE_STEPS = 96
 """So many of late leave no doubt."""
 _FIT_STEPS, _FIT_CHUNKS, _FIT_SPREAD, _FIT_GAIN = 64, 24, 96, 0.2
 _FAR = 1000
-_TOLD = 0.04
-"""Share by which a figure must move before peers hear of it."""
+_TOLD, _TOLD_HASTE_S = 0.04, 0.15
+"""Share by which a figure must move before peers hear of it, and what that share is times the seconds since they last did: a
+machine that is half as fast is told of at once, a wobble of a twentieth after three seconds, and a mesh of n agents that work
+is spared most of its n * (n - 1) records a half second."""
 _ROW_SHARE = 0.16
 """Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
 _GUESSED_TAIL = 2.0
@@ -196,18 +198,19 @@ def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
     )
 
 
-def worth_telling(told: StageSpeed | None, now: StageSpeed) -> StageSpeed:
+def worth_telling(told: StageSpeed | None, now: StageSpeed, age_s: float) -> StageSpeed:
     """What peers are told: the old figures while the new ones are close, so that they do not hear of every
-    run; else the new ones with three digits."""
+    run; else the new ones with three digits. What was told ``age_s`` seconds ago must have moved the more the later that was."""
     if told is not None and told.measured == now.measured:
+        moved = max(_TOLD, _TOLD_HASTE_S / max(age_s, _TOLD_HASTE_S))
         near = (
-            abs(told.decode - now.decode) <= _TOLD * now.decode,
-            abs(told.prefill - now.prefill) <= _TOLD * now.prefill,
-            abs(told.row - now.row) <= 4 * _TOLD * now.row,
-            abs(told.decode_p99 - now.decode_p99) <= 4 * _TOLD * now.decode_p99,
-            abs(told.context - now.context) * _FAR <= _TOLD * now.decode,
-            abs(told.prefill_context - now.prefill_context) * _FAR <= _TOLD * now.prefill,
-            abs(told.weighed - now.weighed) <= _TOLD * now.weighed,
+            abs(told.decode - now.decode) <= moved * now.decode,
+            abs(told.prefill - now.prefill) <= moved * now.prefill,
+            abs(told.row - now.row) <= 4 * moved * now.row,
+            abs(told.decode_p99 - now.decode_p99) <= 4 * moved * now.decode_p99,
+            abs(told.context - now.context) * _FAR <= moved * now.decode,
+            abs(told.prefill_context - now.prefill_context) * _FAR <= moved * now.prefill,
+            abs(told.weighed - now.weighed) <= moved * now.weighed,
         )
         if all(near):
             return told

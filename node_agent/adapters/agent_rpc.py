@@ -24,12 +24,11 @@ from scheduler.cluster import Node
 
 
 class AgentService(rpc.AgentServicer):
-    """Serves ``protos/agent.proto``. ``changed`` must be called when the record changes."""
+    """Serves ``protos/agent.proto``. ``tell`` must be called when the record changes."""
 
     def __init__(
         self,
         cluster: str,
-        record: Callable[[], Node],
         know: Callable[[list[Address], str], None],
         replicas: ReplicaManager,
         policy: Callable[[], tuple[PolicyVersion, str]],
@@ -38,20 +37,25 @@ class AgentService(rpc.AgentServicer):
     ) -> None:
         self._drain = drain
         self._takeovers = takeovers
-        self._cluster, self._record, self._know, self._replicas = cluster, record, know, replicas
+        self._cluster, self._know, self._replicas = cluster, know, replicas
         self._policy = policy
+        self._record: pb.NodeRecord | None = None
         self._waiters: set[asyncio.Event] = set()
         self._closing = False
 
-    def changed(self) -> None:
-        """Send the record to all watchers now."""
+    def tell(self, record: Node) -> None:
+        """Send our record to all who watch it. It is put into words once, not for each of them."""
+        self._record = node_record(record, self._cluster)
+        self._wake()
+
+    def _wake(self) -> None:
         for waiter in self._waiters:
             waiter.set()
 
     def close(self) -> None:
         """End all watches."""
         self._closing = True
-        self.changed()
+        self._wake()
 
     async def _admit(self, cluster: str, context: Any) -> None:
         if cluster != self._cluster:
@@ -68,7 +72,8 @@ class AgentService(rpc.AgentServicer):
         try:
             while not self._closing:
                 waiter.clear()
-                yield node_record(self._record(), self._cluster)
+                if self._record is not None:
+                    yield self._record
                 await waiter.wait()
         finally:
             self._waiters.discard(waiter)

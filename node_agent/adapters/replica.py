@@ -69,7 +69,7 @@ class Replica:
     ) -> None:
         self.runtime, self._clock = runtime, clock
         self.compute = compute or ComputeThread(f"compute {runtime.info.layers}", clock)
-        self._speed, self._told = SpeedMeter(speed), speed
+        self._speed, self._told, self._told_s = SpeedMeter(speed), speed, clock.monotonic()
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(
             runtime.info,
@@ -95,7 +95,10 @@ class Replica:
 
     def speed(self) -> StageSpeed:
         """How fast it is, for peers."""
-        self._told = worth_telling(self._told, self._speed.speed(self._clock.monotonic()))
+        now = self._clock.monotonic()
+        told = worth_telling(self._told, self._speed.speed(now), now - self._told_s)
+        if told is not self._told:
+            self._told, self._told_s = told, now
         return self._told
 
     def open(self, order: Open) -> StageSession | Refusal:

@@ -431,11 +431,20 @@ def test_what_a_step_takes_more_for_what_came_before_is_learned() -> None:
 
 
 def test_peers_hear_of_speeds_that_moved() -> None:
-    told = worth_telling(None, StageSpeed(1234.56, 0.0, 9.876, 55555))
+    told = worth_telling(None, StageSpeed(1234.56, 0.0, 9.876, 55555), 0)
     assert told == StageSpeed(1230, 0, 9.88, 55600)
-    assert worth_telling(told, StageSpeed(1260, 0.0, 9.7, 54000)) is told
-    assert worth_telling(told, StageSpeed(1300, 0.0, 9.7, 54000)).decode == 1300
-    assert worth_telling(told, replace(told, measured=True)).measured
+    assert worth_telling(told, StageSpeed(1260, 0.0, 9.7, 54000), 60) is told
+    assert worth_telling(told, StageSpeed(1300, 0.0, 9.7, 54000), 60).decode == 1300
+    assert worth_telling(told, replace(told, measured=True), 0).measured
+
+
+def test_peers_hear_of_small_changes_later_than_of_great_ones() -> None:
+    told = StageSpeed(1000, 0.0, 10, 2000)
+    wobble, slowed = replace(told, decode=1080.0), replace(told, decode=2000.0)
+    assert worth_telling(told, wobble, 0.5) is told
+    assert worth_telling(told, wobble, 3) is not told
+    assert worth_telling(told, slowed, 0.5) is not told
+    assert worth_telling(told, slowed, 0) is told  # twice in the same instant
 
 
 def test_a_guess_comes_from_the_probe() -> None:
