@@ -1,12 +1,15 @@
 """The cluster as this agent sees it: membership's judgement and each member's own record, in one snapshot.
 
 Membership (datagrams) says who is alive; a ``Watch`` stream to every member brings its record
-whenever that changes. A stream that breaks is told to membership at once.
+whenever that changes. A stream that breaks keeps its node out of our routes at once. Membership, and through it everybody, is told
+a little later, everybody's at a time of its own: whoever has a session there learns of the loss from the session's own stream,
+and where all peers of a dead node accused it in the same millisecond, their gossip kept the session waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -26,6 +29,7 @@ from scheduler.cluster import ClusterEvent, ClusterSnapshot, Node, NodeForgotten
 log = logging.getLogger(__name__)
 
 _RETRY_S = (0.1, 2.0)
+_ACCUSE_S = (0.05, 0.2)
 _CONNECT_S = 3.0
 _LEAVE_S = 0.05
 """Time for the goodbyes to leave the machine."""
@@ -167,9 +171,22 @@ class ClusterView:
             except PeerError as error:
                 reason = str(error)
             log.debug("watch of %s at %s: %s", node, address, reason)
+            self._shun(node)
+            await asyncio.sleep(self._patience_s(node))
             self.driver.handle(StreamLost(node, instance, reason))
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, _RETRY_S[1])
+
+    def _shun(self, node: NodeId) -> None:
+        """Out of our routes, until membership's judgement or its next record says otherwise."""
+        member = self.membership.members.get(node)
+        if member is not None:
+            self.apply(NodeJudged(node, member.fact.state, False, self._clock.monotonic(), True))
+
+    def _patience_s(self, node: NodeId) -> float:
+        """Not everybody's the same; drawn by name, so that a run can be repeated."""
+        drawn = hashlib.sha256(f"{self.membership.me.node} {node}".encode()).digest()[0] / 255
+        return _ACCUSE_S[0] + (_ACCUSE_S[1] - _ACCUSE_S[0]) * drawn
 
     def _seen(self, node_id: NodeId, node: Node) -> None:
         if node.id != node_id:

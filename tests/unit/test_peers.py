@@ -1,0 +1,110 @@
+"""What an agent makes of a record's stream that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from random import Random
+
+import node_agent.adapters.peers as peers
+from mesh.errors import PeerError
+from mesh.gossip import Fact, MemberState
+from mesh.membership import Membership
+from mesh.membership_events import Changed, Event, StreamLost, SyncReceived, TwinSeen
+from mesh.profiles import LAN
+from mesh.types import Address, NodeId
+from node_agent.adapters.peers import ClusterView
+from scheduler.cluster import Node
+from tests.builders import node, shard
+
+B = NodeId("b")
+
+
+class Driver:
+    """A membership machine without a network; remembers when streams were told to be lost."""
+
+    def __init__(self, me: str) -> None:
+        self.machine = Membership(Fact(NodeId(me), Address(f"{me}:1"), 1), LAN, Random(1), 0)
+        self.accused: list[float] = []
+        self._changed: Callable[[NodeId], None] = lambda node: None
+
+    def listen(self, changed: Callable[[NodeId], None], twin: Callable[[TwinSeen], None]) -> None:
+        self._changed = changed
+
+    def handle(self, event: Event) -> None:
+        loop = asyncio.get_running_loop()
+        if isinstance(event, StreamLost):
+            self.accused.append(loop.time())
+        for effect in self.machine.handle(event, int(loop.time() * 1e9)):
+            if isinstance(effect, Changed):
+                self._changed(effect.node)
+
+    async def close(self) -> None: ...
+
+
+class Streams:
+    """The record of ``b``, on streams that end when told to."""
+
+    def __init__(self) -> None:
+        self.broken, self.opened = asyncio.Event(), 0
+
+    async def __call__(self, address: Address) -> AsyncIterator[Node]:
+        self.opened += 1
+        yield node("b", shard(0, 3))
+        await self.broken.wait()
+        self.broken.clear()
+        raise PeerError("reset by peer")
+
+
+async def watching(me: str = "a") -> tuple[ClusterView, Driver, Streams]:
+    driver, streams = Driver(me), Streams()
+    view = ClusterView(driver, streams)
+    other = Fact(B, Address("b:1"), 1)
+    driver.handle(SyncReceived(other, (other,)))
+    await asyncio.sleep(0.01)
+    assert view.snapshot.nodes[B].reachable
+    return view, driver, streams
+
+
+def test_a_broken_stream_ends_our_routes_at_once_and_is_told_a_little_later() -> None:
+    async def story() -> None:
+        view, driver, streams = await watching()
+        begin = asyncio.get_running_loop().time()
+        streams.broken.set()
+        await asyncio.sleep(0.01)
+        shunned = view.snapshot.nodes[B]
+        assert (shunned.reachable, shunned.broken, shunned.state) == (False, True, MemberState.ALIVE)
+        assert not driver.accused
+        await asyncio.sleep(peers._ACCUSE_S[1])
+        assert peers._ACCUSE_S[0] <= driver.accused[0] - begin <= peers._ACCUSE_S[1] + 0.1
+        assert driver.machine.members[B].fact.state is MemberState.SUSPECT
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_the_next_record_brings_membership_s_own_judgement_back() -> None:
+    async def story() -> None:
+        view, driver, streams = await watching()
+        streams.broken.set()
+        async with asyncio.timeout(5):
+            while streams.opened < 2:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        shown, judged = view.snapshot.nodes[B], driver.machine.members[B]
+        assert (shown.state, shown.reachable) == (judged.fact.state, judged.reachable)
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_not_everybody_accuses_in_the_same_moment() -> None:
+    async def story() -> None:
+        views = [(await watching(f"n{i}"))[0] for i in range(12)]
+        waits = sorted(view._patience_s(B) for view in views)
+        assert peers._ACCUSE_S[0] <= waits[0] < waits[-1] <= peers._ACCUSE_S[1]
+        assert waits[-1] - waits[0] > (peers._ACCUSE_S[1] - peers._ACCUSE_S[0]) / 2
+        for view in views:
+            await view.close()
+
+    asyncio.run(story())
