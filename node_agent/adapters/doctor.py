@@ -236,10 +236,11 @@ def _litert() -> Finding | None:
     except PackageNotFoundError:
         return _tflite()
     try:
-        from node_agent.adapters.litert_buffers import bound
+        from node_agent.adapters.litert_library import bound, unbound
         from node_agent.adapters.pages import pages
 
-        bound(pages((1, 1)))
+        memory = pages((1, 1))
+        unbound(bound(memory))
     except (ConfigError, ImportError) as error:
         advice = "pip install 'inference-mesh[litert]'"
         return Finding("runtimes", Verdict.BAD, f"LiteRT {installed}: {error}", advice)

@@ -13,18 +13,17 @@ import re
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.litert_first import first_interpreted, first_packed
+from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, library_path, unbound
 from node_agent.adapters.static_engine import Ends, Engine
 from node_agent.ports import RuntimeOptions
 
 if TYPE_CHECKING:
     import numpy as np
-    from ai_edge_litert.compiled_model import CompiledModel
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
@@ -44,26 +43,21 @@ class CompiledEngine:
 
     def __init__(self, graph: Path, threads: int, packed: Path | None = None) -> None:
         """``packed``: where packed weights are, or go. Raises ``ShardError`` with what LiteRT said."""
-        from node_agent.adapters import litert_buffers
-
-        self._bound = litert_buffers.bound
         self._model = _compiled(graph, threads, packed)
-        found = self._model.get_signature_list()
-        self._ends = {n: Ends(e["inputs"], e["outputs"]) for n, e in found.items()}
-        self._index = {name: self._model.get_signature_index(name) for name in found}
-        self.names: Collection[str] = self._ends.keys()
+        self.names: Collection[str] = self._model.signatures.keys()
 
     def ends(self, graph: str) -> Ends:
-        return self._ends[graph]
+        found = self._model.signatures[graph]
+        return Ends(found.inputs, found.outputs)
 
     def bind(self, memory: Array) -> Any:
-        return self._bound(memory)
+        return bound(memory)
 
-    def unbind(self, bound: Any) -> None:
-        bound.destroy()  # it is not collected by itself
+    def unbind(self, memory: Any) -> None:
+        unbound(memory)
 
     def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self._model.run_by_index(self._index[graph], inputs, outputs)
+        self._model.run(self._model.signatures[graph].number, inputs, outputs)
 
     def close(self) -> None:
         self._model.close()
@@ -95,15 +89,14 @@ def _interpreted(folder: Path, graph: Path, threads: int, delegate: str = "") ->
 
 
 def _plain(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
-    try:
-        import ai_edge_litert.compiled_model  # noqa: F401
-    except ImportError as error:
+    if library_path() is None:
         from node_agent.adapters.tflite_engine import package
 
         if package() is None:
             raise ConfigError(
-                f"LiteRT shards need LiteRT ({error}); 'pip install inference-mesh[litert]'"
-            ) from None
+                "LiteRT shards need LiteRT, and ai-edge-litert is not installed; "
+                "'pip install inference-mesh[litert]'"
+            )
         return _interpreted(folder, graph, options.threads)
     if not options.cache:
         return CompiledEngine(graph, options.threads)
@@ -130,26 +123,12 @@ def _packed(graph: Path, threads: int, packed: Path) -> CompiledEngine:
 
 
 def _compiled(graph: Path, threads: int, packed: Path | None) -> CompiledModel:
-    from ai_edge_litert.compiled_model import CompiledModel
-    from ai_edge_litert.cpu_options import CpuOptions
-    from ai_edge_litert.options import Options
-
-    settings = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed or ""))
     with own_words() as words:
         try:
-            return CompiledModel.from_file(
-                str(graph), environment=_environment(), options=Options(cpu_options=settings)
-            )
-        except Exception as error:  # the library raises RuntimeError with a trace of its own
+            return CompiledModel(graph, threads, packed)
+        except LibraryError as error:
             reason = " ".join(words().split()) or str(error)
             raise ShardError(f"LiteRT cannot load {graph}: {reason}; make the shard again") from None
-
-
-@cache
-def _environment() -> Any:
-    from ai_edge_litert.environment import Environment
-
-    return Environment.create()
 
 
 @contextlib.contextmanager

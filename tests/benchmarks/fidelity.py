@@ -44,6 +44,7 @@ LATE = 500
 PROMPTS = (60, 150, 300, 520)
 ANSWER, AFTER = 120, 20
 VICTIMS = ("first", "middle", "last")
+FORM = ("onnx", "int8")
 STAGES = 3
 
 
@@ -263,7 +264,7 @@ def main() -> int:
     said = parser.parse_args()
     store, plans = the_store(), drawn(said.trials, said.seed)
     text = prompt_ids(store, max(PROMPTS))
-    with tempfile.TemporaryDirectory() as folder, fleet(store, Path(folder), STAGES, {}) as running:
+    with tempfile.TemporaryDirectory() as folder, fleet(store, Path(folder), STAGES, FORM, {}) as running:
         ours, rates = real(store, running, text, plans)
     print("measured:", {k: round(v, 2) for k, v in rates.items()}, f"({LAYERS} layers)")
     theirs = simulated(rates, plans)

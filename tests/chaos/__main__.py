@@ -21,8 +21,10 @@ from random import Random
 from statistics import median
 from typing import Any
 
+from mesh.forms import parse_form
+from node_agent.adapters.form_times import chosen_form
 from tests.benchmarks.common import prompt_ids, the_store
-from tests.chaos.client import Stream, ask, resume
+from tests.chaos.client import MODEL, Stream, ask, resume
 from tests.chaos.faults import KINDS, NEED_A_LAN, VICTIMS, break_, mend, victims
 from tests.chaos.fleet import INGRESSES, Fleet, fleet
 
@@ -116,6 +118,7 @@ class Outcome:
 
     trials: list[Trial]
     false_failovers: int
+    form: str
 
 
 def run(
@@ -128,16 +131,20 @@ def run(
     saturation_s: float = 0,
     answer: int = ANSWER,
     prompts: tuple[int, ...] = PROMPTS,
+    form: str = "",
 ) -> Outcome:
     """All trials, one after the other, on one fleet; ``clients`` others ask during every ``LOADED_EVERY``th.
-    Then, for a while, as many sessions as there are slots, and no fault."""
+    Then, for a while, as many sessions as there are slots, and no fault. ``form``: of the shards, else what is measured
+    to be fastest here."""
     rng = Random(seed)
     store = the_store()
     text = prompt_ids(store, max(PROMPTS))
+    shards = chosen_form(store, MODEL, *(parse_form(form) if form else ("", "")))
+    sys.stderr.write(f"{stages} stages of {'-'.join(shards)}\n")
     done: list[Trial] = []
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        running = stack.enter_context(fleet(store, folder, stages, {}))
+        running = stack.enter_context(fleet(store, folder, stages, shards, {}))
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
             sys.stderr.write("no network namespaces: no partitions and no cut streams\n")
@@ -158,7 +165,7 @@ def run(
             trial.loaded = loaded
             done.append(trial)
             sys.stderr.write(_line(i + 1, trials, trial) + "\n")
-        return Outcome(done, _saturate(running, text, saturation_s))
+        return Outcome(done, _saturate(running, text, saturation_s), "-".join(shards))
 
 
 def _saturate(running: Fleet, text: list[int], seconds: float) -> int:
@@ -257,6 +264,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "freeze_detect_ms_p50": round(median(t.detect_ms for t in frozen), 1) if frozen else None,
         "stall_loaded_over_calm_p50": _loaded_over_calm(trials),
         "false_failovers": outcome.false_failovers,
+        "form": outcome.form,
     }
 
 
@@ -293,6 +301,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", type=int, default=5)
     parser.add_argument(
+        "--form", default="", help="of the shards, as onnx-int8; else what is measured to be fastest here"
+    )
+    parser.add_argument(
         "--clients", type=int, default=3, help=f"others that ask, in one trial of {LOADED_EVERY}"
     )
     parser.add_argument(
@@ -306,7 +317,9 @@ def main() -> int:
     said = parser.parse_args()
     only = {n: getattr(said, n) for n in ("mode", "kind", "victim") if getattr(said, n)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the network is taken down as well
-    outcome = run(said.trials, said.seed, said.clients, only, said.stages, said.keep, said.saturation)
+    outcome = run(
+        said.trials, said.seed, said.clients, only, said.stages, said.keep, said.saturation, form=said.form
+    )
     print(table(outcome.trials))
     figures = summary(outcome)
     print(json.dumps(figures) if said.json else "\n".join(f"{k:34} {v}" for k, v in figures.items()))

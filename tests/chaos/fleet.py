@@ -41,6 +41,8 @@ class Fleet:
     home: str
     lan: Lan | None
     stages: int = 5
+    form: tuple[str, str] = ("onnx", "int8")
+    """Runtime and quantization of the shards."""
     threads: str = "2"
     settings: dict[str, str] = field(default_factory=dict)
     agents: dict[str, AgentProcess] = field(default_factory=dict)
@@ -58,7 +60,11 @@ class Fleet:
         settings = {"home": self.home, "log_level": "info", **self.settings}
         if name[0] == "s":
             start, end = cuts(self.stages)[int(name[1])]
-            settings |= {"shards": f"{MODEL}:{start}-{end}/int8", "threads": self.threads, "slots": "6"}
+            settings |= {
+                "shards": f"{MODEL}:{start}-{end}/{'-'.join(self.form)}",
+                "threads": self.threads,
+                "slots": "6",
+            }
             settings |= {"context": CONTEXT}
         else:
             settings |= {"replay": "fast" if name == "fast" else "exact"}
@@ -115,12 +121,15 @@ class Fleet:
 
 
 @contextmanager
-def fleet(store: ModelStore, folder: Path, stages: int, settings: dict[str, str]) -> Iterator[Fleet]:
+def fleet(
+    store: ModelStore, folder: Path, stages: int, form: tuple[str, str], settings: dict[str, str]
+) -> Iterator[Fleet]:
     """A running fleet; on loopback, without cables, where no namespaces can be had."""
+    runtime, quantization = form
     for start, end in cuts(stages):
-        make_shard(store, MODEL, start, end, "int8")
+        make_shard(store, MODEL, start, end, quantization, runtime=runtime)
     lan = None if refused() else Lan(f"mesh{os.getpid()}c", len(INGRESSES) + stages * REPLICAS, us=True)
-    made = Fleet(folder, str(store.root.parent), lan, stages, settings=settings)
+    made = Fleet(folder, str(store.root.parent), lan, stages, form, settings=settings)
     try:
         if lan is not None:
             lan.build()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import numpy as np
 import pytest
 
 from mesh.errors import ShardError
-from node_agent.adapters.model_store import sha256_of
+from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
 from node_agent.adapters.static_maker import buckets_for
 from node_agent.adapters.static_runtime import pieces
 from node_agent.ports import Runtime, RuntimeOptions
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, StoredFile
+from tests.conftest import MODEL
 from tests.integration.test_tiny_models import pulled
 
 OPTIONS = RuntimeOptions(threads=1)
@@ -196,3 +200,42 @@ def test_a_graph_that_crashes_the_library_is_an_error_and_the_process_lives(tmp_
             folder, msgspec.structs.replace(manifest, files=files), slots=1, capacity=64, options=options
         )
     assert list((tmp_path / "packed").iterdir()) == []
+
+
+def test_others_run_while_litert_loads_and_computes(store: ModelStore) -> None:
+    """Whoever keeps the interpreter's lock keeps the event loop: an agent that gives no sign of life is taken for frozen."""
+    folder = make_shard(store, MODEL, 12, 18, runtime="litert")
+    beats: list[float] = []
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.001):
+            beats.append(time.perf_counter())
+
+    def longest_share(what: Callable[[], object]) -> float:
+        """Of the time that ``what`` took: the longest in which nothing else ran, in the quietest of a few attempts."""
+        shares = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            what()
+            end = time.perf_counter()
+            inside = [b for b in list(beats) if begin < b < end]
+            shares.append(max(np.diff([begin, *inside, end])) / (end - begin))
+        return float(min(shares))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    loaded: list[Runtime] = []
+
+    def load_it() -> None:
+        loaded.append(load_shard(folder, store.manifest(folder), slots=1, capacity=512, options=OPTIONS))
+
+    hidden = np.zeros((64, 576), dtype=np.float32)
+    try:
+        assert longest_share(load_it) < 0.5
+        assert longest_share(lambda: loaded[0].prefill(0, 0, hidden, 0)) < 0.5
+    finally:
+        done.set()
+        beating.join()
+        for shard in loaded:
+            shard.close()
