@@ -353,6 +353,7 @@ class _Graph:
         self._keys = [(n.id, r.shard.digest) for n, r in held]
         self._sessions = np.array([r.sessions for _, r in held], dtype=np.float64)
         self._decode = np.array([s.weighed for s in self._speeds])
+        self._measured = np.array([s.decode for s in self._speeds])
         self._row = np.array([s.row for s in self._speeds])
         self._context = np.array([s.context for s in self._speeds])
         self._prefill = np.array([s.prefill for s in self._speeds])
@@ -425,10 +426,10 @@ class _Graph:
     def prices(self, request: RouteRequest) -> _Prices:
         """The request's costs."""
         load, learned = self._load(request), request.learned
-        step = (
-            learned.stage_us + self._decode + self._context * request.position + self._row * load + self._tail
-        )
-        queue = BUSY_WAIT * (self._decode + self._row * (load - 1)) * (load > 0)
+        # A session that lost a stage tries nobody out: each stage that it leaves without need is replayed, too.
+        decode = self._measured if request.holding else self._decode
+        step = learned.stage_us + decode + self._context * request.position + self._row * load + self._tail
+        queue = BUSY_WAIT * (decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
         chunked = request.prompt - request.steps
         before = request.begin + chunked / 2

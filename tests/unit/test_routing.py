@@ -100,6 +100,20 @@ def test_a_prompt_weighs_prefill_and_bandwidth() -> None:
     assert chosen(snapshot, tokens=10, prompt=500) == ["a", "c"]
 
 
+def test_a_session_that_lost_a_stage_leaves_no_other_for_a_hope() -> None:
+    a, b, c = (
+        at_speed(node(n, shard(*layers)), 2) for n, layers in (("a", (0, 3)), ("b", (3, 6)), ("c", (3, 6)))
+    )
+    hoped = replace(c.replicas[0], speed=StageSpeed(2000, 0, 1, 4000, measured=True, hope=1000))
+    snapshot = cluster(linked(a, b=link(1), c=link(1)), b, replace(c, replicas=(hoped,)))
+    here = frozenset({(NodeId("b"), shard(3, 6).digest)})
+    assert chosen(snapshot, tokens=32, prompt=100) == ["a", "c"]
+    assert chosen(snapshot, tokens=32, prompt=100, holding=here) == ["a", "b"]
+    faster = replace(hoped, speed=StageSpeed(500, 0, 1, 1000, measured=True))
+    known = cluster(linked(a, b=link(1), c=link(1)), b, replace(c, replicas=(faster,)))
+    assert chosen(known, tokens=32, prompt=100, holding=here) == ["a", "c"]
+
+
 def test_our_own_sessions_count_before_records_tell_them() -> None:
     snapshot = cluster(node("b", shard()), node("c", shard()))
     assert chosen(snapshot) == ["b"]
