@@ -115,7 +115,7 @@ class RoutePlanner:
             steps=done if order and order.exact else 0,
             holding=frozenset((s.node, s.shard) for s in stages) if done else frozenset(),
             chunk=self._config.chunk,
-            own=self._driver.own_sessions(),
+            own=self._driver.own_sessions(but=runs),
             ours_told=self._driver.ours_told,
             positions=len(order.prompt) + order.tokens_max if order else 0,
             draw=draw,

@@ -204,11 +204,13 @@ class SessionDriver:
         if handle is not None:
             handle.stop()
 
-    def own_sessions(self) -> Counter[tuple[NodeId, Digest]]:
-        """How many of our sessions each replica has now: records tell it half a second late."""
+    def own_sessions(self, but: Session | None = None) -> Counter[tuple[NodeId, Digest]]:
+        """How many of our sessions each replica has now: records tell it half a second late. ``but``: a session that asks
+        for another route is no load that it would meet."""
         return Counter(
             (stage.node, stage.shard)
             for handle in self._running.values()
+            if handle.session is not but
             for stage in handle.session.route.stages
         )
 

@@ -139,6 +139,19 @@ def test_sessions_side_by_side_do_not_mix() -> None:
     run(story)
 
 
+def test_a_session_that_asks_for_another_route_is_no_load_that_it_would_meet() -> None:
+    async def story() -> None:
+        bench = Bench()
+        one, two = bench.start(tokens=40), bench.start(tokens=40)
+        here = (OWNER, INFO.digest)
+        assert bench.driver.own_sessions()[here] == 2
+        assert bench.driver.own_sessions(but=one.session)[here] == 1
+        await asyncio.gather(collect(one), collect(two))
+        assert not bench.driver.own_sessions()
+
+    run(story)
+
+
 def test_r8_a_slow_client_pauses_its_own_session_and_no_other() -> None:
     async def story() -> None:
         bench = Bench()
