@@ -208,13 +208,14 @@ def _try(
     patience = READ_TIMEOUT_S if victim == "ingress" else 90
     seen = ask(running.agents[mode].api, text[:prompt], answer, at, fault, timeout_s=patience)
     if victim == "ingress":
-        # Its reader turns to the other one; a freeze or a pulled cable it has to notice first.
-        other = {"exact": "fast", "fast": "exact", "hot": "exact"}[mode]
+        # Its reader turns to the other one; a freeze or a pulled cable it has to notice first. That one brings sessions back as
+        # it is told itself: a text that is to be exact goes on where they are.
+        other = {"exact": "hot", "fast": "exact", "hot": "exact"}[mode]
         until = time.monotonic() + RESUME_WITHIN_S
         while seen.last_id and not seen.finish and time.monotonic() < until:
             resume(running.agents[other].api, seen)
             time.sleep(0.05)
-        mode = other
+        mode = other if mode != "fast" else mode  # what began in large chunks need not be exact from there on
     judge(trial, seen, calm[prompt], mode)
     if seen.session and victim != "ingress":
         recoveries = running.session(mode, seen.session)["recoveries"]
