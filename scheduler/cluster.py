@@ -90,7 +90,7 @@ class Node:
     reachable: bool = True
     """It answers *us*; a node that answers others only is alive, but in no route from here."""
     broken: bool = False
-    """It is not alive because our stream from it broke; otherwise it fell silent."""
+    """It is not reachable, or not alive, because our stream from it broke; otherwise it fell silent."""
 
 
 @dataclass(frozen=True, slots=True)

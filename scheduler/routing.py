@@ -304,9 +304,9 @@ def troubled(snapshot: ClusterSnapshot, route: LayeredRoute) -> tuple[int, Cause
     for i, stage in enumerate(route.stages):
         node = snapshot.nodes.get(stage.node)
         if node is None or node.state is not MemberState.ALIVE or not node.reachable:
-            state = node.state.name.lower() if node else "gone"
             if node is not None and node.broken:
-                return i, Cause.STREAM_BROKEN, f"its node is {state}: our stream from it broke"
+                return i, Cause.STREAM_BROKEN, "our stream from its node broke"
+            state = node.state.name.lower() if node else "gone"
             return i, Cause.SILENT, f"its node is {state if state != 'alive' else 'silent to us'}"
         serves = any(r.shard.digest == stage.shard and r.state is ReplicaState.SERVING for r in node.replicas)
         if node.draining or not serves:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = (0.1, 2.0)
 _ACCUSE_S = (0.05, 0.2)
+"""Between a stream's end and our accusation: past the few tens of milliseconds in which a session goes on elsewhere."""
 _CONNECT_S = 3.0
 _LEAVE_S = 0.05
 """Time for the goodbyes to leave the machine."""

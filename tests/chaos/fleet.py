@@ -40,8 +40,8 @@ class Fleet:
     folder: Path
     home: str
     lan: Lan | None
-    stages: int = 5
-    form: tuple[str, str] = ("onnx", "int8")
+    stages: int
+    form: tuple[str, str]
     """Runtime and quantization of the shards."""
     threads: str = "2"
     settings: dict[str, str] = field(default_factory=dict)

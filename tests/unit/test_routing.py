@@ -564,8 +564,10 @@ def test_trouble_of_a_running_route() -> None:
     assert troubled(broken, route) == (
         1,
         Cause.STREAM_BROKEN,
-        "its node is suspect: our stream from it broke",
+        "our stream from its node broke",
     )
+    shunned = snapshot.apply(NodeJudged(NodeId("b"), MemberState.ALIVE, False, broken=True))
+    assert troubled(shunned, route) == troubled(broken, route)
     assert troubled(cluster(snapshot.nodes[NodeId("b")]), route) == (0, Cause.SILENT, "its node is gone")
     draining = cluster(node("a", shard(0, 3), draining=True), node("b", shard(3, 6)))
     assert troubled(draining, route) == (0, Cause.DRAINING, "its node drains")
