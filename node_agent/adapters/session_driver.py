@@ -205,14 +205,10 @@ class SessionDriver:
             handle.stop()
 
     def own_sessions(self, but: Session | None = None) -> Counter[tuple[NodeId, Digest]]:
-        """How many of our sessions each replica has now: records tell it half a second late. ``but``: a session that asks
-        for another route is no load that it would meet."""
-        return Counter(
-            (stage.node, stage.shard)
-            for handle in self._running.values()
-            if handle.session is not but
-            for stage in handle.session.route.stages
-        )
+        """How many of our sessions each replica has now, standbys with the others, as records count them, which tell it half a
+        second late. ``but``: a session that asks for another route is no load that it would meet."""
+        running = (handle.session for handle in self._running.values())
+        return Counter(key for session in running if session is not but for key in _replicas(session))
 
     def note_record(self, node: Node) -> None:
         """A node told its load: of the sessions that it counts, these are ours, some of which may just have
@@ -486,7 +482,7 @@ class SessionDriver:
             tokens = (*order.prompt, *session.generated)[: session.firm]
             self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
         left = self._clock.monotonic()
-        self._left.extend((left, (s.node, s.shard)) for s in handle.session.route.stages)
+        self._left.extend((left, key) for key in _replicas(session))
         if session.speculation is not None:
             trace.guesses, trace.guesses_right = session.speculation.made, session.speculation.right
         trace.ingress_hop_us = self._host.hop_us(trace.route.stages[0].address)
@@ -530,6 +526,11 @@ class SessionDriver:
         for handle in list(self._running.values()):
             handle.stop()
             self._end(handle, Ended(error=Unavailable(reason)))
+
+
+def _replicas(session: Session) -> list[tuple[NodeId, Digest]]:
+    """Those that compute for a session."""
+    return [(stage.node, stage.shard) for stage in (*session.route.stages, *session.standbys) if stage]
 
 
 def _why(event: Event) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,9 @@ def test_a_session_that_asks_for_another_route_is_no_load_that_it_would_meet() -
         here = (OWNER, INFO.digest)
         assert bench.driver.own_sessions()[here] == 2
         assert bench.driver.own_sessions(but=one.session)[here] == 1
+        spare = replace(ROUTE.stages[0], node=NodeId("spare"))
+        two.session.standbys = (spare,)  # it computes as well
+        assert bench.driver.own_sessions()[spare.node, spare.shard] == 1
         await asyncio.gather(collect(one), collect(two))
         assert not bench.driver.own_sessions()
 
