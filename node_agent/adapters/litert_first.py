@@ -56,9 +56,9 @@ def _first(what: str, path: Path, threads: int, last: str) -> None:
 
 
 def _packed(graph: Path, threads: int, packed: str) -> None:
-    from node_agent.adapters.litert_engine import CompiledEngine
+    from node_agent.adapters.litert_compiled import pack
 
-    CompiledEngine(graph, threads, Path(packed)).close()
+    pack(graph, threads, Path(packed))
 
 
 def _interpreted(folder: Path, threads: int, delegate: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
+import mmap
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
@@ -32,7 +32,7 @@ _Destructor = ctypes.CFUNCTYPE(None, c_void_p)
 _OUT = POINTER(c_void_p)
 _TAKES: dict[str, tuple[Any, ...]] = {
     "CreateEnvironment": (c_int, c_void_p, _OUT),
-    "CreateModelFromFile": (c_void_p, c_char_p, _OUT),
+    "CreateModelFromBuffer": (c_void_p, c_void_p, c_size_t, _OUT),
     "DestroyModel": (c_void_p,),
     "CreateOptions": (_OUT,),
     "DestroyOptions": (c_void_p,),
@@ -123,10 +123,12 @@ def _environment() -> c_void_p:
 
 
 class CompiledModel:
-    """A model on the CPU. ``packed``: file of packed weights, which is written where it is not. Raises ``LibraryError``."""
+    """A model on the CPU."""
 
-    def __init__(self, graph: Path, threads: int, packed: Path | None) -> None:
-        self._model, self._compiled = c_void_p(), c_void_p()
+    def __init__(self, data: mmap.mmap, threads: int, packed: Path | None) -> None:
+        """``data``: the file, mapped so that it could be written. ``packed``: file of packed weights, which is written where it
+        is not. Raises ``LibraryError``."""
+        self._model, self._compiled, self._data = c_void_p(), c_void_p(), data
         words = f"num_threads = {threads}\n"
         if packed is not None:
             words += f"weight_cache_file_path = {json.dumps(str(packed), ensure_ascii=False)}\n"
@@ -137,7 +139,8 @@ class CompiledModel:
             # Whoever adds them gives them away.
             told = _made("CreateOpaqueOptions", _XNNPACK, ctypes.cast(self._words, c_void_p), _KEPT)
             _call("AddOpaqueOptions", options, told)
-            self._model = _made("CreateModelFromFile", _environment(), os.fsencode(graph))
+            start = ctypes.addressof(ctypes.c_char.from_buffer(data))
+            self._model = _made("CreateModelFromBuffer", _environment(), start, len(data))
             self._compiled = _made("CreateCompiledModel", _environment(), self._model, options)
             self.signatures = _signatures(self._model)
         except LibraryError:

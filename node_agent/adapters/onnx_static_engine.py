@@ -15,7 +15,7 @@ import numpy as np
 from node_agent.adapters.onnx_runtime import open_session
 from node_agent.adapters.static_engine import Ends
 from node_agent.ports import RuntimeOptions
-from node_agent.shards.static_names import HEAD_NAME
+from node_agent.shards.static_names import by_bucket
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -36,7 +36,7 @@ class OnnxStaticEngine:
         names = {Path(file).stem for file in files if file.endswith(SUFFIX)}
         self.names: Collection[str] = names
         self.provider = ""
-        for name in names - _later(names):
+        for name in by_bucket(names)[0]:
             self._open(name)
 
     def _open(self, name: str) -> ort.InferenceSession:
@@ -45,6 +45,9 @@ class OnnxStaticEngine:
             session, self.provider = open_session(self._folder / f"{name}{SUFFIX}", self._options)
             self._sessions[name] = session
         return session
+
+    def prepare(self, graphs: Sequence[str]) -> None:
+        pass
 
     def ends(self, graph: str) -> Ends:
         session = self._open(graph)
@@ -67,9 +70,3 @@ class OnnxStaticEngine:
 
     def close(self) -> None:
         self._sessions.clear()
-
-
-def _later(names: Collection[str]) -> set[str]:
-    """Graphs of all buckets but the smallest."""
-    buckets = {name: int(name.rpartition("_")[2]) for name in names if name != HEAD_NAME}
-    return {name for name, bucket in buckets.items() if bucket > min(buckets.values())}

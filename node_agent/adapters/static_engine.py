@@ -27,6 +27,11 @@ class Engine(Protocol):
     names: Collection[str]
     """Of the graphs."""
 
+    def prepare(self, graphs: Sequence[str]) -> None:
+        """These may be run, some day: what must be opened for them is opened in the background, where that is quick enough to be
+        done for what may never come."""
+        ...
+
     def ends(self, graph: str) -> Ends: ...
 
     def bind(self, memory: Array) -> Any:

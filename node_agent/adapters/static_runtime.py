@@ -155,6 +155,7 @@ class StaticShard:
                 "make the shard again with --context, or lower the setting 'context'"
             )
         self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
+        engine.prepare([run_name(self._chunks[0], bucket) for bucket in self._buckets])
         self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
         self._signatures: dict[tuple[int, int], _Signature] = {}
         self._held: dict[int, _Slot] = {}

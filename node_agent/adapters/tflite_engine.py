@@ -65,6 +65,9 @@ class InterpreterEngine:
         self._ends = {n: Ends(e["inputs"], e["outputs"]) for n, e in signatures.items()}
         self.names: Collection[str] = self._ends.keys()
 
+    def prepare(self, graphs: Sequence[str]) -> None:
+        pass
+
     def ends(self, graph: str) -> Ends:
         return self._ends[graph]
 

@@ -79,18 +79,6 @@ class BlockedInt4:
         return self.packed.shape[0], 2 * self.packed.shape[1]
 
 
-def even_scales(
-    peaks: NDArray[np.float32], weights: NDArray[np.float32], share: float = 0.5
-) -> NDArray[np.float32]:
-    """By how much each column of ``weights`` ``[rows, columns]`` grows and its input shrinks, so that what peaks on one side
-    is rounded no worse than on the other (Xiao et al. 2023, eq. 4); powers of two, which cost no bit. ``peaks``: of the
-    inputs, ``[columns]``."""
-    columns = np.abs(weights).max(axis=0)
-    wanted = np.maximum(peaks, 1e-6) ** share / np.maximum(columns, 1e-6) ** (1.0 - share)
-    exponents = np.rint(np.log2(wanted / np.exp(np.log(wanted).mean())))
-    return np.exp2(exponents).astype(np.float32)
-
-
 @dataclass(frozen=True, slots=True)
 class SplitInt8:
     """``rest`` without the ``columns``, which are zero in it and stand in ``kept``, float32 ``[rows, columns]``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 def run_name(chunk: int, bucket: int) -> str:
     """Of a chunk of one session."""
@@ -14,3 +16,15 @@ def batch_name(rows: int, bucket: int) -> str:
 
 
 HEAD_NAME = "head"
+
+
+def by_bucket(names: Collection[str]) -> list[list[str]]:
+    """Graphs by the bucket that they are for, from the smallest, with which the head stands: a shard serves with those, and
+    the others are wanted when a session outgrows it."""
+    buckets: dict[int, list[str]] = {}
+    for name in names:
+        if name != HEAD_NAME:
+            buckets.setdefault(int(name.rpartition("_")[2]), []).append(name)
+    groups = [buckets[b] for b in sorted(buckets)] or [[]]
+    groups[0] += [name for name in names if name == HEAD_NAME]
+    return groups

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import ShardError
+from node_agent.adapters.litert_compiled import CompiledEngine
 from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
@@ -22,6 +23,7 @@ from node_agent.adapters.static_maker import buckets_for
 from node_agent.adapters.static_runtime import pieces
 from node_agent.ports import Runtime, RuntimeOptions
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, StoredFile
+from tests.agents import until
 from tests.conftest import MODEL
 from tests.integration.test_tiny_models import pulled
 
@@ -152,6 +154,36 @@ def test_the_graph_of_another_model_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_graphs_of_larger_buckets_come_after_the_shard_serves(tmp_path: Path) -> None:
+    store = pulled(tmp_path, context=1024)
+    graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=1024) / LITERT_GRAPH_FILE
+    engine = CompiledEngine(graph, 1)
+    first = {"head", "run_1_256", "run_16_256", "run_64_256", "batch_4_256"}
+    assert engine.loaded == first
+    engine.prepare(["run_1_256"])  # that is all there is already
+    engine.prepare(["run_1_256", "run_1_512", "run_1_768"])
+    until(lambda: "run_64_768" in engine.loaded, 30)
+    assert first < set(engine.loaded)
+    assert "run_1_1024" not in engine.loaded
+    assert "new_k.0" in engine.ends("run_16_512").outputs
+    assert "new_k.0" in engine.ends("run_16_1024").outputs  # who did not say so has to wait
+    assert set(engine.loaded) == set(engine.names)
+    engine.close()
+
+
+def test_a_session_goes_on_while_larger_buckets_come(tmp_path: Path) -> None:
+    """Another model takes over: what was computed stays, and computes the same bits."""
+    shard, tokens = load(tmp_path, quantization="int8"), text(200)
+    shard.prefill(0, 0, tokens)
+    steps = [shard.decode(0, [200 + i], np.array([5])).copy() for i in range(30)]
+    store = pulled(tmp_path, context=1024)
+    folder = store.shard_folder("tiny", "litert", "int8", 0, 3)
+    alone = load_shard(folder, store.manifest(folder), slots=1, capacity=257, options=OPTIONS)
+    alone.prefill(0, 0, tokens)
+    for i, wanted in enumerate(steps):
+        assert np.array_equal(alone.decode(0, [200 + i], np.array([5])), wanted)
+
+
 def test_packed_weights_are_kept_for_the_next_start(tmp_path: Path) -> None:
     store = pulled(tmp_path)
     folder = make_shard(store, "tiny", 0, 3, "int8", runtime="litert")
@@ -188,12 +220,15 @@ def test_shards_that_load_at_once_leave_stderr_as_it_was(
     assert "accelerator" not in told.partition("still here")[0]
 
 
-def test_a_graph_that_crashes_the_library_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9])
+def test_a_graph_that_crashes_the_library_is_an_error_and_the_process_lives(
+    tmp_path: Path, share: float
+) -> None:
     store = pulled(tmp_path)
     folder = make_shard(store, "tiny", 0, 3, runtime="litert")
     manifest, path = store.manifest(folder), folder / LITERT_GRAPH_FILE
-    path.write_bytes(path.read_bytes()[:1000])
-    files = manifest.files | {path.name: StoredFile(sha256_of(path), 1000)}
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    files = manifest.files | {path.name: StoredFile(sha256_of(path), path.stat().st_size)}
     options = RuntimeOptions(threads=1, cache=str(tmp_path / "packed"))
     with pytest.raises(ShardError, match=r"LiteRT (died of|cannot load)"):
         load_shard(
