@@ -34,6 +34,22 @@ _TYPES = {
 }
 
 
+class _RowScales(fb.QuantizationParametersT):  # type: ignore[misc]
+    """Written once, however many graphs point to them: for twenty graphs they would be a third of the weights."""
+
+    def __init__(self, scales: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.scale, self.zeroPoint = scales, np.zeros(len(scales), dtype=np.int64)
+        self.quantizedDimension = 0
+        self._written: int | None = None
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 (the base class names it)
+        """Where they are in the one file that is built of them."""
+        if self._written is None:
+            self._written = super().Pack(builder)
+        return self._written
+
+
 @dataclass
 class _File:
     """What subgraphs share."""
@@ -42,6 +58,8 @@ class _File:
     codes: dict[int, int] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
     """Buffer by the name of what it holds."""
+    scales: dict[str, _RowScales] = field(default_factory=dict)
+    """By the name of their matrix."""
 
     def buffer(self, name: str, data: NDArray[Any]) -> int:
         if name not in self.constants:
@@ -243,9 +261,7 @@ class _Subgraph:
         if name in self._known:
             return self._known[name]
         if isinstance(weights, ChannelInt8):
-            scale = fb.QuantizationParametersT()
-            scale.scale, scale.zeroPoint = weights.scales, np.zeros(len(weights.scales), dtype=np.int64)
-            scale.quantizedDimension = 0
+            scale = self._file.scales.setdefault(name, _RowScales(weights.scales))
             buffer = self._file.buffer(name, weights.values)
             index = self.tensor(name, weights.values.shape, fb.TensorType.INT8, buffer, scale)
         elif isinstance(weights, BlockedInt4):
