@@ -7,7 +7,7 @@ and graphs stay where they are. Format: https://github.com/google-ai-edge/LiteRT
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ class _Signature:
     table: Table
     graph: int
 
-    def run(self, graph: int) -> None:
-        """Another graph from now on; the first is what a signature runs that names none."""
+    def renumber(self, graph: int) -> None:
+        """Its graph has another number from now on; who names none means the first, which stays the first."""
         field = self.table.Offset(_SUBGRAPH)
         if field:
             struct.pack_into("<I", self.table.Bytes, self.table.Pos + field, graph)
@@ -51,7 +51,7 @@ class _List:
         places = range(self._start, self._start + self._length * _OFFSET, _OFFSET)
         return [p + encode.Get(number_types.UOffsetTFlags.packer_type, self._data, p) for p in places]
 
-    def keep(self, tables: Collection[int]) -> None:
+    def keep(self, tables: Sequence[int]) -> None:
         """Those alone, in that order."""
         for i, table in enumerate(tables):
             place = self._start + i * _OFFSET
@@ -74,7 +74,7 @@ def keep_graphs(data: Any, names: Collection[str]) -> None:
         tables = listed.tables()
         listed.keep([tables[g] for g in graphs])
         for signature in kept:
-            signature.run(graphs.index(signature.graph))
+            signature.renumber(graphs.index(signature.graph))
         _List(model, _SIGNATURES).keep([s.table.Pos for s in kept])
     except (struct.error, IndexError):
         raise ShardError("its lists of graphs cannot be read") from None
