@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mesh.types import Address, NodeId, ShardInfo
+from mesh.types import Address, Digest, NodeId, ShardInfo
 from scheduler.cluster import ClusterSnapshot, Node, ReplicaState
 from scheduler.policy import ClassPolicy, forbidden
 from scheduler.speed import guess, stage_speed
@@ -58,6 +58,14 @@ def cold_loads(
             taken[best.id] = taken.get(best.id, 0) + size
             found.append(ColdLoad(shard, best.id, best.address))
     return found
+
+
+def served_beside(snapshot: ClusterSnapshot, shard: Digest, node: NodeId) -> bool:
+    """Whether somebody but ``node``, who loaded a shard in need, serves it."""
+    others = (n for n in snapshot.alive() if n.id != node and not n.draining)
+    return any(
+        r.shard.digest == shard and r.state is ReplicaState.SERVING for n in others for r in n.replicas
+    )
 
 
 def _counts(state: ReplicaState) -> bool:

@@ -14,7 +14,7 @@ from node_agent.adapters.policy_book import PolicyBook
 from node_agent.lease import Promise, ShardKey
 from node_agent.ports import PeerAgents
 from scheduler.cluster import ClusterSnapshot
-from scheduler.cold_load import SESSIONS, ColdLoad, cold_loads
+from scheduler.cold_load import SESSIONS, ColdLoad, cold_loads, served_beside
 from scheduler.policy import ClassPolicy
 from scheduler.reconcile import Refusals, Wanted
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
 LINGER_S = 30.0
-"""A shard that no session of ours uses any more is held for so long."""
+"""A shard that no session of ours uses any more, or that somebody else serves again, is held for so long: those that go on
+over it are handed over."""
 _SHARDS_KNOWN = 256
 
 
@@ -81,10 +82,14 @@ class ColdLoads:
         try:
             while idle_s < LINGER_S and not stream.done():
                 await asyncio.wait({stream}, timeout=_LOOK_S)
-                idle_s = 0.0 if self._used(load.node, load.shard.digest) else idle_s + _LOOK_S
+                idle_s = 0.0 if self._needed(load) else idle_s + _LOOK_S
         finally:
             stream.cancel()
             self._loans.pop(load.shard.digest, None)
+
+    def _needed(self, load: ColdLoad) -> bool:
+        shard = load.shard.digest
+        return self._used(load.node, shard) > 0 and not served_beside(self._view(), shard, load.node)
 
     async def _hold(self, load: ColdLoad, context: int) -> None:
         shard = load.shard

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+import pytest
+
 from mesh.gossip import MemberState
-from mesh.types import NodeId
+from mesh.session import Session
+from mesh.types import NO_POLICY, Address, NodeId
+from node_agent.adapters import cold_loads as adapter
+from node_agent.adapters.cold_loads import ColdLoads
+from node_agent.lease import Promise, ShardKey
 from scheduler.cluster import Node, ReplicaState
-from scheduler.cold_load import SESSIONS, cold_loads
-from scheduler.policy import ClassPolicy
+from scheduler.cold_load import SESSIONS, cold_loads, served_beside
+from scheduler.policy import ClassPolicy, Policy
 from scheduler.speed import LayerSpeed
-from tests.builders import cluster, node, shard
+from tests.builders import ADDRESS, OWNER, cluster, node, order, route, shard
 
 LOST = shard(2, 4)
 POSITIONS = 100
@@ -67,3 +75,53 @@ def test_two_shards_do_not_take_the_same_memory() -> None:
     nodes = cluster(able("a"), able("b", 900.0))
     found = cold_loads(nodes, [LOST, other], POSITIONS, 50, frozenset())
     assert [(load.shard, load.node) for load in found] == [(LOST, "a"), (other, "b")]
+
+
+def test_others_that_serve_it_again_are_seen() -> None:
+    lent = node("a", LOST)
+    assert not served_beside(cluster(lent, node("b", shard(4, 6))), LOST.digest, lent.id)
+    assert served_beside(cluster(lent, node("b", LOST)), LOST.digest, lent.id)
+    assert not served_beside(cluster(lent, node("b", LOST, draining=True)), LOST.digest, lent.id)
+    dead = replace(node("b", LOST), state=MemberState.DEAD)
+    assert not served_beside(cluster(lent, dead), LOST.digest, lent.id)
+
+
+class Lender:
+    """Sessions of ours that always use what was lent, and an agent that lends."""
+
+    def __init__(self) -> None:
+        self.view = cluster(able("a"))
+        self.holds = 0
+        self.loads = ColdLoads(lambda: self.view, self, lambda node, shard: 1, self, POSITIONS)  # type: ignore[arg-type]
+        self.policy = Policy()
+        self.version = NO_POLICY
+
+    async def borrow(self, address: Address, key: ShardKey, promise: Promise) -> AsyncGenerator[bool]:
+        self.holds += 1
+        try:
+            yield True
+            await asyncio.sleep(60)
+        finally:
+            self.holds -= 1
+
+
+def test_a_shard_goes_back_when_others_serve_it_again_though_sessions_use_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapter, "_LOOK_S", 0.01)
+    monkeypatch.setattr(adapter, "LINGER_S", 0.1)
+
+    async def story() -> None:
+        lender = Lender()
+        held = route(2, 4)
+        lender.view = cluster(node("n1", LOST), able("a"))
+        lender.loads.note(held)
+        lender.view = cluster(able("a"))
+        lender.loads.want(Session(order(), held, OWNER, ADDRESS, 0), frozenset(), ())
+        await asyncio.sleep(0.3)
+        assert lender.holds == 1  # nobody else has it
+        lender.view = cluster(able("a"), node("n1", LOST))
+        await asyncio.sleep(0.3)
+        assert lender.holds == 0
+
+    asyncio.run(story())
