@@ -42,7 +42,7 @@ def cold_loads(
     taken: dict[NodeId, int] = {}
     alive = [n for n in snapshot.alive() if not n.draining and n.id not in avoid]
     for shard in wanted:
-        if any(r.shard.digest == shard.digest and _counts(r.state) for n in alive for r in n.replicas):
+        if _is_with(alive, shard.digest, ReplicaState.SERVING, ReplicaState.LOADING):
             continue
         size = shard.weight_bytes + SESSIONS * positions * shard.kv_bytes_per_token
         able = [
@@ -63,13 +63,11 @@ def cold_loads(
 def served_beside(snapshot: ClusterSnapshot, shard: Digest, node: NodeId) -> bool:
     """Whether somebody but ``node``, who loaded a shard in need, serves it."""
     others = (n for n in snapshot.alive() if n.id != node and not n.draining)
-    return any(
-        r.shard.digest == shard and r.state is ReplicaState.SERVING for n in others for r in n.replicas
-    )
+    return _is_with(others, shard, ReplicaState.SERVING)
 
 
-def _counts(state: ReplicaState) -> bool:
-    return state in (ReplicaState.SERVING, ReplicaState.LOADING)
+def _is_with(nodes: Iterable[Node], shard: Digest, *states: ReplicaState) -> bool:
+    return any(r.shard.digest == shard and r.state in states for n in nodes for r in n.replicas)
 
 
 def _replay_us(node: Node, shard: ShardInfo, positions: int) -> float:

@@ -73,7 +73,7 @@ class CompiledEngine:
         try:
             self._next = self._compile(names)
         except ShardError as error:
-            log.warning("%s; sessions that outgrow the smallest bucket will fail", error)
+            log.warning("%s; it is tried again when a session outgrows the smallest bucket", error)
 
     def _with(self, graph: str) -> CompiledModel:
         """The model in use, which has the graph from now on."""
