@@ -29,7 +29,9 @@ from protos.gen import mesh_pb2_grpc as rpc
 log = logging.getLogger(__name__)
 
 OUTBOX_MAX = 4096
-HANDSHAKE_TIMEOUT_S = 3.0
+HANDSHAKE_TIMEOUTS_S = (1.0, 3.0)
+"""By dial. The first is short: just after a cut a new stream can be half open (the peer's side is gone, nothing says so),
+and what waits for it is a session's report of its loss."""
 MESSAGE_BYTES_MAX = 4 << 20
 _FRAMING_BYTES = 14
 """gRPC's prefix (5) and HTTP/2's frame head (9)."""
@@ -132,33 +134,48 @@ class _Link:
     async def _run(self) -> None:
         reason = "closed"
         try:
-            async with grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS) as channel:
-                call = rpc.PeerStub(channel).Link()
-                await self._handshake(call)
-                writer = asyncio.create_task(self.outbox.pump(call.write))
-                try:
-                    reason = await self._receive(call, writer)
-                finally:
-                    writer.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await writer
-                    call.cancel()
+            for patience_s in HANDSHAKE_TIMEOUTS_S:
+                with contextlib.suppress(TimeoutError):
+                    reason = f"no answer within {patience_s:g} s"
+                    reason = await self._dial(patience_s)
+                    break
         except grpc.RpcError as error:
             reason = _describe(error)
-        except TimeoutError:
-            reason = f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
         except PeerError as error:
             reason = str(error)
         finally:
             self.outbox.broken = True
             self._pool.ended(self._address, self, reason)
 
+    async def _dial(self, patience_s: float) -> str:
+        """Run one stream to its end.
+
+        Returns:
+            Why it ended.
+
+        Raises:
+            TimeoutError: No answer to the handshake; nothing was sent of what waits in the outbox.
+            PeerError: The peer is no agent of this mesh.
+            grpc.RpcError: The stream broke.
+        """
+        async with grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS) as channel:
+            call = rpc.PeerStub(channel).Link()
+            async with asyncio.timeout(patience_s):
+                await self._handshake(call)
+            writer = asyncio.create_task(self.outbox.pump(call.write))
+            try:
+                return await self._receive(call, writer)
+            finally:
+                writer.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await writer
+                call.cancel()
+
     async def _handshake(self, call: Any) -> None:
         me = self._pool.identity
-        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            hello = pb.Hello(cluster=me.cluster, wire_version=WIRE_VERSION, features=FEATURES, node=me.node)
-            await call.write(pb.Packet(hello=hello))
-            answer = await call.read()
+        hello = pb.Hello(cluster=me.cluster, wire_version=WIRE_VERSION, features=FEATURES, node=me.node)
+        await call.write(pb.Packet(hello=hello))
+        answer = await call.read()
         if answer is grpc.aio.EOF or answer.WhichOneof("kind") != "welcome":
             raise PeerError(f"{self._address} did not answer the handshake; is it a mesh agent?")
         if not answer.welcome.accepted:
@@ -273,7 +290,7 @@ class LinkServer(rpc.PeerServicer):
         self, request_iterator: AsyncIterator[pb.Packet], context: Any
     ) -> None:
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            async with asyncio.timeout(HANDSHAKE_TIMEOUTS_S[-1]):
                 first = await context.read()
         except TimeoutError:
             return

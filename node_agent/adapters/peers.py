@@ -1,7 +1,9 @@
 """The cluster as this agent sees it: membership's judgement and each member's own record, in one snapshot.
 
 Membership (datagrams) says who is alive; a ``Watch`` stream to every member brings its record
-whenever that changes. A stream that breaks keeps its node out of our routes at once. Membership, and through it everybody, is told
+whenever that changes. A stream that breaks is dialled again at once: a dead process refuses that in the time of a round trip, and
+a node that refuses, or leaves us waiting, is out of our routes. (Where our own streams were cut, all of them break together, and
+without that question no route would be left for any session.) Membership, and through it everybody, is told
 a little later, everybody's at a time of its own: whoever has a session there learns of the loss from the session's own stream,
 and where all peers of a dead node accused it in the same millisecond, their gossip kept the session waiting.
 """
@@ -29,8 +31,11 @@ from scheduler.cluster import ClusterEvent, ClusterSnapshot, Node, NodeForgotten
 log = logging.getLogger(__name__)
 
 _RETRY_S = (0.1, 2.0)
+"""Between dials; the first that follows the break of a stream that lived for as long as the shorter comes at once."""
+_REDIAL_S = 0.02
+"""How long a node whose stream broke may take to answer that dial before we route around it."""
 _ACCUSE_S = (0.05, 0.2)
-"""Between a stream's end and our accusation: past the few tens of milliseconds in which a session goes on elsewhere."""
+"""Between our routing around it and our accusation: past the few tens of milliseconds in which a session goes on elsewhere."""
 _CONNECT_S = 3.0
 _LEAVE_S = 0.05
 """Time for the goodbyes to leave the machine."""
@@ -163,20 +168,40 @@ class ClusterView:
 
     async def _watch(self, node: NodeId, address: Address, instance: int) -> None:
         wait_s = _RETRY_S[0]
-        while True:
-            reason = "it ended the stream of its record"
-            try:
-                async for record in self._records(address):
-                    self._seen(node, record)
+        doubt: asyncio.Task[None] | None = None
+        try:
+            while True:
+                up_at, reason = None, "it ended the stream of its record"
+                try:
+                    async for record in self._records(address):
+                        if doubt is not None:
+                            doubt.cancel()
+                            doubt = None
+                        self._seen(node, record)
+                        up_at = up_at or self._clock.monotonic()
+                except PeerError as error:
+                    reason = str(error)
+                log.debug("watch of %s at %s: %s", node, address, reason)
+                if doubt is not None:
+                    self._shun(node)
+                if doubt is None or doubt.done():
+                    doubt = asyncio.create_task(self._doubt(node, instance, reason))
+                if up_at is not None:
                     wait_s = _RETRY_S[0]
-            except PeerError as error:
-                reason = str(error)
-            log.debug("watch of %s at %s: %s", node, address, reason)
-            self._shun(node)
-            await asyncio.sleep(self._patience_s(node))
-            self.driver.handle(StreamLost(node, instance, reason))
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, _RETRY_S[1])
+                    if self._clock.monotonic() - up_at >= wait_s:
+                        continue
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, _RETRY_S[1])
+        finally:
+            if doubt is not None:
+                doubt.cancel()
+
+    async def _doubt(self, node: NodeId, instance: int, reason: str) -> None:
+        """What a broken stream leads to; cancelled by the node's next record."""
+        await asyncio.sleep(_REDIAL_S)
+        self._shun(node)
+        await asyncio.sleep(self._patience_s(node))
+        self.driver.handle(StreamLost(node, instance, reason))
 
     def _shun(self, node: NodeId) -> None:
         """Out of our routes, until membership's judgement or its next record says otherwise."""

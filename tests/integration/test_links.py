@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mesh.adapters.codec import Decoder, encode
-from mesh.adapters.grpc_links import Identity, LinkServer
+from mesh.adapters.grpc_links import HANDSHAKE_TIMEOUTS_S, Identity, LinkPool, LinkServer
 from mesh.messages import Ack, Cause, Frame, HopLost, Message, Open, Opened, Refused, Sampled
 from mesh.types import Address, Digest, Epoch, LayeredRoute, LayerRange, NodeId, Sampling, SessionId, Stage
 from node_agent.adapters.local_mesh import LocalMesh, MeshOptions
@@ -218,6 +218,41 @@ def test_garbage_on_the_wire_ends_that_link_and_no_other(tmp_path: Path) -> None
         assert isinstance(await peer.hear(), Opened)
 
     run(tmp_path, story)
+
+
+class HalfOpen(LinkServer):
+    """Says nothing on its first stream."""
+
+    streams = 0
+
+    async def Link(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        self.streams += 1
+        if self.streams == 1:
+            await asyncio.Event().wait()
+        await super().Link(request_iterator, context)
+
+
+def test_what_waits_on_a_half_open_stream_is_sent_on_a_new_one() -> None:
+    async def story() -> None:
+        heard: asyncio.Queue[Message] = asyncio.Queue()
+        server = grpc.aio.server()
+        peer = HalfOpen(
+            Identity("local", OWNER), lambda _, message: heard.put_nowait(message), lambda _: None
+        )
+        rpc.add_PeerServicer_to_server(peer, server)
+        address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        lost: list[str] = []
+        us = Identity("local", NodeId("n-us"))
+        pool = LinkPool(us, lambda *_: None, lambda _, reason: lost.append(reason))
+        report = HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut")
+        pool.send(address, report)
+        assert await asyncio.wait_for(heard.get(), sum(HANDSHAKE_TIMEOUTS_S)) == report
+        assert (peer.streams, lost) == (2, [])
+        await pool.close()
+        await server.stop(None)
+
+    asyncio.run(story())
 
 
 def test_a_peer_that_goes_takes_its_sessions_along(tmp_path: Path) -> None:

@@ -43,13 +43,18 @@ class Driver:
 
 
 class Streams:
-    """The record of ``b``, on streams that end when told to."""
+    """The record of ``b``, on streams that end when told to; a dial that follows is answered, refused or left waiting."""
 
     def __init__(self) -> None:
         self.broken, self.opened = asyncio.Event(), 0
+        self.refuses = self.waits = False
 
     async def __call__(self, address: Address) -> AsyncIterator[Node]:
         self.opened += 1
+        if self.refuses:
+            raise PeerError("connection refused")
+        if self.waits:
+            await asyncio.sleep(3)
         yield node("b", shard(0, 3))
         await self.broken.wait()
         self.broken.clear()
@@ -61,23 +66,79 @@ async def watching(me: str = "a") -> tuple[ClusterView, Driver, Streams]:
     view = ClusterView(driver, streams)
     other = Fact(B, Address("b:1"), 1)
     driver.handle(SyncReceived(other, (other,)))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(peers._RETRY_S[0] + 0.01)
     assert view.snapshot.nodes[B].reachable
     return view, driver, streams
 
 
-def test_a_broken_stream_ends_our_routes_at_once_and_is_told_a_little_later() -> None:
+def test_a_node_that_refuses_us_after_a_break_leaves_our_routes_at_once_and_is_accused_later() -> None:
     async def story() -> None:
         view, driver, streams = await watching()
         begin = asyncio.get_running_loop().time()
+        streams.refuses = True
         streams.broken.set()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(peers._REDIAL_S / 2)
         shunned = view.snapshot.nodes[B]
         assert (shunned.reachable, shunned.broken, shunned.state) == (False, True, MemberState.ALIVE)
         assert not driver.accused
-        await asyncio.sleep(peers._ACCUSE_S[1])
+        await asyncio.sleep(peers._ACCUSE_S[1] + peers._REDIAL_S)
         assert peers._ACCUSE_S[0] <= driver.accused[0] - begin <= peers._ACCUSE_S[1] + 0.1
         assert driver.machine.members[B].fact.state is MemberState.SUSPECT
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_so_is_one_that_leaves_us_waiting() -> None:
+    async def story() -> None:
+        view, driver, streams = await watching()
+        streams.waits = True
+        streams.broken.set()
+        await asyncio.sleep(peers._REDIAL_S / 2)
+        assert view.snapshot.nodes[B].reachable
+        await asyncio.sleep(peers._REDIAL_S)
+        assert not view.snapshot.nodes[B].reachable
+        await asyncio.sleep(peers._ACCUSE_S[1] + peers._REDIAL_S)
+        assert driver.accused
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_one_that_answers_at_once_stays_in_our_routes_and_is_not_accused() -> None:
+    async def story() -> None:
+        view, driver, streams = await watching()
+        streams.broken.set()
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            assert view.snapshot.nodes[B].reachable
+        assert streams.opened == 2
+        assert not driver.accused
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_a_stream_that_never_lasts_is_not_dialled_without_a_pause() -> None:
+    async def story() -> None:
+        view, _, streams = await watching()
+        for _ in range(40):
+            streams.broken.set()
+            await asyncio.sleep(0.01)
+        assert streams.opened <= 7
+        await view.close()
+
+    asyncio.run(story())
+
+
+def test_a_node_that_goes_on_refusing_is_accused_again_and_again() -> None:
+    async def story() -> None:
+        view, driver, streams = await watching()
+        streams.refuses = True
+        streams.broken.set()
+        async with asyncio.timeout(5):
+            while len(driver.accused) < 2:
+                await asyncio.sleep(0.01)
         await view.close()
 
     asyncio.run(story())
@@ -86,11 +147,14 @@ def test_a_broken_stream_ends_our_routes_at_once_and_is_told_a_little_later() ->
 def test_the_next_record_brings_membership_s_own_judgement_back() -> None:
     async def story() -> None:
         view, driver, streams = await watching()
+        streams.refuses = True
         streams.broken.set()
-        async with asyncio.timeout(5):
-            while streams.opened < 2:
-                await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
+        assert not view.snapshot.nodes[B].reachable
+        streams.refuses = False
+        async with asyncio.timeout(5):
+            while not view.snapshot.nodes[B].reachable:
+                await asyncio.sleep(0.01)
         shown, judged = view.snapshot.nodes[B], driver.machine.members[B]
         assert (shown.state, shown.reachable) == (judged.fact.state, judged.reachable)
         await view.close()
