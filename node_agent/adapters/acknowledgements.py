@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mesh.adapters.grpc_links import Upstream
@@ -23,26 +24,31 @@ class Acknowledgements:
         self._loop = asyncio.get_running_loop()
         self._computed: list[Computed] = []
         """Rows not acknowledged yet."""
+        self._waiting: Counter[Key] = Counter()
+        """How many of them are of each session's stage."""
         self._timer: asyncio.TimerHandle | None = None
 
     def computed(self, rows: Sequence[Computed]) -> None:
         """A run is done; its rows are acknowledged soon."""
         self._computed.extend(rows)
-        if self._brisk(rows[0]):
+        self._waiting.update((row.session.order.session, row.session.order.stage) for row in rows)
+        if any(map(self._brisk, rows)):
             self._loop.call_soon(self._account)
         elif self._timer is None:
             self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
 
     def _brisk(self, row: Computed) -> bool:
-        """Whether an acknowledgement cannot wait: prefill needs its credit, others before it runs out."""
-        waiting = len(self._computed)
-        return row.frame.length > 1 or waiting * 2 >= row.session.order.window * max(1, len(self._placed))
+        """Whether an acknowledgement cannot wait: prefill needs its credit, and so does whoever sends steps without
+        waiting for their tokens (an exact replay), before it runs out."""
+        order = row.session.order
+        return row.frame.length > 1 or self._waiting[order.session, order.stage] * 2 >= order.window
 
     def _account(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         rows, self._computed = self._computed, []
+        self._waiting.clear()
         now = self._clock.monotonic_ns()
         owed: dict[int, tuple[Upstream, dict[Key, Ack]]] = {}
         for row in rows:
