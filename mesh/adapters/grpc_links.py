@@ -135,10 +135,11 @@ class _Link:
         reason = "closed"
         try:
             for patience_s in HANDSHAKE_TIMEOUTS_S:
-                with contextlib.suppress(TimeoutError):
-                    reason = f"no answer within {patience_s:g} s"
+                try:
                     reason = await self._dial(patience_s)
                     break
+                except TimeoutError:
+                    reason = f"no answer within {patience_s:g} s"
         except grpc.RpcError as error:
             reason = _describe(error)
         except PeerError as error:

@@ -34,8 +34,8 @@ _RETRY_S = (0.1, 2.0)
 """Between dials; the first that follows the break of a stream that lived for as long as the shorter comes at once."""
 _REDIAL_S = 0.02
 """How long a node whose stream broke may take to answer that dial before we route around it."""
-_ACCUSE_S = (0.05, 0.2)
-"""Between our routing around it and our accusation: past the few tens of milliseconds in which a session goes on elsewhere."""
+_ACCUSE_S = (0.3, 0.8)
+"""Between our routing around it and our accusation: past the time in which sessions are brought back elsewhere."""
 _CONNECT_S = 3.0
 _LEAVE_S = 0.05
 """Time for the goodbyes to leave the machine."""
