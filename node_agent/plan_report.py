@@ -9,7 +9,7 @@ from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId
 from scheduler.cluster import ClusterSnapshot, ReplicaState
 from scheduler.nomad_view import LeaseAllocation, NomadFacts
-from scheduler.placement import Infeasible, Plan
+from scheduler.plan import Infeasible, Plan
 
 Placed = Mapping[tuple[NodeId, str, LayerRange, str, str], ReplicaState]
 

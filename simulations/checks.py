@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from mesh.types import Term
-from scheduler.placement import Plan
+from scheduler.plan import Plan
 from simulations.virtual_time import Power
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from scheduler.cluster import ClusterSnapshot
 from scheduler.demand import ModelDemand
 from scheduler.form_choice import chosen_form
 from scheduler.leadership import Leadership, elder
-from scheduler.placement import Infeasible, Plan, place
+from scheduler.placement import place
+from scheduler.plan import Infeasible, Plan
 from scheduler.policy import ModelPolicy, Policy, parse_policy
 from scheduler.reconcile import (
     FlapBook,

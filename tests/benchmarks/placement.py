@@ -24,10 +24,12 @@ from mesh.links import LinkEstimate
 from mesh.types import Digest, ModelRef, ModelShape, NodeId
 from scheduler.chain import Chain, ChainProblem, solve_exact, solve_heuristic
 from scheduler.cluster import ClusterSnapshot, Node
+from scheduler.copy_search import CopySearch
 from scheduler.cost import STAGE_US
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import hosts_of
-from scheduler.placement import CopySearch, Plan, place
+from scheduler.placement import place
+from scheduler.plan import Plan
 from scheduler.policy import ModelPolicy
 from scheduler.speed import LayerSpeed
 from tests.benchmarks.baselines import Machines, edgeshard, petals, proportional, published

@@ -34,9 +34,11 @@ from protos.gen import agent_pb2 as pb
 from protos.gen import agent_pb2_grpc as rpc
 from scheduler.chain import Chain, ChainProblem
 from scheduler.cluster import ClusterSnapshot, NodeSeen
+from scheduler.copy_search import CopySearch
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import hosts_of
-from scheduler.placement import CopySearch, Plan, place
+from scheduler.placement import place
+from scheduler.plan import Plan
 from scheduler.policy import ModelPolicy
 from tests.agents import AgentProcess, start_agent
 from tests.benchmarks.common import LAYERS, MODEL, arguments, finish, prompt_ids, the_store

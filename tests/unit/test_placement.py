@@ -19,7 +19,8 @@ from scheduler.chain import ChainProblem, solve, solve_exact, solve_heuristic
 from scheduler.cluster import ClusterSnapshot, Node, NodeForgotten, NodeJudged
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import hosts_of
-from scheduler.placement import Infeasible, Plan, place
+from scheduler.placement import place
+from scheduler.plan import Infeasible, Plan
 from scheduler.policy import ModelPolicy
 from scheduler.speed import LayerSpeed
 from tests.benchmarks.baselines import published

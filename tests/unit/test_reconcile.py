@@ -8,7 +8,8 @@ from mesh.gossip import MemberState
 from mesh.types import LayerRange, NodeId, Term
 from scheduler.cluster import ClusterSnapshot, Node, NodeJudged, Replica, ReplicaState
 from scheduler.leadership import STEADY_S, Leadership, elder, latest_term
-from scheduler.placement import Plan, place
+from scheduler.placement import place
+from scheduler.plan import Plan
 from scheduler.reconcile import (
     SETTLE_BROKEN_S,
     SETTLE_S,
