@@ -83,14 +83,14 @@ class Open:
 @dataclass(frozen=True, slots=True)
 class Opened:
     """The session is open from ``position`` on: told by the last stage to the owner, or, where the ``Open``
-    asks, by each stage to its sender when those behind it have told."""
+    asks, by each stage to its sender when those behind it have told, and at once by one that has nothing."""
 
     session: SessionId
     epoch: Epoch
     stage: int
     position: int
     short: int = 0
-    """Stages from here on that lacked something."""
+    """Stages from here on that lacked something, as far as is known."""
     replayed: int = 0
     """Positions that hop logs replay to them, the most of any."""
 

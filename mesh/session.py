@@ -101,6 +101,8 @@ class Session:
         """Nodes that were lost, and until when no route leads there."""
         self._left: LayeredRoute | None = None
         """The route of the epoch before."""
+        self._new = 0
+        """Stages of this one that were not fed then."""
         self._history = order.prompt
         """What goes through the stages before the first token of this epoch is sampled."""
 
@@ -182,7 +184,8 @@ class Session:
         if event.position < self._sent:
             self.rung = Rung.INGRESS
         elif event.short:
-            self.rung = Rung.WARM if event.short == 1 else Rung.UPSTREAM
+            # A stage that has nothing answers before it knows of those behind it.
+            self.rung = Rung.WARM if max(event.short, self._new) == 1 else Rung.UPSTREAM
         else:
             self.rung = Rung.HOT
         self._sent = self._acked = event.position
@@ -297,6 +300,8 @@ class Session:
         )
         gone = [(i, s) for i, s in enumerate(self.standbys) if s and not kept[i] and s not in route.stages]
         closing += [self._close_one(i, s, "the session moved") for i, s in gone]
+        fed = {*self.route.stages, *self.standbys}
+        self._new = sum(stage not in fed for stage in route.stages)
         self.standbys = kept
         self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)

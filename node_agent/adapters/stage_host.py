@@ -204,6 +204,9 @@ class StageHost:
             standby = order.standby_of(onward.stage)
             if standby is not None:
                 self.deliver(standby.address, replace(onward, standby=True))
+            if order.asks and not outcome.position:
+                # It wants everything, whatever those behind it have: its sender need not wait for them.
+                upstream.reply(stands_at(order, 0))
         elif order.asks:
             upstream.reply(stands_at(order, outcome.position))
         else:

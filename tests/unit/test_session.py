@@ -233,20 +233,24 @@ def test_r2_r5_a_new_epoch_opens_at_the_last_token_and_samples_only_what_was_not
 
 
 @pytest.mark.parametrize(
-    ("answer", "rung", "replayed"),
+    ("new", "answer", "rung", "replayed"),
     [
-        (told(10), Rung.HOT, 0),
-        (told(10, short=1, replayed=10), Rung.WARM, 10),
-        (told(10, short=2, replayed=10), Rung.UPSTREAM, 10),
-        (told(4, short=3, replayed=2), Rung.INGRESS, 6),
+        (1, told(10), Rung.HOT, 0),
+        (1, told(10, short=1, replayed=10), Rung.WARM, 10),
+        (1, told(10, short=2, replayed=10), Rung.UPSTREAM, 10),
+        # The first that has nothing answered for itself, before it knew of the other.
+        (2, told(10, short=1, replayed=10), Rung.UPSTREAM, 10),
+        (3, told(4, short=3, replayed=2), Rung.INGRESS, 6),
     ],
 )
 def test_the_owner_sends_what_the_first_stage_lacks_and_no_more(
-    answer: Opened, rung: Rung, replayed: int
+    new: int, answer: Opened, rung: Rung, replayed: int
 ) -> None:
     session = decoding(**PATIENT)
+    stages = session.route.stages
+    others = [replace(stage, node=NodeId(f"n7{i}")) for i, stage in enumerate(stages[:new])]
     session.handle(lost(1), 5)
-    session.handle(Rerouted(OTHER), 6)
+    session.handle(Rerouted(LayeredRoute((*others, *stages[new:]))), 6)
     tokens = (*range(10), 7)
     at = answer.position
     assert session.handle(answer, 7)[0] == SendFrame(at, tokens[at : at + 4], sample=at + 4 > 10)

@@ -1,0 +1,98 @@
+"""What a node answers to those before and behind its stages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mesh.messages import Message, Opened
+from mesh.types import Address, Epoch
+from node_agent.adapters.metrics import AgentMetrics, StageMetrics
+from node_agent.adapters.replica import Replica
+from node_agent.adapters.stage_host import StageHost
+from scheduler.speed import StageSpeed
+from tests.builders import OWNER, SESSION, frame, opening, route, shard
+
+ROUTE = route(2, 4)
+HERE = ROUTE.stages[1]
+SECOND = Epoch(2, OWNER)
+
+
+class Echo:
+    """Gives what it was given."""
+
+    info, slots, capacity, provider, batch, batch_exact = shard(2, 4), 4, 64, "test", 4, True
+
+    def decode(self, slot: int, positions: Any, inputs: Any, logits: bool = True) -> Any:
+        return inputs
+
+    def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> Any:
+        return inputs
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Bench:
+    """A node in the middle of a route; what it sends on, and what it answers."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Address, Message]] = []
+        self.answers: list[Message] = []
+        self.host = StageHost(
+            HERE.node, HERE.address, lambda address, message: self.sent.append((address, message)), lambda _: None
+        )
+        info = Echo.info
+        self.host.replicas[HERE.shard] = Replica(
+            Echo(), 1 << 30, self.host.forward, self.host.failed, StageSpeed(1000, 100, 100, 2000)
+        )
+        self.host.metrics[HERE.shard] = StageMetrics(AgentMetrics("n"), info)
+
+    def reply(self, message: Message) -> None:
+        self.answers.append(message)
+
+    def open(self, position: int, epoch: Epoch) -> None:
+        order = replace(opening(position=position, epoch=epoch), route=ROUTE, stage=1)
+        self.host.received(self, order)
+
+    def told(self, position: int, epoch: Epoch) -> None:
+        self.host.replied(ROUTE.stages[2].address, Opened(SESSION, epoch, 2, position))
+
+
+def run(story: Callable[[Bench], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        await story(Bench())
+
+    asyncio.run(whole())
+
+
+def test_a_stage_that_has_nothing_says_so_before_those_behind_it_have_told() -> None:
+    async def story(bench: Bench) -> None:
+        bench.open(10, SECOND)
+        assert bench.answers == [Opened(SESSION, SECOND, 1, 0, short=1)]
+        assert [type(m).__name__ for _, m in bench.sent] == ["Open"]
+
+    run(story)
+
+
+def test_one_that_has_something_waits_for_what_those_behind_it_want() -> None:
+    async def story(bench: Bench) -> None:
+        first = Epoch(1, OWNER)
+        bench.open(0, first)
+        payload = np.zeros((4, Echo.info.model.width), dtype=np.float32)
+        bench.host.received(bench, [frame(0, 4, payload=payload, stage=1, sample=False)])
+        async with asyncio.timeout(5):
+            while bench.host.replicas[HERE.shard].working:
+                await asyncio.sleep(0.001)
+        bench.answers.clear()
+        bench.open(4, SECOND)
+        assert bench.answers == []
+        bench.told(4, SECOND)
+        assert bench.answers == [Opened(SESSION, SECOND, 1, 4)]
+
+    run(story)
