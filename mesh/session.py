@@ -102,7 +102,9 @@ class Session:
         self._left: LayeredRoute | None = None
         """The route of the epoch before."""
         self._new = 0
-        """Stages of this one that were not fed then."""
+        """Stages of this one that have not been fed everything."""
+        self._proven: tuple[Stage, ...] = ()
+        """Those that the last token came through."""
         self._history = order.prompt
         """What goes through the stages before the first token of this epoch is sampled."""
 
@@ -140,8 +142,8 @@ class Session:
         order = self.order
         kept, position = resume or (None, 0)
         self._history = (*order.prompt, *self.generated)
-        self._asking = bool(self.generated)
-        if self._asking:
+        self._asking = bool(self.generated) and kept is None
+        if self.generated:
             # Whoever sampled the last token had everything before it.
             position = len(self._history) - 1
         opening = Open(
@@ -239,7 +241,7 @@ class Session:
             case Refused(cause=Cause.TAKEN_OVER, reason=reason):
                 self._go(State.FAILED)
                 return [Ended(error=Unavailable(f"another agent goes on with this session: {reason}"))]
-            case Refused(cause=Cause.NO_CACHE):
+            case Refused(cause=Cause.NO_CACHE) if self.state is not State.REROUTING:
                 return self._start_cold(now)
             case Refused(stage=stage):
                 return self._lose(stage, _refusal(event, self.route), now)
@@ -282,7 +284,7 @@ class Session:
         return replace(event, epoch=self.epoch, stage=route.index(stage))
 
     def _start_cold(self, now: int) -> list[Effect]:
-        """A stage kept nothing after all: the whole prompt then, on the same route."""
+        """A stage kept nothing after all: the whole prompt, or what the stages then say that they lack, on the same route."""
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         return self._open(now)
 
@@ -300,7 +302,7 @@ class Session:
         )
         gone = [(i, s) for i, s in enumerate(self.standbys) if s and not kept[i] and s not in route.stages]
         closing += [self._close_one(i, s, "the session moved") for i, s in gone]
-        fed = {*self.route.stages, *self.standbys}
+        fed = {*self._proven, *self.standbys}
         self._new = sum(stage not in fed for stage in route.stages)
         self.standbys = kept
         self._left, self.route = self.route, route
@@ -308,8 +310,13 @@ class Session:
         self.replayed = 0
         self._go(State.REPLAYING)
         self.rung = None if self.generated else Rung.INGRESS
+        resume = None
+        if self.generated and not self._new and self.speculation is None:
+            # All of them have everything: the session goes on from itself, and the token goes out with the Open. A stage that
+            # lacks something after all refuses, as one does that kept nothing; then all are asked.
+            self.rung, resume = Rung.HOT, (self.order.session, 0)
         # What is left of the old route is told last: nobody waits for it.
-        return [*self._open(now), *closing]
+        return [*self._open(now, resume), *closing]
 
     def _close_one(self, place: int, stage: Stage, reason: str) -> Effect:
         return SendClose(Close(self.order.session, self.epoch, reason, place, alone=True), stage.address)
@@ -357,7 +364,7 @@ class Session:
         rerouting = self.state is State.REROUTING
         if not rerouting:
             self._go(State.DECODE)
-            self._lost = None
+            self._lost, self._proven = None, self.route.stages
         self._progress_ns = now
         self.generated.append(token.token)
         more = self.speculation is not None and self.speculation.take(token.token, now)

@@ -269,16 +269,22 @@ class StageBook:
         if order.positions > session.order.positions:
             return Refusal(Cause.FULL, "a new epoch cannot take more positions than the first")
         # What a standby has not got round to is as good in the new epoch: its frames are the same.
-        behind = list(
-            takewhile(lambda f: order.standby and f.position + f.length <= order.position, session.queue)
-        )
+        fed = order.standby or order.resume is not None
+        behind = list(takewhile(lambda f: fed and f.position + f.length <= order.position, session.queue))
         while behind and behind[-1].drafts:
             behind.pop()  # where it was right is not known
+        if session.running:
+            behind = []
+        reached = behind[-1].position + behind[-1].length if behind else session.position
+        if order.resume is not None and not order.standby and reached < order.position:
+            return Refusal(
+                Cause.NO_CACHE, f"position {reached} is due here, the session goes on from {order.position}"
+            )
         session.order = order
         session.position = session.queued_to = min(session.position, order.position)
         session.queue.clear()
-        for frame in behind if not session.running else ():
-            frame.epoch = order.epoch
+        for frame in behind:
+            frame.epoch, frame.sample = order.epoch, False  # the owner has those tokens
             session.queue.append(frame)
             session.queued_to = frame.position + frame.length
         session.firm_to = session.queued_to
@@ -288,7 +294,7 @@ class StageBook:
         session.sampled.clear()
         session.told = self.shard.last or order.standby or not order.asks
         session.hushed = False
-        session.onward = NOTHING_ONWARD if order.standby else 0
+        session.onward = NOTHING_ONWARD if order.standby else 0 if order.asks else order.position
         session.resending, session.orphan_ns = None, 0
         return session
 
@@ -319,13 +325,11 @@ class StageBook:
         session.resending = end if end < session.position else None
 
     def accept(self, frame: Frame) -> Refusal | None:
-        """Queue a frame. Stale epochs, duplicates and unknown sessions are dropped without a word;
-        a gap, a flood or a frame beyond the reservation is the peer's fault and is returned."""
+        """Queue a frame. Duplicates, unknown sessions, stale epochs and those that were refused here are dropped without
+        a word; a gap, a flood or a frame beyond the reservation is the peer's fault and is returned."""
         session = self.sessions.get(frame.session)
-        if session is None or frame.epoch < session.order.epoch:
+        if session is None or frame.epoch != session.order.epoch:
             return None
-        if frame.epoch > session.order.epoch:
-            return Refusal(Cause.BAD_FRAME, "a frame came before its epoch was opened")
         end = frame.position + frame.length
         if frame.length < 1 or end > session.order.positions:
             return Refusal(

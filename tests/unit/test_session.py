@@ -258,6 +258,29 @@ def test_the_owner_sends_what_the_first_stage_lacks_and_no_more(
     assert session.handle(told(0), 8) == [], "an answer counts once"
 
 
+def test_a_stage_that_lacks_something_after_all_has_everybody_asked() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    opening, fed = session.handle(Rerouted(session.route), 6)
+    assert isinstance(opening, SendOpen)
+    assert fed == SendFrame(10, (7,), True)
+    (again,) = session.handle(Refused(SESSION, SECOND, 1, Cause.NO_CACHE, "position 8 is due"), 7)
+    assert isinstance(again, SendOpen)
+    assert (again.order.epoch, again.order.position, again.order.asks) == (Epoch(3, OWNER), 10, True)
+    assert session.handle(told(10, Epoch(3, OWNER), short=1, replayed=2), 8) == [SendFrame(10, (7,), True)]
+    assert (session.rung, session.replayed) == (Rung.WARM, 2)
+
+
+def test_a_stage_that_no_token_came_through_is_asked() -> None:
+    session = decoding(**PATIENT)
+    session.handle(lost(1), 5)
+    session.handle(Rerouted(OTHER), 6)
+    session.handle(lost(1, SECOND), 7)
+    (opening,) = session.handle(Rerouted(OTHER), 8)
+    assert isinstance(opening, SendOpen)
+    assert opening.order.asks
+
+
 def test_a_stage_that_wants_what_was_never_sent_breaks_the_contract() -> None:
     session = decoding(**PATIENT)
     session.handle(lost(1), 5)
@@ -448,9 +471,13 @@ def test_a_standby_takes_its_stage_and_the_others_stand_by_on() -> None:
     session.handle(sampled(10), 2)
     session.handle(lost(1), 3)
     stages = route(2, 4).stages
-    opening, *closes = session.handle(Rerouted(LayeredRoute((stages[0], spare[1], stages[2]))), 4)
+    opening, fed, *closes = session.handle(Rerouted(LayeredRoute((stages[0], spare[1], stages[2]))), 4)
     assert isinstance(opening, SendOpen)
     assert opening.order.standbys == (spare[0], None, spare[2])
+    # All of them have everything: nobody is asked, and the token goes out with the Open.
+    assert (opening.order.position, opening.order.asks) == (10, False)
+    assert fed == SendFrame(10, (7,), True)
+    assert session.rung is Rung.HOT
     assert [e.address for e in closes] == [stages[1].address]  # type: ignore[union-attr]
     # The end closes the standbys too, the first stage's by the owner.
     calm = Session(order(), route(2, 4), OWNER, ADDRESS, 0, None, spare)

@@ -62,10 +62,11 @@ def test_a_draining_replica_takes_no_new_session() -> None:
     assert refusal.cause is Cause.DRAINING
 
 
-def test_frames_of_older_epochs_and_duplicates_are_dropped_without_a_word() -> None:
+def test_frames_of_older_and_refused_epochs_and_duplicates_are_dropped_without_a_word() -> None:
     b = book()
     b.open(opening(epoch=Epoch(2, OWNER)), 0)
     assert b.accept(frame(epoch=Epoch(1, OWNER))) is None
+    assert b.accept(frame(epoch=Epoch(3, OWNER))) is None
     assert b.queued == 0
     assert b.accept(frame(epoch=Epoch(2, OWNER))) is None
     assert b.accept(frame(epoch=Epoch(2, OWNER))) is None
@@ -75,7 +76,7 @@ def test_frames_of_older_epochs_and_duplicates_are_dropped_without_a_word() -> N
 def test_gaps_floods_and_overruns_are_the_peers_fault() -> None:
     b = book()
     b.open(opening(positions=8, window=2), 0)
-    for bad in (frame(1), frame(0, 9), frame(0, epoch=Epoch(2, OWNER))):
+    for bad in (frame(1), frame(0, 9)):
         refusal = b.accept(bad)
         assert isinstance(refusal, Refusal)
         assert refusal.cause is Cause.BAD_FRAME
@@ -473,6 +474,48 @@ def test_a_standby_computes_all_and_sends_nothing() -> None:
     assert computed(b, b.next_run(10**9)) == [(0, 18)]
     session = opened(b, 1, window=4, epoch=Epoch(3, OWNER), position=19)
     assert (session.position, session.onward, session.told) == (19, 0, False)
+
+
+def test_r2_who_should_have_everything_goes_on_without_being_told_or_refuses_and_keeps_what_it_has() -> None:
+    b = book()
+    computing(b, 6)
+    refusal = b.open(
+        opening(session=name(1), window=64, epoch=Epoch(2, OWNER), position=7, resume=name(1)), 0
+    )
+    assert isinstance(refusal, Refusal)
+    assert refusal.cause is Cause.NO_CACHE
+    assert b.accept(frame(7, session=name(1), epoch=Epoch(2, OWNER))) is None
+    session = b.sessions[name(1)]
+    assert (session.position, session.queue, session.order.epoch) == (
+        6,
+        type(session.queue)(),
+        Epoch(1, OWNER),
+    )
+    # What follows the Open of an epoch for which it has everything is computed at once.
+    assert reopened(b, 6, resume=name(1)) is session
+    b.accept(frame(6, session=name(1), epoch=Epoch(2, OWNER)))
+    assert computed(b, b.next_run(10**9)) == [(0, 6)]
+    # Who knows nothing of the session has nothing.
+    refusal = b.open(opening(session=name(2), epoch=Epoch(2, OWNER), position=7, resume=name(2)), 0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.cause is Cause.NO_CACHE
+
+
+def test_a_standby_that_is_behind_takes_its_stage_with_what_it_has_not_got_round_to() -> None:
+    b = book()
+    session = opened(b, 1, window=1, standby=True)
+    for position in range(6):
+        b.accept(frame(position, session=name(1)))
+    for position in range(4):
+        assert computed(b, b.next_run(10**9)) == [(0, position)]
+    assert reopened(b, 6, resume=name(1)) is session
+    assert (session.position, session.queued_to) == (4, 6)
+    assert [f.sample for f in session.queue] == [False, False], "those tokens are known"
+    b.accept(frame(6, session=name(1), epoch=Epoch(2, OWNER)))
+    for position in range(4, 7):
+        assert computed(b, b.next_run(10**9)) == [(0, position)]
+    # The next stage has what came before this epoch.
+    assert list(session.unacknowledged) == [7]
 
 
 def guess(position: int, drafts: int, i: int = 1, **changes: object) -> Frame:

@@ -45,7 +45,10 @@ class Bench:
         self.sent: list[tuple[Address, Message]] = []
         self.answers: list[Message] = []
         self.host = StageHost(
-            HERE.node, HERE.address, lambda address, message: self.sent.append((address, message)), lambda _: None
+            HERE.node,
+            HERE.address,
+            lambda address, message: self.sent.append((address, message)),
+            lambda _: None,
         )
         info = Echo.info
         self.host.replicas[HERE.shard] = Replica(

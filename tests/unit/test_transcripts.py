@@ -86,7 +86,8 @@ def told(effects: list[Effect]) -> Iterator[str]:
                 names = " ".join(s.node for s in opening.route.stages)  # type: ignore[union-attr]
                 spare = " ".join(s.node if s else "-" for s in opening.standbys)
                 beside = f", standbys {spare}" if spare else ""
-                yield f"opens epoch {opening.epoch.counter} at {opening.position} along {names}{beside}"
+                asked = ", who are asked where they stand" if opening.asks else ""
+                yield f"opens epoch {opening.epoch.counter} at {opening.position} along {names}{beside}{asked}"
             case SendFrame(position, tokens, sample):
                 end = position + len(tokens) - 1
                 span = f"{position}" if end == position else f"{position} to {end}"
