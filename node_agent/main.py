@@ -244,6 +244,7 @@ class Agent:
             hops,
             token_log,
             lambda address: self.pool.drop(address),
+            dial=lambda address: self.pool.dial(address),
         )
         self.pool = LinkPool(identity, self.host.replied, self._link_lost)
         self.driver = SessionDriver(

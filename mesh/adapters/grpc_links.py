@@ -217,15 +217,23 @@ class LinkPool:
 
     def send(self, address: Address, message: Message) -> None:
         """Queue a message. A link that cannot take it is reported through ``lost``, later, once."""
+        link = self._link(address)
+        if link is not None and not link.outbox.put(message):
+            link.task.cancel()
+
+    def dial(self, address: Address) -> None:
+        """Have a link there before there is something to send."""
+        self._link(address)
+
+    def _link(self, address: Address) -> _Link | None:
         link = self._links.get(address)
         if link is None or link.outbox.broken:
             if self._closing:
-                return
+                return None
             if link is not None:
                 link.task.cancel()
             link = self._links[address] = _Link(self, address)
-        if not link.outbox.put(message):
-            link.task.cancel()
+        return link
 
     def drop(self, address: Address) -> None:
         """Forget a link whose peer is silent: what comes next is dialled anew, as TCP would go on waiting for ever

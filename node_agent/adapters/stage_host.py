@@ -80,8 +80,10 @@ class StageHost:
         tokens: TokenLog | None = None,
         drop: Callable[[Address], None] = lambda address: None,
         clock: Clock = time,
+        dial: Callable[[Address], None] = lambda address: None,
     ) -> None:
-        """``send`` to a peer and ``drop`` the link to one that is silent; ``refused`` counts sessions by reason."""
+        """``send`` to a peer, ``drop`` the link to one that is silent, ``dial`` one that may soon be sent to; ``refused`` counts
+        sessions by reason."""
         self.node, self.address, self._clock = node, address, clock
         self._copies = TokenCopies(tokens)
         self._fences: OrderedDict[SessionId, Epoch] = OrderedDict()
@@ -93,7 +95,7 @@ class StageHost:
         self.replicas: dict[Digest, Replica] = {}
         self.metrics: dict[Digest, StageMetrics] = {}
         self.owner: Owner | None = None
-        self._send_remote, self._drop_link, self._count_refused = send, drop, refused
+        self._send_remote, self._drop_link, self._dial_link, self._count_refused = send, drop, dial, refused
         self._placed: dict[Key, Placed] = {}
         self._acks = Acknowledgements(self._placed, clock)
         self._replays = Replays(self._placed, hops, self.feed, self._damaged)
@@ -194,6 +196,11 @@ class StageHost:
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
         if order.standby:
+            # It sends nothing, until it takes its stage; then nobody should wait for a handshake.
+            following = next_stage(order)
+            onward_to = following.address if following is not None else order.owner_address
+            if onward_to != self.address:
+                self._dial_link(onward_to)
             return
         if outcome.last and order.request and order.owner_address != self.address:
             self._copies.opened(order)
@@ -431,6 +438,8 @@ class StageHost:
     def _lose(self, address: Address, cause: Cause, reason: str) -> None:
         for placed in list(self._placed.values()):
             order, following = placed.order, next_stage(placed.order)
+            if order.standby:
+                continue  # it sends nothing there
             if order.owner_address == address and address != self.address:
                 # If only the stream broke, its tokens or reports are lost; the owner hears of it over another one.
                 if not placed.waits:

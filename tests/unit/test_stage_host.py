@@ -44,11 +44,13 @@ class Bench:
     def __init__(self) -> None:
         self.sent: list[tuple[Address, Message]] = []
         self.answers: list[Message] = []
+        self.dialled: list[Address] = []
         self.host = StageHost(
             HERE.node,
             HERE.address,
             lambda address, message: self.sent.append((address, message)),
             lambda _: None,
+            dial=self.dialled.append,
         )
         info = Echo.info
         self.host.replicas[HERE.shard] = Replica(
@@ -97,5 +99,19 @@ def test_one_that_has_something_waits_for_what_those_behind_it_want() -> None:
         assert bench.answers == []
         bench.told(4, SECOND)
         assert bench.answers == [Opened(SESSION, SECOND, 1, 4)]
+
+    run(story)
+
+
+def test_a_standby_sends_nothing_and_has_its_link_ready_for_when_it_will() -> None:
+    async def story(bench: Bench) -> None:
+        standbys = (None, HERE, None)
+        order = replace(opening(), route=ROUTE, stage=1, standbys=standbys, standby=True)
+        bench.host.received(bench, order)
+        assert bench.dialled == [ROUTE.stages[2].address]
+        # That this link breaks is no loss of the session's.
+        bench.host.downstream_lost(ROUTE.stages[2].address, "reset")
+        assert bench.sent == []
+        assert not bench.host.replicas[HERE.shard].book.sessions[SESSION].hushed
 
     run(story)
