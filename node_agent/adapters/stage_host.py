@@ -195,12 +195,8 @@ class StageHost:
             self._pass_close(before.order, left)
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
+        self._dial_ahead(order)
         if order.standby:
-            # It sends nothing, until it takes its stage; then nobody should wait for a handshake.
-            following = next_stage(order)
-            onward_to = following.address if following is not None else order.owner_address
-            if onward_to != self.address:
-                self._dial_link(onward_to)
             return
         if outcome.last and order.request and order.owner_address != self.address:
             self._copies.opened(order)
@@ -219,6 +215,14 @@ class StageHost:
         else:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
+
+    def _dial_ahead(self, order: Open) -> None:
+        """Have links for what is told when something is lost, or, of a standby, when it takes its stage: a session that waits should
+        not wait for a handshake as well."""
+        following = next_stage(order)
+        for address in (order.owner_address, following.address if following is not None else self.address):
+            if address != self.address:
+                self._dial_link(address)
 
     def _witness(self, message: Witness) -> None:
         fence = self._fences.get(message.session)
@@ -440,9 +444,12 @@ class StageHost:
             order, following = placed.order, next_stage(placed.order)
             if order.standby:
                 continue  # it sends nothing there
-            if order.owner_address == address and address != self.address:
+            told = following is None or placed.report is not None
+            if told and order.owner_address == address and address != self.address:
                 # If only the stream broke, its tokens or reports are lost; the owner hears of it over another one.
-                if not placed.waits:
+                if not placed.waits and placed.report is not None:
+                    self._tell_owner(placed)
+                elif not placed.waits:
                     self._insist(placed, _no_stage(order), Cause.STREAM_BROKEN, "a stream to the owner")
                 self._wait(placed, reason, lost=address)
             elif following is not None and following.address == address and not placed.waits:

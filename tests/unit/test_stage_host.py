@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mesh.messages import Message, Opened
+from mesh.messages import Cause, HopLost, Message, Opened
 from mesh.types import Address, Epoch
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import Replica
 from node_agent.adapters.stage_host import StageHost
 from scheduler.speed import StageSpeed
-from tests.builders import OWNER, SESSION, frame, opening, route, shard
+from tests.builders import ADDRESS, OWNER, SESSION, frame, opening, route, shard
 
 ROUTE = route(2, 4)
 HERE = ROUTE.stages[1]
@@ -108,10 +108,28 @@ def test_a_standby_sends_nothing_and_has_its_link_ready_for_when_it_will() -> No
         standbys = (None, HERE, None)
         order = replace(opening(), route=ROUTE, stage=1, standbys=standbys, standby=True)
         bench.host.received(bench, order)
-        assert bench.dialled == [ROUTE.stages[2].address]
+        assert bench.dialled == [ADDRESS, ROUTE.stages[2].address]
         # That this link breaks is no loss of the session's.
         bench.host.downstream_lost(ROUTE.stages[2].address, "reset")
         assert bench.sent == []
         assert not bench.host.replicas[HERE.shard].book.sessions[SESSION].hushed
+
+    run(story)
+
+
+def test_a_stage_has_a_link_to_the_owner_ready_whose_loss_is_none_while_nothing_was_told() -> None:
+    async def story(bench: Bench) -> None:
+        bench.open(0, Epoch(1, OWNER))
+        assert ADDRESS in bench.dialled
+        bench.sent.clear()
+        bench.host.downstream_lost(ADDRESS, "reset")
+        assert bench.sent == []
+        bench.host.downstream_lost(ROUTE.stages[2].address, "reset")
+        lost = HopLost(SESSION, Epoch(1, OWNER), 2, Cause.STREAM_BROKEN, "reset")
+        assert bench.sent == [(ADDRESS, lost)]
+        # That report may be lost with the link: it is told again.
+        bench.sent.clear()
+        bench.host.downstream_lost(ADDRESS, "reset")
+        assert (ADDRESS, lost) in bench.sent
 
     run(story)
