@@ -50,6 +50,8 @@ from scheduler.routing import RoutePlan, mixed, troubled
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 0.3
+"""How long stages that a session left wait to be told."""
 TICK_S = 0.1
 TRACES_KEPT = 256
 _RECORD_LAG_S = 0.6
@@ -375,6 +377,9 @@ class SessionDriver:
                 standby = order.standby_of(0)
                 if standby is not None:
                     self._host.deliver(standby.address, replace(order, standby=True))
+            case SendClose(close, address) if session.state is State.REPLAYING:
+                # What the session left is most often dead, and dialled in vain: not while the session waits.
+                self._loop.call_later(_LEAVE_S, self._host.deliver, address, close)
             case SendClose(close, address):
                 self._feed()
                 self._host.deliver(address, close)

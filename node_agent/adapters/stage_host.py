@@ -189,10 +189,6 @@ class StageHost:
         before = self._placed.get((order.session, order.stage))
         self._placed[order.session, order.stage] = placed
         self._work.set()
-        if before is not None and next_stage(before.order) != next_stage(order):
-            # The owner tells it as well, but may have done so before our Open of that epoch arrived there.
-            left = Close(order.session, before.order.epoch, "the session moved", waits=True)
-            self._pass_close(before.order, left)
         if self.hops is not None and not outcome.last:
             self.hops.open(order.session, stage.shard, outcome.position)
         self._dial_ahead(order)
@@ -215,6 +211,17 @@ class StageHost:
         else:
             opened = Opened(order.session, order.epoch, order.stage, outcome.position)
             self.deliver(order.owner_address, opened)
+        if before is not None:
+            self._leave(before, order)
+
+    def _leave(self, before: Placed, order: Open) -> None:
+        """The next stage is another one now. The owner tells the old one as well, but may have done so before our Open of that epoch
+        arrived there; who was lost behind a broken stream got nothing late, and would only be dialled in vain."""
+        told = before.report
+        lost = told is not None and told.stage == order.stage + 1 and told.cause is Cause.STREAM_BROKEN
+        if next_stage(before.order) != next_stage(order) and not lost:
+            left = Close(order.session, before.order.epoch, "the session moved", waits=True)
+            self._pass_close(before.order, left)
 
     def _dial_ahead(self, order: Open) -> None:
         """Have links for what is told when something is lost, or, of a standby, when it takes its stage: a session that waits should
