@@ -115,6 +115,11 @@ class Session:
         return min(order.positions_max, len(order.prompt) + order.tokens_max)
 
     @property
+    def _last_position(self) -> int:
+        """The last token's: whoever sampled it had everything before."""
+        return len(self.order.prompt) + len(self.generated) - 1
+
+    @property
     def ended(self) -> bool:
         return self.state in (State.DONE, State.FAILED)
 
@@ -143,9 +148,8 @@ class Session:
         kept, position = resume or (None, 0)
         self._history = (*order.prompt, *self.generated)
         self._asking = bool(self.generated) and kept is None
-        if self.generated:
-            # Whoever sampled the last token had everything before it.
-            position = len(self._history) - 1
+        if self._asking:
+            position = self._last_position
         opening = Open(
             session=order.session,
             epoch=self.epoch,
@@ -242,7 +246,7 @@ class Session:
                 self._go(State.FAILED)
                 return [Ended(error=Unavailable(f"another agent goes on with this session: {reason}"))]
             case Refused(cause=Cause.NO_CACHE) if self.state is not State.REROUTING:
-                return self._start_cold(now)
+                return self._open_again(now)
             case Refused(stage=stage):
                 return self._lose(stage, _refusal(event, self.route), now)
             case HopLost(stage=stage):
@@ -283,7 +287,7 @@ class Session:
             return event
         return replace(event, epoch=self.epoch, stage=route.index(stage))
 
-    def _start_cold(self, now: int) -> list[Effect]:
+    def _open_again(self, now: int) -> list[Effect]:
         """A stage kept nothing after all: the whole prompt, or what the stages then say that they lack, on the same route."""
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         return self._open(now)
@@ -314,7 +318,7 @@ class Session:
         if self.generated and not self._new and self.speculation is None:
             # All of them have everything: the session goes on from itself, and the token goes out with the Open. A stage that
             # lacks something after all refuses, as one does that kept nothing; then all are asked.
-            self.rung, resume = Rung.HOT, (self.order.session, 0)
+            self.rung, resume = Rung.HOT, (self.order.session, self._last_position)
         # What is left of the old route is told last: nobody waits for it.
         return [*self._open(now, resume), *closing]
 

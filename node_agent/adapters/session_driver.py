@@ -50,7 +50,7 @@ from scheduler.routing import RoutePlan, mixed, troubled
 
 log = logging.getLogger(__name__)
 
-_LEAVE_S = 0.3
+_TOLD_LATE_S = 0.3
 """How long stages that a session left wait to be told."""
 TICK_S = 0.1
 TRACES_KEPT = 256
@@ -379,7 +379,7 @@ class SessionDriver:
                     self._host.deliver(standby.address, replace(order, standby=True))
             case SendClose(close, address) if session.state is State.REPLAYING:
                 # What the session left is most often dead, and dialled in vain: not while the session waits.
-                self._loop.call_later(_LEAVE_S, self._host.deliver, address, close)
+                self._loop.call_later(_TOLD_LATE_S, self._host.deliver, address, close)
             case SendClose(close, address):
                 self._feed()
                 self._host.deliver(address, close)

@@ -454,9 +454,11 @@ class StageHost:
             told = following is None or placed.report is not None
             if told and order.owner_address == address and address != self.address:
                 # If only the stream broke, its tokens or reports are lost; the owner hears of it over another one.
-                if not placed.waits and placed.report is not None:
+                if placed.waits:
+                    continue
+                if placed.report is not None:
                     self._tell_owner(placed)
-                elif not placed.waits:
+                else:
                     self._insist(placed, _no_stage(order), Cause.STREAM_BROKEN, "a stream to the owner")
                 self._wait(placed, reason, lost=address)
             elif following is not None and following.address == address and not placed.waits:
