@@ -185,19 +185,18 @@ class _Link:
 
     async def _receive(self, call: Any, writer: asyncio.Task[None]) -> str:
         decoder = Decoder()
-        while True:
-            read = asyncio.ensure_future(call.read())
-            # One wait for both ends: a write error would else go unseen until the next packet.
-            await asyncio.wait({read, writer}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                read.cancel()
+        # A write error would else go unseen until the next packet.
+        writer.add_done_callback(lambda _: call.cancel())
+        try:
+            while (packet := await call.read()) is not grpc.aio.EOF:
+                message = decoder.decode(packet)
+                if message is not None:
+                    self._pool.received(self._address, message)
+        except asyncio.CancelledError:
+            if writer.done() and not writer.cancelled():
                 writer.result()
-            packet = read.result()
-            if packet is grpc.aio.EOF:
-                return "the peer ended the stream"
-            message = decoder.decode(packet)
-            if message is not None:
-                self._pool.received(self._address, message)
+            raise
+        return "the peer ended the stream"
 
 
 class LinkPool:

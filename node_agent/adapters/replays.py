@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MERGED_MAX = 128
-"""Positions of a replay's frame when it need not be exact."""
+"""Positions of a replay's frame when it need not be exact; of a message else."""
+_FRAMES_MAX = 8
+"""Frames of a message: steps that are replayed one by one take less to compute than a message each takes to carry."""
 
 
 class Replays:
@@ -58,24 +60,31 @@ class Replays:
         placed.replica.dispatch()
 
     def go_on(self, placed: Placed) -> None:
-        """Replay the hop log to the next stage, as far as there is credit: a frame a turn of the loop."""
+        """Replay the hop log to the next stage, as far as there is credit: a message a turn of the loop."""
         order, book = placed.order, placed.replica.book
         session, following = book.sessions.get(order.session), next_stage(order)
-        if session is None or session.order is not order or following is None:
+        if session is None or session.order is not order or following is None or not session.told:
             return
-        if not session.told or session.resending is None or session.credit <= 0:
-            return
-        start = session.resending
-        payload = self._logged(session, start, book.shard.digest)
-        if payload is None:
-            if self._hops is not None:
-                self._hops.forget(order.session, book.shard.digest)
-            self._damaged(placed, start)
-            return
-        frame = Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
-        book.resent(session, start + len(payload))
-        self._feed(following.address, [frame])
-        self._loop.call_soon(self.go_on, placed)
+        frames: list[Frame] = []
+        count = 0
+        while session.resending is not None and session.credit > 0:
+            if len(frames) >= _FRAMES_MAX or count >= _MERGED_MAX:
+                break
+            start = session.resending
+            payload = self._logged(session, start, book.shard.digest)
+            if payload is None:
+                if self._hops is not None:
+                    self._hops.forget(order.session, book.shard.digest)
+                self._damaged(placed, start)
+                return
+            count += len(payload)
+            frames.append(
+                Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
+            )
+            book.resent(session, start + len(payload))
+        if frames:
+            self._feed(following.address, frames)
+            self._loop.call_soon(self.go_on, placed)
 
     def _logged(self, session: StageSession, start: int, shard: Digest) -> NDArray[np.float32] | None:
         """The frame of the hop log at ``start``: as it first ran, or several in one; none where it cannot be read."""
