@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from mesh.messages import Cause, HopLost, Message, Opened
+from mesh.messages import Cause, Frame, HopLost, Message, Opened
 from mesh.types import Address, Epoch
+from node_agent.adapters.memory_store import MemoryFrames
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import Replica
 from node_agent.adapters.stage_host import StageHost
+from node_agent.hop_log import HopLog
 from scheduler.speed import StageSpeed
 from tests.builders import ADDRESS, OWNER, SESSION, frame, opening, route, shard
 
@@ -51,6 +54,7 @@ class Bench:
             lambda address, message: self.sent.append((address, message)),
             lambda _: None,
             dial=self.dialled.append,
+            hops=HopLog(MemoryFrames(), 1 << 20, 1 << 20),
         )
         info = Echo.info
         self.host.replicas[HERE.shard] = Replica(
@@ -61,9 +65,24 @@ class Bench:
     def reply(self, message: Message) -> None:
         self.answers.append(message)
 
-    def open(self, position: int, epoch: Epoch) -> None:
-        order = replace(opening(position=position, epoch=epoch), route=ROUTE, stage=1)
+    def open(self, position: int, epoch: Epoch, **changes: Any) -> None:
+        order = replace(opening(position=position, epoch=epoch, **changes), route=ROUTE, stage=1)
         self.host.received(self, order)
+
+    async def compute(self, *lengths: int) -> None:
+        """Frames of these lengths, from position 0 on."""
+        for i, length in enumerate(lengths):
+            payload = np.zeros((length, Echo.info.model.width), dtype=np.float32)
+            given = frame(sum(lengths[:i]), length, payload=payload, stage=1, sample=False)
+            self.host.received(self, [given])
+        async with asyncio.timeout(5):
+            while self.host.replicas[HERE.shard].working:
+                await asyncio.sleep(0.001)
+
+    def replayed(self) -> list[list[tuple[int, int]]]:
+        """Position and length of the frames that went on, by message."""
+        messages = [m for _, m in self.sent if isinstance(m, list)]
+        return [[(f.position, f.length) for f in m if isinstance(f, Frame)] for m in messages]
 
     def told(self, position: int, epoch: Epoch) -> None:
         self.host.replied(ROUTE.stages[2].address, Opened(SESSION, epoch, 2, position))
@@ -89,16 +108,37 @@ def test_one_that_has_something_waits_for_what_those_behind_it_want() -> None:
     async def story(bench: Bench) -> None:
         first = Epoch(1, OWNER)
         bench.open(0, first)
-        payload = np.zeros((4, Echo.info.model.width), dtype=np.float32)
-        bench.host.received(bench, [frame(0, 4, payload=payload, stage=1, sample=False)])
-        async with asyncio.timeout(5):
-            while bench.host.replicas[HERE.shard].working:
-                await asyncio.sleep(0.001)
+        await bench.compute(4)
         bench.answers.clear()
         bench.open(4, SECOND)
         assert bench.answers == []
         bench.told(4, SECOND)
         assert bench.answers == [Opened(SESSION, SECOND, 1, 4)]
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("exact", "window", "messages"),
+    [
+        (True, 64, [[(0, 3), *((i, 1) for i in range(3, 10))], [(10, 1), (11, 1)]]),
+        (True, 4, [[(0, 3), (3, 1), (4, 1), (5, 1)]]),
+        (False, 64, [[(0, 12)]]),
+    ],
+    ids=["eight frames a message", "no more than there is credit for", "in large chunks"],
+)
+def test_a_replay_goes_out_in_as_few_messages_as_it_may(
+    exact: bool, window: int, messages: list[list[tuple[int, int]]]
+) -> None:
+    async def story(bench: Bench) -> None:
+        bench.open(0, Epoch(1, OWNER), window=64)
+        await bench.compute(3, *[1] * 9)
+        bench.open(12, SECOND, exact=exact, window=window)
+        bench.sent.clear()
+        bench.told(0, SECOND)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert bench.replayed() == messages
 
     run(story)
 
