@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from mesh.messages import (
 )
 from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Token
 from node_agent.adapters.acknowledgements import Acknowledgements
+from node_agent.adapters.losses import Losses, no_stage
 from node_agent.adapters.metrics import StageMetrics
 from node_agent.adapters.placed import Key, Placed, next_stage
 from node_agent.adapters.replays import Replays, stands_at
@@ -47,8 +48,6 @@ log = logging.getLogger(__name__)
 BEACON_INTERVAL_S = 0.03
 _TIDY_NS = 1_000_000_000
 _FENCES_KEPT = _CLOSED_KEPT = 4096
-_REPORT_AGAIN_NS = 100_000_000
-"""Until a report is repeated for the first time: an owner that heard of it has opened another epoch by then."""
 _ORPHAN_NS = 120_000_000_000
 """How long a stage keeps what it computed for a session whose sender or owner is lost."""
 
@@ -99,6 +98,7 @@ class StageHost:
         self._placed: dict[Key, Placed] = {}
         self._acks = Acknowledgements(self._placed, clock)
         self._replays = Replays(self._placed, hops, self.feed, self._damaged)
+        self._losses = Losses(self._placed, address, self.deliver, self._pass_close, clock)
         self._hop_times = HopTimes()
         self._local = _LocalUpstream(self)
         self._work = asyncio.Event()
@@ -261,7 +261,7 @@ class StageHost:
     def _damaged(self, placed: Placed, position: int) -> None:
         """A session's hop log cannot be read."""
         placed.replica.book.hush(placed.order.session)  # its owner may be here, and end it at once
-        self._insist(placed, _no_stage(placed.order), Cause.NO_CACHE, "a hop log is damaged", position)
+        self._losses.insist(placed, no_stage(placed.order), Cause.NO_CACHE, "a hop log is damaged", position)
 
     def _refuse(self, order: Open, cause: Cause, reason: str) -> None:
         self._count_refused(cause.name.lower())
@@ -274,7 +274,7 @@ class StageHost:
         placed = self._placed.get(key)
         if close.waits:
             if placed is not None and close.epoch == placed.order.epoch:
-                self._wait(placed, close.reason)
+                self._losses.wait(placed, close.reason)
             return
         self._closed[key] = max(close.epoch, self._closed.pop(key, NO_EPOCH))
         while len(self._closed) > _CLOSED_KEPT:
@@ -308,21 +308,6 @@ class StageHost:
         if not order.standby:
             lost = HopLost(order.session, order.epoch, stage, cause, detail, position)
             self.deliver(order.owner_address, lost)
-
-    def _insist(self, placed: Placed, stage: int, cause: Cause, detail: str, position: int = 0) -> None:
-        """Tell the owner (rule R1) of a session that goes on here when it acts. What breaks one stream may break the next: it is
-        told again until then, at ever longer intervals, since an owner that is gone will never."""
-        order = placed.order
-        if not order.standby:
-            placed.report = HopLost(order.session, order.epoch, stage, cause, detail, position)
-            placed.report_wait_ns = _REPORT_AGAIN_NS
-            self._tell_owner(placed)
-
-    def _tell_owner(self, placed: Placed) -> None:
-        assert placed.report is not None
-        placed.report_ns = self._clock.monotonic_ns() + placed.report_wait_ns
-        placed.report_wait_ns *= 2
-        self.deliver(placed.order.owner_address, placed.report)
 
     def failed(self, session: StageSession, cause: Cause, detail: str) -> None:
         """A replica could not compute a session's row."""
@@ -359,42 +344,18 @@ class StageHost:
         frames: dict[Address, list[Frame]] = {}
         copies: dict[Address, list[Frame]] = {}
         for row in rows:
-            order = row.session.order
-            route = order.route
-            if not isinstance(route, LayeredRoute):
+            order, following = row.session.order, next_stage(row.session.order)
+            if row.session.last and row.output:
+                tokens.setdefault(order.owner_address, []).extend(_sampled(row))
+            if following is None or not row.session.told:
                 continue
-            if row.session.last:
-                times = (*row.frame.times, row.queue_us, row.compute_us, 0)
-                for token in row.output:
-                    timed = Token(token.position, token.token, token.logprob, token.top, times)
-                    times = ()  # they share one step: it is told once
-                    sampled = Sampled(order.session, order.epoch, timed)
-                    tokens.setdefault(order.owner_address, []).append(sampled)
-            elif row.session.told:
-                stage = order.stage + 1
-                address = route.stages[stage].address
-                hop_us = self._hop_times.one_way_us(address)
-                position, output = row.frame.position, row.output
-                known = row.session.onward - position
-                if known >= len(output):
-                    continue  # the next stage has it
-                if known > 0:
-                    position, output = row.session.onward, output[known:]
-                frame = Frame(
-                    order.session,
-                    order.epoch,
-                    position,
-                    len(output),
-                    row.frame.sample,
-                    output,
-                    stage,
-                    (*row.frame.times, row.queue_us, row.compute_us, hop_us),
-                    row.frame.drafts,
-                )
-                frames.setdefault(address, []).append(frame)
-                standby = order.standby_of(stage)
-                if standby is not None:
-                    copies.setdefault(standby.address, []).append(frame)
+            frame = self._onward(row, following.address)
+            if frame is None:
+                continue
+            frames.setdefault(following.address, []).append(frame)
+            standby = order.standby_of(frame.stage)
+            if standby is not None:
+                copies.setdefault(standby.address, []).append(frame)
         for address, batch in tokens.items():
             self.deliver(address, batch)
         for address, onward in frames.items():
@@ -407,6 +368,28 @@ class StageHost:
                     shard = self._shard_of(row.session)
                     self.hops.append(row.session.order.session, shard, row.frame.position, row.output)
         self._acks.computed(rows)
+
+    def _onward(self, row: Computed, address: Address) -> Frame | None:
+        """What the next stage, at ``address``, is given of a row; none where it has that already."""
+        order, given = row.session.order, row.frame
+        position, output = given.position, row.output
+        known = row.session.onward - position
+        if known >= len(output):
+            return None
+        if known > 0:
+            position, output = row.session.onward, output[known:]
+        times = (*given.times, row.queue_us, row.compute_us, self._hop_times.one_way_us(address))
+        return Frame(
+            order.session,
+            order.epoch,
+            position,
+            len(output),
+            given.sample,
+            output,
+            order.stage + 1,
+            times,
+            given.drafts,
+        )
 
     def _log_tokens(self, rows: list[Computed]) -> None:
         for row in rows:
@@ -444,41 +427,11 @@ class StageHost:
         """A link that we dialled broke: every session whose next stage is there is reported."""
         self._hop_times.forget(address)
         self.watch.forget(address)
-        self._lose(address, Cause.STREAM_BROKEN, reason)
-
-    def _lose(self, address: Address, cause: Cause, reason: str) -> None:
-        for placed in list(self._placed.values()):
-            order, following = placed.order, next_stage(placed.order)
-            if order.standby:
-                continue  # it sends nothing there
-            told = following is None or placed.report is not None
-            if told and order.owner_address == address and address != self.address:
-                # If only the stream broke, its tokens or reports are lost; the owner hears of it over another one.
-                if placed.waits:
-                    continue
-                if placed.report is not None:
-                    self._tell_owner(placed)
-                else:
-                    self._insist(placed, _no_stage(order), Cause.STREAM_BROKEN, "a stream to the owner")
-                self._wait(placed, reason, lost=address)
-            elif following is not None and following.address == address and not placed.waits:
-                # What was under way is lost: nothing may follow it over a new link in this epoch.
-                placed.replica.book.hush(order.session)
-                self._insist(placed, order.stage + 1, cause, reason)
+        self._losses.downstream(address, Cause.STREAM_BROKEN, reason)
 
     def upstream_lost(self, upstream: Upstream) -> None:
         """A peer's link to us ended: what it fed waits, with what is computed, for a later epoch."""
-        for placed in list(self._placed.values()):
-            if placed.upstream is upstream:
-                self._wait(placed, "the stage before was lost")
-
-    def _wait(self, placed: Placed, why: str, lost: Address | None = None) -> None:
-        """Keep a session for a later epoch, here and behind here: its end may have been lost with who is ``lost``."""
-        if placed.waits:
-            return  # those behind were told, and may be lost as well: telling them again would dial for ever
-        order = placed.order
-        placed.replica.book.orphan(order.session, self._clock.monotonic_ns())
-        self._pass_close(order, Close(order.session, order.epoch, why, waits=True), lost)
+        self._losses.upstream(upstream)
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -515,24 +468,14 @@ class StageHost:
 
     def _look(self, now: int) -> None:
         """Report the next stages that are silent (rule R1: the owner decides)."""
-        owing = self._owing()
-        for placed in list(self._placed.values()):
-            order, route = placed.order, placed.order.route
-            session = placed.replica.book.sessions.get(order.session)
-            if placed.report is not None and now >= placed.report_ns:
-                self._tell_owner(placed)
-            if session is None or session.last or session.orphan_ns or session.hushed or order.standby:
-                continue
-            if not isinstance(route, LayeredRoute):
-                continue
-            if session.unacknowledged or not session.told:
-                owing.add(route.stages[order.stage + 1].address)
+        self._losses.remind(now)
+        owing = self._owing() | self._losses.owing()
         owing.discard(self.address)
         for address, silent_ns in self.watch.look(owing, now, int(BEACON_INTERVAL_S * 1e9)):
             reason = f"no sign of life for {silent_ns / 1e6:.0f} ms"
             log.warning("%s is silent: %s", address, reason)
             self._drop_link(address)
-            self._lose(address, Cause.SILENT, reason)
+            self._losses.downstream(address, Cause.SILENT, reason)
             if self.owner is not None:
                 self.owner.silent(address, reason)
 
@@ -548,10 +491,15 @@ class StageHost:
                     self.hops.forget(key[0], placed.replica.book.shard.digest)
 
 
-def _no_stage(order: Open) -> int:
-    """The number after the last stage's: nobody is to blame, and the route may stay."""
-    assert isinstance(order.route, LayeredRoute)
-    return len(order.route.stages)
+def _sampled(row: Computed) -> Iterator[Sampled]:
+    """What the owner is told of a last stage's row."""
+    times = (*row.frame.times, row.queue_us, row.compute_us, 0)
+    order = row.session.order
+    for token in row.output:
+        yield Sampled(
+            order.session, order.epoch, Token(token.position, token.token, token.logprob, token.top, times)
+        )
+        times = ()  # they share one step: it is told once
 
 
 def _abandoned(session: StageSession, now: int) -> bool:
