@@ -11,7 +11,11 @@ from mesh.types import Address, Epoch, Route, Sampling, SessionId, Stage, Token
 WIRE_VERSION = 1
 DRAFTS = 1
 """Frames may end in guesses, which the last stage puts to the test."""
-FEATURES = DRAFTS
+STEPS = 2
+"""A frame may hold several steps, to be computed with the bits that they have one by one."""
+STEPS_MAX = 16
+"""Of a frame."""
+FEATURES = DRAFTS | STEPS
 """Feature bits that this version speaks beyond the first wire version."""
 
 
@@ -63,6 +67,8 @@ class Open:
     """Of each stage, a replica that is fed the same frames and sends nothing; empty: none at all."""
     standby: bool = False
     """The receiver is the standby of its stage."""
+    steps: bool = False
+    """Steps may be replayed several a frame: all agents of the route know how."""
 
     @property
     def here(self) -> Stage | None:
@@ -128,6 +134,8 @@ class Frame:
     drafts: tuple[int, ...] = ()
     """Tokens of the last positions that are guesses: the last stage samples before each of them and goes on while it
     was right; the next frame begins where one was wrong."""
+    steps: bool = False
+    """Its positions first ran one step at a time, and are to have those bits again; nothing is sampled."""
     arrived_ns: int = 0
 
 

@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import replace
 
 from mesh.errors import Full, InvalidTransition, MeshError, NoRoute, PeerError, StageLost, Unavailable
-from mesh.messages import Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
+from mesh.messages import STEPS_MAX, Ack, Cause, Close, HopLost, Open, Opened, Refused, Sampled
 from mesh.session_events import (
     Cancelled,
     ClientBusy,
@@ -78,6 +78,8 @@ class Session:
         self.state = State.REPLAYING if generated else State.PREFILL
         self.generated = list(generated)
         self.speculation = Speculation((*order.prompt, *generated)) if order.speculate else None
+        self.steps = False
+        """All agents of the route know frames of several steps."""
         self.finish: Finish | None = None
         self.kept = False
         """Its stages were asked to keep what they computed."""
@@ -168,6 +170,7 @@ class Session:
             request=order.request,
             expires_ms=order.expires_ms,
             standbys=self.standbys,
+            steps=self.steps,
         )
         self._sent, self._acked, self._held = position, position, None
         if self.speculation is not None:
@@ -336,7 +339,8 @@ class Session:
         while self._sent < len(prompt) and len(self._in_flight) < self.order.window:
             tokens = prompt[self._sent : self._frame_end(chunk)]
             last = self._sent + len(tokens) == len(prompt)
-            effects.append(SendFrame(self._sent, tokens, last))
+            steps = self._stepped and len(tokens) > 1
+            effects.append(SendFrame(self._sent, tokens, last, steps=steps))
             self._sent += len(tokens)
             self.firm = self._sent
             self._in_flight.append(self._sent)
@@ -344,10 +348,17 @@ class Session:
 
     def _frame_end(self, chunk: int) -> int:
         """Where the next frame of a prefill ends. What was generated was first run one step at a time."""
-        asked = len(self.order.prompt)
-        if not self.order.exact or self._sent + chunk <= asked:
-            return self._sent + chunk
-        return asked if self._sent < asked else self._sent + 1
+        if not self._stepped:
+            end = self._sent + chunk
+            return min(end, len(self.order.prompt)) if self.order.exact else end
+        # The last one is sampled after.
+        most = STEPS_MAX if self.steps else 1
+        return max(self._sent + 1, min(self._sent + most, len(self._history) - 1))
+
+    @property
+    def _stepped(self) -> bool:
+        """Whether what is sent next first ran one step at a time, and has to again."""
+        return self.order.exact and self._sent >= len(self.order.prompt)
 
     def _acknowledged(self, position: int, now: int) -> list[Effect]:
         self._progress_ns = now

@@ -69,6 +69,8 @@ class SendFrame:
     sample: bool
     drafts: tuple[int, ...] = ()
     """The last of the tokens, where those are guesses."""
+    steps: bool = False
+    """Each first ran as a step of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,17 @@ class Runtime(Protocol):
         """
         ...
 
+    def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
+        """Whether ``replay`` gives some ``inputs`` of a session the bits of single steps as it is; it does so from then on."""
+        ...
+
+    def replay(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+        """Steps of one session from ``position`` on, with the bits that ``decode`` gives them one by one.
+
+        ``inputs`` as for ``prefill``. Returns float32 ``[steps, width]``; of a last shard nothing to read.
+        """
+        ...
+
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system."""
         ...

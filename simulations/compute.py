@@ -84,6 +84,12 @@ class ModelledRuntime:
         values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
         return self._written(values[len(values) - logits :] if self.info.last else values)
 
+    def hold_to_steps(self, inputs: Any) -> bool:
+        return True
+
+    def replay(self, slot: int, position: int, inputs: Any) -> NDArray[Any]:
+        return self.prefill(slot, position, inputs, 0)
+
     def _step(self, slot: int, position: int, value: int, total: int) -> tuple[int, int]:
         """The token of the position, which goes through all shards, and the sum so far."""
         chain = self._chains[slot]

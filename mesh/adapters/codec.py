@@ -162,6 +162,7 @@ def _encode_frames(frames: list[Frame]) -> Iterator[pb.Packet]:
             stage=frame.stage,
             times=frame.times,
             drafts=frame.drafts,
+            steps=frame.steps,
         )
         if frame.payload.ndim == _ACTIVATION_DIMENSIONS:
             rows.append(frame.payload)
@@ -256,6 +257,7 @@ def _open(order: Open) -> pb.Open:
         request=order.request,
         expires_unix_ms=order.expires_ms,
         standbys=[pb.Stage() if s is None else _stage(s) for s in order.standbys],
+        steps=order.steps,
         standby=order.standby,
     )
 
@@ -412,6 +414,7 @@ def _frame(head: pb.FrameHead, payload: NDArray[Any]) -> Frame:
         head.stage,
         tuple(head.times),
         tuple(head.drafts),
+        head.steps,
     )
 
 
@@ -495,5 +498,6 @@ def _read_open(order: pb.Open) -> Open:
         request=order.request,
         expires_ms=order.expires_unix_ms,
         standbys=_read_standbys(order.standbys),
+        steps=order.steps,
         standby=order.standby,
     )

@@ -118,6 +118,16 @@ class OnnxShard:
         result: NDArray[Any] = binding.output[0]
         return result
 
+    def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
+        return True
+
+    def replay(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+        # Attention over several rows rounds otherwise than over one.
+        rows = [
+            self.decode(slot, [position + i], inputs[i : i + 1], False).copy() for i in range(len(inputs))
+        ]
+        return np.concatenate(rows)
+
     def release(self, slot: int) -> None:
         for layer in self.cache:
             for buffer in layer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mesh.messages import Frame, Open, Opened
+from mesh.messages import STEPS_MAX, Frame, Open, Opened
 from mesh.types import Address, Digest
 from node_agent.adapters.placed import Key, Placed, next_stage
 from node_agent.hop_log import HopLog
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MERGED_MAX = 128
-"""Positions of a replay's frame when it need not be exact; of a message else."""
-_FRAMES_MAX = 8
-"""Frames of a message: steps that are replayed one by one take less to compute than a message each takes to carry."""
+"""Positions of a replay's frame when it need not be exact; steps go by ``STEPS_MAX``."""
 
 
 class Replays:
@@ -60,49 +58,51 @@ class Replays:
         placed.replica.dispatch()
 
     def go_on(self, placed: Placed) -> None:
-        """Replay the hop log to the next stage, as far as there is credit: a message a turn of the loop."""
+        """Replay the hop log to the next stage, as far as there is credit: a frame a turn of the loop."""
         order, book = placed.order, placed.replica.book
         session, following = book.sessions.get(order.session), next_stage(order)
-        if session is None or session.order is not order or following is None or not session.told:
+        if session is None or session.order is not order or following is None:
             return
-        frames: list[Frame] = []
-        count = 0
-        while session.resending is not None and session.credit > 0:
-            if len(frames) >= _FRAMES_MAX or count >= _MERGED_MAX:
-                break
-            start = session.resending
-            payload = self._logged(session, start, book.shard.digest)
-            if payload is None:
-                if self._hops is not None:
-                    self._hops.forget(order.session, book.shard.digest)
-                self._damaged(placed, start)
-                return
-            count += len(payload)
-            frames.append(
-                Frame(order.session, order.epoch, start, len(payload), False, payload, order.stage + 1)
-            )
-            book.resent(session, start + len(payload))
-        if frames:
-            self._feed(following.address, frames)
-            self._loop.call_soon(self.go_on, placed)
+        if not session.told or session.resending is None or session.credit <= 0:
+            return
+        start = session.resending
+        payload, steps = self._logged(session, start, book.shard.digest)
+        if payload is None:
+            if self._hops is not None:
+                self._hops.forget(order.session, book.shard.digest)
+            self._damaged(placed, start)
+            return
+        frame = Frame(
+            order.session, order.epoch, start, len(payload), False, payload, order.stage + 1, steps=steps
+        )
+        book.resent(session, start + len(payload))
+        self._feed(following.address, [frame])
+        self._loop.call_soon(self.go_on, placed)
 
-    def _logged(self, session: StageSession, start: int, shard: Digest) -> NDArray[np.float32] | None:
-        """The frame of the hop log at ``start``: as it first ran, or several in one; none where it cannot be read."""
+    def _logged(
+        self, session: StageSession, start: int, shard: Digest
+    ) -> tuple[NDArray[np.float32] | None, bool]:
+        """The frame of the hop log at ``start``: as it first ran, or several in one; none where it cannot be read. And whether
+        it is several steps, to be computed with the bits of steps."""
         assert self._hops is not None
-        position, count = start, 0
+        order = session.order
+        position = start
         pieces: list[NDArray[np.float32]] = []
-        while position < session.position and (not pieces or count < _MERGED_MAX):
-            piece = self._hops.frame(session.order.session, shard, position)
+        most = _MERGED_MAX if not order.exact else STEPS_MAX if order.steps else 1
+        while position < session.position and position - start < most:
+            piece = self._hops.frame(order.session, shard, position)
             if piece is None:
-                return None
+                return None, False
             # The last one may end in guesses.
             piece = piece[: session.position - position]
-            if session.order.exact:
-                return piece
+            if order.exact and pieces and len(piece) > 1:
+                break
             pieces.append(piece)
             position += len(piece)
-            count += len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            if order.exact and len(piece) > 1:
+                break
+        steps = order.exact and len(pieces) > 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces), steps
 
 
 def stands_at(order: Open, position: int, short: int = 0, replayed: int = 0) -> Opened:

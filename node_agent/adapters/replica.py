@@ -115,6 +115,10 @@ class Replica:
         payload, info = frame.payload, self.runtime.info
         if len(frame.drafts) >= frame.length:
             return Refusal(Cause.BAD_FRAME, f"a frame of {frame.length} has {len(frame.drafts)} guesses")
+        if frame.steps and (frame.length == 1 or frame.sample or frame.drafts):
+            return Refusal(
+                Cause.BAD_FRAME, "a frame of several steps is replayed, and nothing sampled after it"
+            )
         if info.first:
             if payload.dtype != np.int64 or payload.shape != (frame.length,):
                 return Refusal(Cause.BAD_FRAME, "the first stage takes tokens, one a position")
@@ -197,7 +201,9 @@ class Replica:
         _, _, first = live[0]
         # The head of a last shard is half of its step; what is replayed samples nothing.
         logits = any(frame.sample and not s.order.standby for _, s, frame in live)
-        if first.length > 1:
+        if first.steps:
+            result = self.runtime.replay(run.slot, run.positions[0], first.payload)
+        elif first.length > 1:
             wanted = 1 + len(first.drafts) if logits else 0
             result = self.runtime.prefill(run.slot, run.positions[0], first.payload, wanted)
         else:
@@ -264,7 +270,7 @@ class Replica:
 
     def _measured(self, run: Run, compute_us: int, started: int, ended: int) -> None:
         first = next(run.live)[2]
-        if first.drafts:
+        if first.drafts or first.steps:
             pass  # neither a step nor a chunk as sessions without guesses have them
         elif first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9, first.position)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mesh.clock import Clock
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.messages import DRAFTS, Cause, Frame, HopLost, Message, Refused, Witness
+from mesh.messages import DRAFTS, STEPS, Cause, Frame, HopLost, Message, Refused, Witness
 from mesh.retry_budget import RetryBudget
 from mesh.session import Session
 from mesh.session_events import (
@@ -38,7 +38,7 @@ from mesh.session_events import (
     Tick,
 )
 from mesh.session_states import State
-from mesh.types import Address, Digest, Epoch, NodeId, SessionId, Token
+from mesh.types import Address, Digest, Epoch, LayeredRoute, NodeId, SessionId, Token
 from node_agent.adapters.metrics import AgentMetrics
 from node_agent.adapters.session_accounts import SessionAccounts
 from node_agent.adapters.stage_host import StageHost
@@ -169,7 +169,7 @@ class SessionDriver:
         order = replace(order, expires_ms=int((self._clock.time() + self._keep_s) * 1000))
         known = (epoch, tuple(t.token for t in tokens))
         session = Session(order, route, self._host.node, self._host.address, now, known, standbys)
-        self._hold_to_features(session)
+        self._hold_to_features(session, route)
         trace = SessionTrace(
             order.session,
             model,
@@ -348,7 +348,7 @@ class SessionDriver:
         match effect:
             case NeedRoute(avoid):
                 self._reroute(handle, avoid)
-            case SendFrame(position, tokens, sample, drafts):
+            case SendFrame(position, tokens, sample, drafts, steps):
                 payload = np.array(tokens, dtype=np.int64)
                 frame = Frame(
                     session.order.session,
@@ -358,6 +358,7 @@ class SessionDriver:
                     sample,
                     payload,
                     drafts=drafts,
+                    steps=steps,
                 )
                 self._frames.setdefault(first, []).append(frame)
                 standby = session.standbys[0] if session.standbys else None
@@ -406,8 +407,8 @@ class SessionDriver:
         handle.plan = plan
         handle.trace.rerouted(plan.route)
         handle.trace.mixed = mixed(plan.group)
+        self._hold_to_features(handle.session, plan.route)
         self._step(handle, Rerouted(plan.route))
-        self._hold_to_features(handle.session)
         self._choose_witness(handle)
         order, epoch = handle.session.order, handle.session.epoch
         try:
@@ -418,11 +419,14 @@ class SessionDriver:
             log.error("the token log cannot be written: %s", error)
         return True
 
-    def _hold_to_features(self, session: Session) -> None:
-        """No guesses on a route with an agent that would take them for the prompt."""
+    def _hold_to_features(self, session: Session, route: LayeredRoute) -> None:
+        """No guesses on a route with an agent that would take them for the prompt, and no frames of several steps
+        where one would take them for a chunk."""
         nodes = self._view().nodes
-        on_route = (nodes.get(stage.node) for stage in session.route.stages)
-        if session.speculation is not None and not all(n and n.features & DRAFTS for n in on_route):
+        stages = (*route.stages, *(s for s in session.standbys if s is not None))
+        on_route = [node.features if (node := nodes.get(stage.node)) else 0 for stage in stages]
+        session.steps = all(features & STEPS for features in on_route)
+        if session.speculation is not None and not all(features & DRAFTS for features in on_route):
             session.speculation = None
 
     def _choose_witness(self, handle: SessionHandle) -> None:

@@ -314,14 +314,17 @@ def make_shard(
     if not 0 <= start < end <= spec.layers:
         raise InputError(f"the cut {start}-{end} is not within the {spec.layers} layers of {name}")
     buckets: tuple[int, ...] = ()
+    steps = 1
     if runtime in STATIC:
-        from node_agent.adapters.static_maker import CONTEXT, buckets_for
+        from node_agent.adapters.static_maker import CONTEXT, STEPS, buckets_for
 
+        steps = STEPS.get(runtime, 1)
         buckets = buckets_for(min(spec.context_max, max(context, CONTEXT)))
     target = store.shard_folder(name, runtime, quantization, start, end)
     if (target / MANIFEST_FILE).exists():
         there = store.manifest(target)
-        if there.model_digest == card.digest and there.buckets[-1:] >= buckets[-1:]:
+        enough = there.buckets[-1:] >= buckets[-1:] and there.steps >= steps
+        if there.model_digest == card.digest and enough:
             return target
     with np.load(reference(store, name, progress)) as arrays:
         found = dict(arrays)
@@ -358,6 +361,7 @@ def make_shard(
             files=files,
             test_vector=TestVector(CHECK_FILE, _TOLERANCE[quantization]),
             buckets=buckets,
+            steps=steps,
         )
         verify_files(temporary, files)
         (temporary / MANIFEST_FILE).write_bytes(write_document(manifest))

@@ -365,9 +365,15 @@ class StageHost:
         if self.hops is not None:
             for row in rows:
                 if not row.session.last:
-                    shard = self._shard_of(row.session)
-                    self.hops.append(row.session.order.session, shard, row.frame.position, row.output)
+                    self._log_output(self.hops, row)
         self._acks.computed(rows)
+
+    def _log_output(self, hops: HopLog, row: Computed) -> None:
+        session, shard = row.session.order.session, self._shard_of(row.session)
+        # Steps stay steps, however they came: another replay of them is to know.
+        size = 1 if row.frame.steps else row.frame.length
+        for at in range(0, row.frame.length, size):
+            hops.append(session, shard, row.frame.position + at, row.output[at : at + size])
 
     def _onward(self, row: Computed, address: Address) -> Frame | None:
         """What the next stage, at ``address``, is given of a row; none where it has that already."""
@@ -389,6 +395,7 @@ class StageHost:
             order.stage + 1,
             times,
             given.drafts,
+            given.steps and len(output) > 1,
         )
 
     def _log_tokens(self, rows: list[Computed]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mesh.errors import ModelFileError
+from mesh.messages import STEPS_MAX
 from node_agent.shards.architecture import Architecture, layer_tensors, rope_tables
 from node_agent.shards.gguf_file import GgufFile, dequantize
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, ModelCard
@@ -42,6 +43,8 @@ CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 768, 1024, 2048)
 _CHUNKS, _BATCHES = (1, 16, 64), (4,)
+STEPS = {"litert": STEPS_MAX}
+"""By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""
 _ONNX_CHUNKS = (1, 64)
 """Providers compile each graph by itself, weights and all: fewer, then."""
 _ROUGH = 0.01
@@ -139,7 +142,9 @@ class StaticMaker:
         if self._runtime == "litert":
             from node_agent.shards.tflite_graph import build_model
 
-            model = build_model(self._spec, start, end, weights, buckets, _CHUNKS, _BATCHES)
+            model = build_model(
+                self._spec, start, end, weights, buckets, _CHUNKS, _BATCHES, (STEPS["litert"],)
+            )
             (folder / LITERT_GRAPH_FILE).write_bytes(model)
             return [LITERT_GRAPH_FILE]
         from node_agent.shards.onnx_static import WEIGHTS_FILE, build_graphs

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mesh.errors import ShardError
 from node_agent.adapters.pages import pages
 from node_agent.adapters.static_engine import Engine
 from node_agent.shards.manifest import ShardManifest
-from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name
+from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
 from node_agent.shards.static_tables import read_tables
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-_RUN = re.compile(r"(run|batch)_(\d+)_(\d+)")
+_RUN = re.compile(r"(run|batch|steps)_(\d+)_(\d+)")
 _BATCH_LEAST = 3
 """Fewer sessions are computed one after the other: a batch costs what it is made for, as 2.3 single steps of four."""
+_STEPS_LEAST = 4
+"""Fewer steps are replayed one by one: a chunk that stands for steps costs what it is made for."""
 _MASKED = np.float32(-1e9)
 
 
@@ -49,16 +51,50 @@ class _Mask:
         self._open = position
 
 
+class _OwnMask:
+    """What is added to the scores of rows that stand for steps: each sees what is before it, and itself."""
+
+    def __init__(self, shape: tuple[int, ...], chunk: int) -> None:
+        self.array = pages(shape)
+        self._by_row = self.array[0, 0, :, :-1].reshape(-1, chunk, shape[-1] - 1)
+
+    def open_to(self, position: int) -> None:
+        for row in range(self._by_row.shape[1]):
+            self._by_row[:, row, : position + row] = 0.0
+            self._by_row[:, row, position + row :] = _MASKED
+
+
+class _Places:
+    """Where in the cache a chunk's rows stand: ``[1, kv_heads, chunk, bucket]``, a one each."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.array = pages(shape)
+
+    def open_to(self, position: int) -> None:
+        self.array[:] = 0.0
+        _, _, chunk, bucket = self.array.shape
+        for row in range(min(chunk, bucket - position)):
+            self.array[:, :, row, position + row] = 1.0
+
+
+class _Given(Protocol):
+    """An input that follows the position."""
+
+    array: Array
+
+    def open_to(self, position: int) -> None: ...
+
+
 class _Signature:
     """Everything bound for one graph, but for the KV memory of slots."""
 
     def __init__(
-        self, shard: StaticShard, name: str, rows: int, masks: dict[str, _Mask], new: tuple[int, ...]
+        self, shard: StaticShard, name: str, rows: int, masks: Mapping[str, _Given], new: tuple[int, ...]
     ) -> None:
         engine, manifest = shard.engine, shard.manifest
         self.name, self.engine = name, engine
         inputs, outputs = engine.ends(name)
-        self.masks = list(masks.values())
+        self.given = list(masks.values())
         self.hidden = pages((rows, manifest.boundary.width))
         self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
         self.out = pages((rows, manifest.boundary.width))
@@ -94,11 +130,25 @@ def _chunk_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
     return _Signature(shard, run_name(chunk, bucket), chunk, {"mask": mask}, new)
 
 
+def _steps_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
+    manifest = shard.manifest
+    rows = manifest.heads // manifest.kv_heads * chunk
+    given: dict[str, _Given] = {
+        "mask": _OwnMask((1, 1, rows, bucket + 1), chunk),
+        "places": _Places((1, manifest.kv_heads, chunk, bucket)),
+    }
+    new = (1, manifest.kv_heads, chunk, manifest.head_dim)
+    return _Signature(shard, steps_name(chunk, bucket), chunk, given, new)
+
+
 def _batch_signature(shard: StaticShard, rows: int, bucket: int) -> _Signature:
     manifest = shard.manifest
     masks = {f"mask.{row}": _Mask((1, 1, 1, bucket + 1), bucket) for row in range(rows)}
     new = (rows, manifest.kv_heads, manifest.head_dim)
     return _Signature(shard, batch_name(rows, bucket), rows, masks, new)
+
+
+_MAKERS = {"run": _chunk_signature, "batch": _batch_signature, "steps": _steps_signature}
 
 
 class _Slot:
@@ -126,6 +176,11 @@ class _Slot:
         for bound in self.bound.values():
             self._engine.unbind(bound)
 
+    def clear(self, position: int, steps: int) -> None:
+        """Zeros, where rows of a chunk are to come."""
+        for array in self.memory.values():
+            array[:, :, position : position + steps] = 0.0
+
     def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
         """One of a step of several sessions."""
         for name, array in self.memory.items():
@@ -145,6 +200,7 @@ class StaticShard:
         self.engine, self.provider = engine, engine.provider
         found = [m.groups() for m in map(_RUN.fullmatch, engine.names) if m]
         self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
+        self._steps = max((int(n) for kind, n, _ in found if kind == "steps"), default=1)
         self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
         # One position of a capacity is for rows that nobody reads; there are none here.
         wanted = capacity - 1
@@ -157,7 +213,7 @@ class StaticShard:
         self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
         engine.prepare([run_name(self._chunks[0], bucket) for bucket in self._buckets])
         self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
-        self._signatures: dict[tuple[int, int], _Signature] = {}
+        self._signatures: dict[tuple[str, int, int], _Signature] = {}
         self._held: dict[int, _Slot] = {}
         if self.info.last:
             self._last = pages((1, manifest.boundary.width))
@@ -187,7 +243,7 @@ class StaticShard:
     def _together(self, rows: list[tuple[int, int, _Slot]], inputs: NDArray[Any]) -> Array:
         """A step of several sessions in one run: activations ``[rows, width]``."""
         count, bucket = len(rows), rows[0][2].bucket
-        signature = self._signature(-self.batch, bucket)
+        signature = self._signature("batch", self.batch, bucket)
         signature.hidden[:count] = self._tables.embed(inputs) if self.info.first else inputs
         memory: dict[str, Any] = {}
         for row in range(self.batch):
@@ -197,7 +253,7 @@ class StaticShard:
                 self._tables.cos[position],
                 self._tables.sin[position],
             )
-            signature.masks[row].open_to(position)
+            signature.given[row].open_to(position)
             memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
         signature.run(memory)
         for row, (_, position, slot) in enumerate(rows):
@@ -217,16 +273,64 @@ class StaticShard:
             done += length
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
+        """Whether a chunk that stands for steps has their bits on this machine, tried on a few ``inputs``; else it is not used.
+        It rests on kernels that sum up a row the same way however many rows they are given."""
+        few = inputs[:_STEPS_LEAST]
+        if self._steps == 1 or len(few) < _STEPS_LEAST:
+            return True
+        bucket, singly = self._buckets[0], []
+        for i in range(len(few)):
+            self._chunk(0, i, few[i : i + 1], 0)
+            singly.append(self._signature("run", 1, bucket).out[0].copy())
+        self._at_once(0, 0, few)
+        same = np.array_equal(singly, self._signature("steps", self._steps, bucket).out[: len(few)])
+        self.release(0)
+        if not same:
+            self._steps = 1
+        return same
+
+    def replay(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
+        parts, done = [], 0
+        while done < len(inputs):
+            at = position + done
+            # Each bucket's positions are computed in it, as they were one by one.
+            border = next((b for b in self._buckets if b > at), self._buckets[-1])
+            left = inputs[done : done + min(self._steps, border - at)]
+            run = self._at_once if len(left) >= _STEPS_LEAST else self._one_by_one
+            parts.append(run(slot, at, left))
+            done += len(left)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _one_by_one(self, slot: int, position: int, inputs: NDArray[Any]) -> Array:
+        rows = [self._chunk(slot, position + i, inputs[i : i + 1], 0).copy() for i in range(len(inputs))]
+        return np.concatenate(rows)
+
+    def _at_once(self, slot: int, position: int, inputs: NDArray[Any]) -> Array:
+        steps = len(inputs)
+        memory = self._memory(slot, position, steps)
+        signature = self._signature("steps", self._steps, memory.bucket)
+        self._place(signature, position, inputs)
+        memory.clear(position, steps)
+        signature.run(memory.bound)
+        memory.write(signature.new, position, steps)
+        return self._logits[:0] if self.info.last else signature.out[:steps].copy()
+
+    def _place(self, signature: _Signature, position: int, inputs: NDArray[Any]) -> None:
+        """What a chunk is given. Rows past its steps are computed for nobody."""
+        steps = len(inputs)
+        signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
+        signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
+        signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
+        for given in signature.given:
+            given.open_to(position)
+
     def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: int) -> Array:
         """One run: activations ``[steps, width]``, or of a last shard ``[logits, vocabulary]``."""
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
-        signature = self._signature(next(c for c in self._chunks if c >= steps), memory.bucket)
-        signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
-        # Rows past the steps are computed for nobody.
-        signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
-        signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
-        signature.masks[0].open_to(position)
+        signature = self._signature("run", next(c for c in self._chunks if c >= steps), memory.bucket)
+        self._place(signature, position, inputs)
         signature.run(memory.bound)
         memory.write(signature.new, position, steps)
         if not self.info.last:
@@ -252,12 +356,10 @@ class StaticShard:
             held = self._held[slot] = grown
         return held
 
-    def _signature(self, size: int, bucket: int) -> _Signature:
-        """Of a chunk of ``size``; below zero: of so many sessions."""
-        key = (size, bucket)
+    def _signature(self, kind: str, size: int, bucket: int) -> _Signature:
+        key = (kind, size, bucket)
         if key not in self._signatures:
-            make = _chunk_signature if size > 0 else _batch_signature
-            self._signatures[key] = make(self, abs(size), bucket)
+            self._signatures[key] = _MAKERS[kind](self, size, bucket)
         return self._signatures[key]
 
     def release(self, slot: int) -> None:

@@ -98,6 +98,8 @@ class ShardManifest(msgspec.Struct, frozen=True):
     test_vector: TestVector
     buckets: tuple[int, ...] = ()
     """Contexts that a graph of static shapes was built for, positions; empty: any."""
+    steps: int = 1
+    """Steps that a graph replays at once, with the bits that they have one by one."""
 
     @property
     def digest(self) -> Digest:

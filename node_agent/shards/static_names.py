@@ -10,6 +10,11 @@ def run_name(chunk: int, bucket: int) -> str:
     return f"run_{chunk}_{bucket}"
 
 
+def steps_name(chunk: int, bucket: int) -> str:
+    """Of a chunk that has the bits of single steps."""
+    return f"steps_{chunk}_{bucket}"
+
+
 def batch_name(rows: int, bucket: int) -> str:
     """Of a step of several sessions."""
     return f"batch_{rows}_{bucket}"

@@ -6,6 +6,9 @@ and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the s
 float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
 ``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
 rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
+``steps_{chunk}_{bucket}`` gives a chunk the bits that its positions have one step at a time, for replays: ``mask`` is
+``[1, 1, rows, bucket + 1]``, for each row what is before it and itself, and ``places`` float32 ``[1, kv_heads, chunk, bucket]`` has a one
+where a row's position is; there the caches hold zeros.
 ``batch_{rows}_{bucket}`` is a step of several sessions: ``mask.r``, ``k.i.r`` and ``v.i.r`` of each, and new rows
 ``[rows, kv_heads, head_dim]``. A last shard has a graph ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
 
@@ -16,7 +19,7 @@ in halves; ``.qkv.bias`` where the family has it), and of a last shard ``output_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -120,6 +123,43 @@ def build_run(
     _layers(graph, spec, layers, weights, x, turns, masks, caches)
 
 
+def build_steps(
+    graph: Graph,
+    spec: Architecture,
+    layers: tuple[int, int],
+    weights: Mapping[str, Any],
+    size: tuple[int, int],
+) -> None:
+    """A chunk of one session with the bits of single steps. ``size``: rows, bucket."""
+    rows, bucket = size
+    group, kv = spec.heads // spec.kv_heads, spec.kv_heads
+    x = graph.given("hidden", [rows, spec.width])
+    turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
+    mask = graph.given("mask", [1, 1, group * rows, bucket + 1])
+    places = graph.given("places", [1, kv, rows, bucket])
+    turned = graph.transpose(places, [0, 1, 3, 2], "places_turned")
+    own = np.tile(np.eye(rows, dtype=np.float32), (group, 1))[None, None]
+    order = _Order(
+        places,
+        turned,
+        graph.constant(f"own {rows}", own),
+        graph.constant(f"ones {rows}", np.ones((1, kv, rows, 1), np.float32)),
+    )
+    shape = [1, kv, bucket, spec.head_dim]
+    caches = [[[graph.given(f"{side}.{layer}", shape) for side in "kv"]] for layer in range(*layers)]
+    _layers(graph, spec, layers, weights, x, turns, [mask], caches, order)
+
+
+class _Order(NamedTuple):
+    """Tensors that let a chunk be summed up in the order of single steps."""
+
+    places: int
+    turned: int
+    own: int
+    """``[1, 1, rows, chunk]``: which of the chunk's positions is the row's."""
+    ones: int
+
+
 def _layers(
     graph: Graph,
     spec: Architecture,
@@ -129,15 +169,16 @@ def _layers(
     turns: list[int],
     masks: list[int],
     caches: list[list[list[int]]],
+    order: _Order | None = None,
 ) -> None:
-    """``caches``: by layer and session, keys and values."""
+    """``caches``: by layer and session, keys and values. ``order``: a chunk is to have the bits of single steps."""
     new: list[int] = []
     for layer, pasts in zip(range(*layers), caches, strict=True):
         out = "hidden_out" if layer == layers[1] - 1 else f"x{layer}"
         p = f"{layer}."
         h = graph.norm(x, weights[f"{p}attn_norm"], f"{p}attn_norm", spec.norm_epsilon, f"{p}h")
         qkv = graph.linear(h, f"{p}qkv", weights[f"{p}qkv"], f"{p}qkv_out", weights.get(f"{p}qkv.bias"))
-        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts)
+        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts, order)
         new += rows
         middle = graph.add(x, graph.linear(attended, f"{p}o", weights[f"{p}o"], f"{p}o_out"), f"{p}middle")
         x = _feed_forward(graph, spec, p, weights, middle, out)
@@ -166,13 +207,14 @@ def _attention(
     turns: list[int],
     masks: list[int],
     pasts: list[list[int]],
+    order: _Order | None,
 ) -> tuple[int, list[int]]:
     """Of a chunk of one session, or of a step of several; and the new rows of the cache."""
     p, rows = f"{layer}.", graph.shapes[qkv][0]
     dim, kv = spec.head_dim, spec.kv_heads
     q, k, v = _turned(graph, spec, p, qkv, turns)
     if len(pasts) == 1:
-        attended, new = _attend(graph, spec, p, (q, k, v), masks[0], pasts[0])
+        attended, new = _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], order)
         return attended, [
             graph.reshape(x, [1, kv, rows, dim], f"new_{s}.{layer}") for x, s in zip(new, "kv", strict=True)
         ]
@@ -202,18 +244,36 @@ def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]
 
 
 def _attend(
-    graph: Graph, spec: Architecture, p: str, qkv: tuple[int, ...], mask: int, past: list[int]
+    graph: Graph,
+    spec: Architecture,
+    p: str,
+    qkv: tuple[int, ...],
+    mask: int,
+    past: list[int],
+    order: _Order | None = None,
 ) -> tuple[int, list[int]]:
     """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
     q, k, v = qkv
     chunk, dim, kv, group = graph.shapes[q][0], spec.head_dim, spec.kv_heads, spec.heads // spec.kv_heads
-    bucket = graph.shapes[past[0]][2]
     if chunk > 1:
         q = graph.transpose(graph.reshape(q, [chunk, kv, group, dim], f"{p}q4"), [1, 2, 0, 3], f"{p}q_turned")
         k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
         v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
     q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
     new = [graph.reshape(x, [1, kv, chunk, dim], f"{p}{side}_new") for side, x in (("k", k), ("v", v))]
+    if order is None:
+        attended = _over_both(graph, p, q, new, mask, past)
+    else:
+        attended = _over_each(graph, p, q, new, mask, past, order)
+    if chunk > 1:
+        attended = graph.reshape(attended, [kv, group, chunk, dim], f"{p}attended4")
+        attended = graph.transpose(attended, [2, 0, 1, 3], f"{p}attended_turned")
+    return graph.reshape(attended, [chunk, spec.heads * dim], f"{p}attended_flat"), new
+
+
+def _over_both(graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int]) -> int:
+    """Attention of a chunk over what is before it, and within it."""
+    bucket, chunk = graph.shapes[past[0]][2], graph.shapes[new[0]][2]
     scores = graph.joined(
         [
             graph.products(q, past[0], f"{p}before", turned=True),
@@ -223,12 +283,36 @@ def _attend(
         f"{p}scores",
     )
     shares = graph.softmax(graph.add(scores, mask, f"{p}masked"), f"{p}shares")
-    attended = graph.add(
+    return graph.add(
         graph.products(graph.part(shares, 3, 0, bucket, f"{p}of_before"), past[1], f"{p}from_before"),
         graph.products(graph.part(shares, 3, bucket, chunk, f"{p}of_within"), new[1], f"{p}from_within"),
         f"{p}attended",
     )
-    if chunk > 1:
-        attended = graph.reshape(attended, [kv, group, chunk, dim], f"{p}attended4")
-        attended = graph.transpose(attended, [2, 0, 1, 3], f"{p}attended_turned")
-    return graph.reshape(attended, [chunk, spec.heads * dim], f"{p}attended_flat"), new
+
+
+def _over_each(
+    graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int], order: _Order
+) -> int:
+    """Attention of each row as of a step of its own: over the cache with what the chunk adds to it, in the places where steps
+    find it, and over itself last. Products with ones and zeros, and sums with zeros, move numbers and round nothing."""
+    _, kv, chunk, dim = graph.shapes[new[0]]
+    bucket, rows = graph.shapes[past[0]][2], graph.shapes[q][2]
+    within = graph.products(q, new[0], f"{p}within", turned=True)
+    before = graph.add(
+        graph.products(q, past[0], f"{p}before", turned=True),
+        graph.products(within, order.places, f"{p}placed"),
+        f"{p}all_before",
+    )
+    own = graph.products(graph.mul(within, order.own, f"{p}own_only"), order.ones, f"{p}own")
+    scores = graph.joined([before, own], 3, f"{p}scores")
+    shares = graph.softmax(graph.add(scores, mask, f"{p}masked"), f"{p}shares")
+    values = graph.add(past[1], graph.products(order.turned, new[1], f"{p}v_placed"), f"{p}v_all")
+    mine = graph.reshape(
+        graph.part(shares, 3, bucket, 1, f"{p}of_own"), [kv, rows // chunk, chunk, 1], f"{p}of_own4"
+    )
+    given = graph.mul(mine, graph.reshape(new[1], [kv, 1, chunk, dim], f"{p}v_new4"), f"{p}own4")
+    return graph.add(
+        graph.products(graph.part(shares, 3, 0, bucket, f"{p}of_before"), values, f"{p}from_before"),
+        graph.reshape(given, [1, kv, rows, dim], f"{p}from_own"),
+        f"{p}attended",
+    )

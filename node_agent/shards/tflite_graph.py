@@ -14,8 +14,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
 from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8
-from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name
-from node_agent.shards.static_network import build_head, build_run
+from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
+from node_agent.shards.static_network import build_head, build_run, build_steps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -286,6 +286,7 @@ def build_model(
     buckets: Sequence[int],
     chunks: Sequence[int],
     batches: Sequence[int] = (),
+    steps: Sequence[int] = (),
 ) -> bytes:
     """Serialized model of layers ``[start, end)``; ``weights`` as ``static_network`` wants them."""
     file, model = _File(), fb.ModelT()
@@ -295,6 +296,10 @@ def build_model(
             name = run_name(chunk, bucket)
             graphs.append((name, _Subgraph(file, name)))
             build_run(graphs[-1][1], spec, (start, end), weights, (chunk, bucket))
+        for chunk in steps:
+            name = steps_name(chunk, bucket)
+            graphs.append((name, _Subgraph(file, name)))
+            build_steps(graphs[-1][1], spec, (start, end), weights, (chunk, bucket))
         for rows in batches:
             name = batch_name(rows, bucket)
             graphs.append((name, _Subgraph(file, name)))

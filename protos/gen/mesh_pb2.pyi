@@ -380,6 +380,7 @@ class Open(google.protobuf.message.Message):
     EXPIRES_UNIX_MS_FIELD_NUMBER: builtins.int
     STANDBYS_FIELD_NUMBER: builtins.int
     STANDBY_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     position: builtins.int
     """r"""
@@ -402,6 +403,8 @@ class Open(google.protobuf.message.Message):
     """of that log"""
     standby: builtins.bool
     """the receiver is the standby of its stage"""
+    steps: builtins.bool
+    """steps may be replayed several a frame: all agents of the route speak feature 2"""
     @property
     def epoch(self) -> Global___Epoch: ...
     @property
@@ -439,9 +442,10 @@ class Open(google.protobuf.message.Message):
         expires_unix_ms: builtins.int = ...,
         standbys: collections.abc.Iterable[Global___Stage] | None = ...,
         standby: builtins.bool = ...,
+        steps: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch", "route", b"route", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "expires_unix_ms", b"expires_unix_ms", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "request", b"request", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "standby", b"standby", "standbys", b"standbys", "window", b"window"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "epoch", b"epoch", "exact", b"exact", "expires_unix_ms", b"expires_unix_ms", "generated", b"generated", "owner_address", b"owner_address", "position", b"position", "positions", b"positions", "prompt", b"prompt", "request", b"request", "resume", b"resume", "route", b"route", "sampling", b"sampling", "session", b"session", "stage", b"stage", "standby", b"standby", "standbys", b"standbys", "steps", b"steps", "window", b"window"]) -> None: ...
 
 Global___Open: typing_extensions.TypeAlias = Open
 
@@ -540,6 +544,7 @@ class FrameHead(google.protobuf.message.Message):
     TOKENS_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
     DRAFTS_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     epoch: builtins.int
     owner: builtins.str
@@ -549,6 +554,8 @@ class FrameHead(google.protobuf.message.Message):
     """the last stage samples after this frame"""
     stage: builtins.int
     """the receiver's place in the route"""
+    steps: builtins.bool
+    """Its positions first ran one step at a time (feature 2), and are to have those bits again; nothing is sampled."""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """ingress -> first stage; later stages get activations"""
@@ -576,8 +583,9 @@ class FrameHead(google.protobuf.message.Message):
         tokens: collections.abc.Iterable[builtins.int] | None = ...,
         times: collections.abc.Iterable[builtins.int] | None = ...,
         drafts: collections.abc.Iterable[builtins.int] | None = ...,
+        steps: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["drafts", b"drafts", "epoch", b"epoch", "length", b"length", "owner", b"owner", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "times", b"times", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drafts", b"drafts", "epoch", b"epoch", "length", b"length", "owner", b"owner", "position", b"position", "sample", b"sample", "session", b"session", "stage", b"stage", "steps", b"steps", "times", b"times", "tokens", b"tokens"]) -> None: ...
 
 Global___FrameHead: typing_extensions.TypeAlias = FrameHead
 

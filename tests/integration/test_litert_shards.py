@@ -102,6 +102,60 @@ def test_a_step_of_several_sessions_is_theirs_alone(tmp_path: Path, count: int) 
     assert shard.decode(0, following, tokens).shape == (count, together.shape[1])
 
 
+@pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize(("start", "end"), [(0, 2), (10, 12), (28, 30)], ids=["first", "middle", "last"])
+def test_r3_steps_replayed_in_chunks_have_the_bits_of_steps(
+    store: ModelStore, quantization: str, start: int, end: int
+) -> None:
+    made = make_shard(store, MODEL, start, end, quantization, runtime="litert")
+    shard = load_shard(made, store.manifest(made), slots=2, capacity=300, options=RuntimeOptions(threads=2))
+    assert shard.info.layers.start == start
+    draw, prompt, count = np.random.default_rng(3), 40, 271
+    given: Any = (
+        draw.integers(3, 9000, count) if start == 0 else draw.standard_normal((count, 576)).astype(np.float32)
+    )
+    rows: list[list[Any]] = [[], []]
+    for slot in (0, 1):
+        shard.prefill(slot, 0, given[:prompt], 0)
+    for i in range(prompt, count):
+        rows[0].append(shard.decode(0, [i], given[i : i + 1], i == count - 1).copy())
+    # Pieces of all lengths, beyond the edge of a bucket; what a chunk has to spare holds the rows of the one before.
+    at, size = prompt, 1
+    while at < count - 1:
+        piece = given[at : min(at + size, count - 1)]
+        rows[1].append(shard.replay(1, at, piece).copy())
+        at, size = at + len(piece), size % 21 + 1
+    rows[1].append(shard.decode(1, [count - 1], given[count - 1 :]).copy())
+    singly, together = (np.concatenate(r) for r in rows)
+    assert np.array_equal(singly, together)
+    shard.close()
+
+
+def test_chunks_that_round_otherwise_than_steps_are_not_used_for_them(tmp_path: Path) -> None:
+    shard: Any = load(tmp_path)
+    assert shard.hold_to_steps(text(8))
+    place = shard._place
+
+    def off(signature: Any, position: int, inputs: Any) -> None:
+        place(signature, position, inputs)
+        if len(inputs) > 1:
+            signature.hidden[0, 0] += 1e-3
+
+    shard._place = off
+    assert not shard.hold_to_steps(text(8))
+    shard._place = place
+    runs: list[str] = []
+    run = shard.engine.run
+
+    def noted(name: str, *ends: Any) -> None:
+        runs.append(name)
+        run(name, *ends)
+
+    shard.engine.run = noted
+    shard.replay(0, 0, text(20))
+    assert set(runs) == {"run_1_256"}
+
+
 def test_truncating_is_running_at_an_earlier_position(tmp_path: Path) -> None:
     shard, tokens = load(tmp_path), text(30)
     shard.prefill(0, 0, tokens)
@@ -158,7 +212,7 @@ def test_graphs_of_larger_buckets_come_after_the_shard_serves(tmp_path: Path) ->
     store = pulled(tmp_path, context=1024)
     graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=1024) / LITERT_GRAPH_FILE
     engine = CompiledEngine(graph, 1)
-    first = {"head", "run_1_256", "run_16_256", "run_64_256", "batch_4_256"}
+    first = {"head", "run_1_256", "run_16_256", "run_64_256", "steps_16_256", "batch_4_256"}
     assert engine.loaded == first
     engine.prepare(["run_1_256"])  # that is all there is already
     engine.prepare(["run_1_256", "run_1_512", "run_1_768"])

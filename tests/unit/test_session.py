@@ -323,6 +323,26 @@ def test_r3_an_exact_replay_runs_the_frames_that_ran_first() -> None:
     ]
 
 
+def test_r3_steps_go_out_several_a_frame_where_all_agents_know_how_and_the_last_alone() -> None:
+    session = decoding(**PATIENT, exact=True, window=9)
+    for position in range(11, 29):
+        session.handle(sampled(position), 3)
+    session.handle(lost(1), 5)
+    session.steps = True
+    opening, *_ = session.handle(Rerouted(OTHER), 6)
+    assert isinstance(opening, SendOpen)
+    assert opening.order.steps
+    frames = [e for e in session.handle(told(0, short=2), 6) if isinstance(e, SendFrame)]
+    assert [(f.position, len(f.tokens), f.steps, f.sample) for f in frames] == [
+        (0, 4, False, False),
+        (4, 4, False, False),
+        (8, 2, False, False),
+        (10, 16, True, False),
+        (26, 2, True, False),
+        (28, 1, False, True),
+    ]
+
+
 def test_no_route_is_asked_for_again_and_given_up_in_time() -> None:
     session = decoding(**PATIENT)
     session.handle(lost(1), 0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import Full, MeshError, NoRoute, Unavailable
-from mesh.messages import DRAFTS, FEATURES
+from mesh.messages import DRAFTS, FEATURES, STEPS
 from mesh.session import Session
 from mesh.session_events import Finish, SessionOrder
 from mesh.types import LayeredRoute, NodeId, SessionId, Stage, Token
@@ -55,6 +55,12 @@ class CountingRuntime:
     def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> Any:
         end = position + len(inputs)
         return self._logits(range(end - logits, end))
+
+    def replay(self, slot: int, position: int, inputs: Any) -> Any:
+        return self._logits(range(0))
+
+    def hold_to_steps(self, inputs: Any) -> bool:
+        return True
 
     def release(self, slot: int) -> None:
         pass
@@ -235,6 +241,17 @@ def test_a_trace_adds_up() -> None:
         assert report["outcome"] == "length"
         (stage,) = report["stages"]
         assert 2.0 <= stage["compute_ms"] <= report["tpot_ms"]
+
+    run(story)
+
+
+@pytest.mark.parametrize(("features", "together"), [(FEATURES, True), (FEATURES & ~STEPS, False)])
+def test_steps_are_replayed_together_only_on_a_route_of_agents_that_know_how(
+    features: int, together: bool
+) -> None:
+    async def story() -> None:
+        there = cluster(*(node(stage.node, features=features) for stage in ROUTE.stages))
+        assert Bench(view=lambda: there).start(tokens=5).session.steps == together
 
     run(story)
 

@@ -36,6 +36,12 @@ class Echo:
     def prefill(self, slot: int, position: int, inputs: Any, logits: int = 1) -> Any:
         return inputs
 
+    def replay(self, slot: int, position: int, inputs: Any) -> Any:
+        return inputs
+
+    def hold_to_steps(self, inputs: Any) -> bool:
+        return True
+
     def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...
@@ -79,10 +85,10 @@ class Bench:
             while self.host.replicas[HERE.shard].working:
                 await asyncio.sleep(0.001)
 
-    def replayed(self) -> list[list[tuple[int, int]]]:
-        """Position and length of the frames that went on, by message."""
-        messages = [m for _, m in self.sent if isinstance(m, list)]
-        return [[(f.position, f.length) for f in m if isinstance(f, Frame)] for m in messages]
+    def replayed(self) -> list[tuple[int, int, bool]]:
+        """Position and length of the frames that went on, and whether they are steps."""
+        frames = [f for _, m in self.sent if isinstance(m, list) for f in m if isinstance(f, Frame)]
+        return [(f.position, f.length, f.steps) for f in frames]
 
     def told(self, position: int, epoch: Epoch) -> None:
         self.host.replied(ROUTE.stages[2].address, Opened(SESSION, epoch, 2, position))
@@ -119,26 +125,48 @@ def test_one_that_has_something_waits_for_what_those_behind_it_want() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exact", "window", "messages"),
+    ("how", "frames"),
     [
-        (True, 64, [[(0, 3), *((i, 1) for i in range(3, 10))], [(10, 1), (11, 1)]]),
-        (True, 4, [[(0, 3), (3, 1), (4, 1), (5, 1)]]),
-        (False, 64, [[(0, 12)]]),
+        (
+            {"exact": True, "steps": True},
+            [(0, 3, False), (3, 16, True), (19, 4, True), (23, 2, False), (25, 1, False)],
+        ),
+        ({"exact": True, "window": 4}, [(0, 3, False), (3, 1, False), (4, 1, False), (5, 1, False)]),
+        ({"exact": False, "steps": True}, [(0, 26, False)]),
     ],
-    ids=["eight frames a message", "no more than there is credit for", "in large chunks"],
+    ids=["steps in chunks", "one by one, as far as there is credit", "in large chunks"],
 )
-def test_a_replay_goes_out_in_as_few_messages_as_it_may(
-    exact: bool, window: int, messages: list[list[tuple[int, int]]]
+def test_a_replay_goes_out_in_frames_that_say_how_they_first_ran(
+    how: dict[str, Any], frames: list[tuple[int, int, bool]]
 ) -> None:
     async def story(bench: Bench) -> None:
         bench.open(0, Epoch(1, OWNER), window=64)
-        await bench.compute(3, *[1] * 9)
-        bench.open(12, SECOND, exact=exact, window=window)
+        await bench.compute(3, *[1] * 20, 2, 1)
+        bench.open(26, SECOND, **{"window": 64, **how})
         bench.sent.clear()
         bench.told(0, SECOND)
-        for _ in range(8):
+        for _ in range(12):
             await asyncio.sleep(0)
-        assert bench.replayed() == messages
+        assert bench.replayed() == frames
+
+    run(story)
+
+
+def test_replayed_steps_are_logged_and_sent_on_as_steps() -> None:
+    async def story(bench: Bench) -> None:
+        bench.open(0, Epoch(1, OWNER), window=64)
+        payload = np.zeros((5, Echo.info.model.width), dtype=np.float32)
+        bench.host.received(bench, [frame(0, 5, payload=payload, stage=1, sample=False, steps=True)])
+        async with asyncio.timeout(5):
+            while bench.host.replicas[HERE.shard].working:
+                await asyncio.sleep(0.001)
+        assert bench.replayed() == [(0, 5, True)]
+        bench.sent.clear()
+        bench.open(5, SECOND, exact=True, window=64)
+        bench.told(0, SECOND)
+        for _ in range(12):
+            await asyncio.sleep(0)
+        assert bench.replayed() == [(i, 1, False) for i in range(5)]
 
     run(story)
 
