@@ -261,9 +261,7 @@ class StaticShard:
         return signature.out[:count]
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
-        steps = len(inputs)
-        if not steps or position + steps > self._buckets[-1]:
-            raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
+        steps = self._fitting(position, inputs)
         parts, done = [], 0
         for length in pieces(steps, self._chunks):
             after = steps - done - length
@@ -272,6 +270,12 @@ class StaticShard:
             parts.append(part.copy() if after else part)
             done += length
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _fitting(self, position: int, inputs: NDArray[Any]) -> int:
+        steps = len(inputs)
+        if not steps or position + steps > self._buckets[-1]:
+            raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
+        return steps
 
     def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
         """Whether a chunk that stands for steps has their bits on this machine, tried on a few ``inputs``; else it is not used.
@@ -291,11 +295,12 @@ class StaticShard:
         return same
 
     def replay(self, slot: int, position: int, inputs: NDArray[Any]) -> NDArray[Any]:
-        parts, done = [], 0
-        while done < len(inputs):
+        steps, done = self._fitting(position, inputs), 0
+        parts = []
+        while done < steps:
             at = position + done
             # Each bucket's positions are computed in it, as they were one by one.
-            border = next((b for b in self._buckets if b > at), self._buckets[-1])
+            border = next(b for b in self._buckets if b > at)
             left = inputs[done : done + min(self._steps, border - at)]
             run = self._at_once if len(left) >= _STEPS_LEAST else self._one_by_one
             parts.append(run(slot, at, left))
