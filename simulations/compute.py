@@ -88,7 +88,7 @@ class ModelledRuntime:
         return True
 
     def replay(self, slot: int, position: int, inputs: Any) -> NDArray[Any]:
-        return self.prefill(slot, position, inputs, 0)
+        return self.prefill(slot, position, inputs, 0)  # in the time of a chunk, as LiteRT does it
 
     def _step(self, slot: int, position: int, value: int, total: int) -> tuple[int, int]:
         """The token of the position, which goes through all shards, and the sum so far."""

@@ -95,11 +95,12 @@ class Replays:
                 return None, False
             # The last one may end in guesses.
             piece = piece[: session.position - position]
-            if order.exact and pieces and len(piece) > 1:
+            whole = order.exact and len(piece) > 1  # was no step (rule R3)
+            if whole and pieces:
                 break
             pieces.append(piece)
             position += len(piece)
-            if order.exact and len(piece) > 1:
+            if whole:
                 break
         steps = order.exact and len(pieces) > 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces), steps

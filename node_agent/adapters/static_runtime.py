@@ -89,18 +89,18 @@ class _Signature:
     """Everything bound for one graph, but for the KV memory of slots."""
 
     def __init__(
-        self, shard: StaticShard, name: str, rows: int, masks: Mapping[str, _Given], new: tuple[int, ...]
+        self, shard: StaticShard, name: str, rows: int, following: Mapping[str, _Given], new: tuple[int, ...]
     ) -> None:
         engine, manifest = shard.engine, shard.manifest
         self.name, self.engine = name, engine
         inputs, outputs = engine.ends(name)
-        self.given = list(masks.values())
+        self.following = list(following.values())
         self.hidden = pages((rows, manifest.boundary.width))
         self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
         self.out = pages((rows, manifest.boundary.width))
         self.new = {f"{side}.{layer}": pages(new) for layer in range(*manifest.layers) for side in "kv"}
         given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
-        given |= {k: m.array for k, m in masks.items()}
+        given |= {k: m.array for k, m in following.items()}
         self._given = {k: engine.bind(v) for k, v in given.items()}
         self._inputs = inputs
         results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in self.new.items()}}
@@ -253,7 +253,7 @@ class StaticShard:
                 self._tables.cos[position],
                 self._tables.sin[position],
             )
-            signature.given[row].open_to(position)
+            signature.following[row].open_to(position)
             memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
         signature.run(memory)
         for row, (_, position, slot) in enumerate(rows):
@@ -327,7 +327,7 @@ class StaticShard:
         signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
         signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
         signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
-        for given in signature.given:
+        for given in signature.following:
             given.open_to(position)
 
     def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: int) -> Array:

@@ -106,48 +106,25 @@ def build_run(
     weights: Mapping[str, Any],
     size: tuple[int, int],
     sessions: int = 1,
+    steps: bool = False,
 ) -> None:
-    """A chunk of one session, or a step of several, whose masks and caches carry their numbers. ``size``: rows, bucket."""
+    """A chunk of one session, with the bits of single steps if it stands for ``steps``; or a step of several, whose masks and
+    caches carry their numbers. ``size``: rows, bucket."""
     rows, bucket = size
     chunk = rows // sessions
     mask_rows = 1 if chunk == 1 else spec.heads // spec.kv_heads * chunk
     whose = [f".{row}" for row in range(sessions)] if sessions > 1 else [""]
     x = graph.given("hidden", [rows, spec.width])
     turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
-    masks = [graph.given(f"mask{who}", [1, 1, mask_rows, bucket + chunk]) for who in whose]
+    seen = bucket + (1 if steps else chunk)
+    masks = [graph.given(f"mask{who}", [1, 1, mask_rows, seen]) for who in whose]
+    order = _order(graph, spec, chunk, bucket) if steps else None
     shape = [1, spec.kv_heads, bucket, spec.head_dim]
     caches = [
         [[graph.given(f"{side}.{layer}{who}", shape) for side in "kv"] for who in whose]
         for layer in range(*layers)
     ]
-    _layers(graph, spec, layers, weights, x, turns, masks, caches)
-
-
-def build_steps(
-    graph: Graph,
-    spec: Architecture,
-    layers: tuple[int, int],
-    weights: Mapping[str, Any],
-    size: tuple[int, int],
-) -> None:
-    """A chunk of one session with the bits of single steps. ``size``: rows, bucket."""
-    rows, bucket = size
-    group, kv = spec.heads // spec.kv_heads, spec.kv_heads
-    x = graph.given("hidden", [rows, spec.width])
-    turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
-    mask = graph.given("mask", [1, 1, group * rows, bucket + 1])
-    places = graph.given("places", [1, kv, rows, bucket])
-    turned = graph.transpose(places, [0, 1, 3, 2], "places_turned")
-    own = np.tile(np.eye(rows, dtype=np.float32), (group, 1))[None, None]
-    order = _Order(
-        places,
-        turned,
-        graph.constant(f"own {rows}", own),
-        graph.constant(f"ones {rows}", np.ones((1, kv, rows, 1), np.float32)),
-    )
-    shape = [1, kv, bucket, spec.head_dim]
-    caches = [[[graph.given(f"{side}.{layer}", shape) for side in "kv"]] for layer in range(*layers)]
-    _layers(graph, spec, layers, weights, x, turns, [mask], caches, order)
+    _layers(graph, spec, layers, weights, x, turns, masks, caches, order)
 
 
 class _Order(NamedTuple):
@@ -160,6 +137,18 @@ class _Order(NamedTuple):
     ones: int
 
 
+def _order(graph: Graph, spec: Architecture, chunk: int, bucket: int) -> _Order:
+    group, kv = spec.heads // spec.kv_heads, spec.kv_heads
+    places = graph.given("places", [1, kv, chunk, bucket])
+    own = np.tile(np.eye(chunk, dtype=np.float32), (group, 1))[None, None]
+    return _Order(
+        places,
+        graph.transpose(places, [0, 1, 3, 2], "places_turned"),
+        graph.constant(f"own {chunk}", own),
+        graph.constant(f"ones {chunk}", np.ones((1, kv, chunk, 1), np.float32)),
+    )
+
+
 def _layers(
     graph: Graph,
     spec: Architecture,
@@ -169,7 +158,7 @@ def _layers(
     turns: list[int],
     masks: list[int],
     caches: list[list[list[int]]],
-    order: _Order | None = None,
+    order: _Order | None,
 ) -> None:
     """``caches``: by layer and session, keys and values. ``order``: a chunk is to have the bits of single steps."""
     new: list[int] = []
@@ -221,7 +210,7 @@ def _attention(
     parts = []
     for row, past in enumerate(pasts):
         own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
-        parts.append(_attend(graph, spec, f"{p}{row}.", own, masks[row], past)[0])
+        parts.append(_attend(graph, spec, f"{p}{row}.", own, masks[row], past, None)[0])
     flat = [graph.reshape(x, [rows, kv, dim], f"new_{s}.{layer}") for x, s in ((k, "k"), (v, "v"))]
     return graph.joined(parts, 0, f"{p}attended_rows"), flat
 
@@ -250,7 +239,7 @@ def _attend(
     qkv: tuple[int, ...],
     mask: int,
     past: list[int],
-    order: _Order | None = None,
+    order: _Order | None,
 ) -> tuple[int, list[int]]:
     """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
     q, k, v = qkv

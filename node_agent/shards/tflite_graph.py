@@ -15,7 +15,7 @@ from ai_edge_litert import schema_py_generated as fb
 
 from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8
 from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
-from node_agent.shards.static_network import build_head, build_run, build_steps
+from node_agent.shards.static_network import build_head, build_run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -299,7 +299,7 @@ def build_model(
         for chunk in steps:
             name = steps_name(chunk, bucket)
             graphs.append((name, _Subgraph(file, name)))
-            build_steps(graphs[-1][1], spec, (start, end), weights, (chunk, bucket))
+            build_run(graphs[-1][1], spec, (start, end), weights, (chunk, bucket), steps=True)
         for rows in batches:
             name = batch_name(rows, bucket)
             graphs.append((name, _Subgraph(file, name)))
