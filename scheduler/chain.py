@@ -141,6 +141,8 @@ def _back(problem: ChainProblem, done: Floats, visited: int, last: int) -> Chain
 def solve_heuristic(problem: ChainProblem) -> Solution:
     """A good chain and how far it can be from the best."""
     bound, best, walked = _relax(problem)
+    if best and problem.cost(best) <= bound * (1 + _CLOSE):
+        return Solution(best, bound, bound, exact=True)
     bound = max(bound, _cover(problem))
     if not np.isfinite(bound):
         return Solution()

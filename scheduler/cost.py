@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Places = NDArray[np.intp]
+
+One = TypeVar("One", float, "Floats")
+"""Of one link or of many."""
 
 FRAME_HEAD_BYTES = 100
 """What an activation frame carries beside its floats."""
@@ -104,7 +108,11 @@ def hop_us(link: LinkEstimate | None, apart_s: float | None, percentile: Percent
     if link is None:
         return (UNKNOWN_RTT_US if apart_s is None else apart_s * 1e6) / 2
     rtt = (link.rtt_p50 if percentile is Percentile.P50 else link.rtt_p99) / 1000
-    return rtt / 2 + link.loss_out * (RETRANSMIT_US + rtt)
+    return _way_us(rtt, link.loss_out)
+
+
+def _way_us(rtt_us: One, loss: One) -> One:
+    return rtt_us / 2 + loss * (RETRANSMIT_US + rtt_us)
 
 
 def transfer_us(link: LinkEstimate | None, size: int) -> float:
@@ -171,8 +179,8 @@ def link_between(a: Node, b: Node) -> LinkEstimate | None:
 def ways_us(
     before: Sequence[Node], after: Sequence[Node], size: int, percentile: Percentile
 ) -> tuple[Floats, Floats]:
-    """``way_us`` from each of ``before`` to each of ``after``, two matrices: all pairs by coordinates at
-    once, then those that were measured one by one."""
+    """``way_us`` from each of ``before`` to each of ``after``, two matrices: all pairs by coordinates, then those that
+    were measured."""
     shape = (len(before), len(after))
     latency = np.full(shape, hop_us(None, None, percentile))
     transfer = np.full(shape, transfer_us(None, size))
@@ -180,17 +188,39 @@ def ways_us(
     columns = [k for k, n in enumerate(after) if n.coordinate is not None]
     if rows and columns:
         latency[np.ix_(rows, columns)] = _apart_us([before[i] for i in rows], [after[k] for k in columns]) / 2
-    rows_of, columns_of = _places(before), _places(after)
-    pairs = {(a.id, peer) for a in before for peer in a.links if peer in columns_of}
-    pairs |= {(peer, b.id) for b in after for peer in b.links if peer in rows_of}
-    pairs |= {(a.id, a.id) for a in before if a.id in columns_of}
-    for source, target in pairs:
-        i, k = rows_of[source], columns_of[target]
-        way = way_us(before[i[0]], after[k[0]], size, percentile)
-        for row in i:
-            for column in k:
-                latency[row, column], transfer[row, column] = way
+    where, rtt_us, loss, bits_s = _measured(before, after, percentile)
+    latency[where] = _way_us(rtt_us, loss)
+    transfer[where] = size * 8 / bits_s * 1e6
+    columns_of = _places(after)
+    for row, node in enumerate(before):
+        for column in columns_of.get(node.id, ()):
+            latency[row, column] = transfer[row, column] = 0.0
     return latency, transfer
+
+
+def _measured(
+    before: Sequence[Node], after: Sequence[Node], percentile: Percentile
+) -> tuple[tuple[Places, Places], Floats, Floats, Floats]:
+    """``link_between`` of every pair of which something was measured: rows and columns, round trips in microseconds,
+    shares lost, bits a second."""
+    rows_of, columns_of = _places(before), _places(after)
+    median = percentile is Percentile.P50
+    found: list[tuple[float, ...]] = []
+    for row, node in enumerate(before):
+        for peer in node.links.keys() & columns_of.keys():
+            link = node.links[peer]
+            rtt = link.rtt_p50 if median else link.rtt_p99
+            found += [(row, k, rtt, link.loss_out, link.bandwidth_out_p50) for k in columns_of[peer]]
+    for column, node in enumerate(after):
+        for peer in node.links.keys() & rows_of.keys():
+            if node.id in before[rows_of[peer][0]].links:
+                continue  # its own measurement counts
+            link = node.links[peer]
+            rtt = link.rtt_p50 if median else link.rtt_p99
+            found += [(i, column, rtt, link.loss_in, link.bandwidth_in_p50) for i in rows_of[peer]]
+    rows, columns, rtts, loss, rates = np.array(found, dtype=np.float64).reshape(-1, 5).T
+    where = rows.astype(np.intp), columns.astype(np.intp)
+    return where, rtts / 1000, loss, np.where(rates > 0, rates, UNKNOWN_BITS_S)
 
 
 def _places(nodes: Sequence[Node]) -> dict[NodeId, list[int]]:
