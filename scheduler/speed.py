@@ -32,6 +32,9 @@ whoever is used is measured faster for it, and whoever was measured in a bad mom
 _SURE_STEPS = 96
 """So many of late leave no doubt."""
 _FIT_STEPS, _FIT_CHUNKS, _FIT_SPREAD, _FIT_GAIN = 64, 24, 96, 0.2
+_GROWTH = 4e-4
+"""Share by which runs grow for each position before them, as models of this size have it: what is fitted counts the less the
+less sure it is by that measure."""
 _FAR = 1000
 _TOLD, _TOLD_HASTE_S = 0.04, 0.15
 """Share by which a figure must move before peers hear of it, and what that share is times the seconds since they last did: a
@@ -248,16 +251,12 @@ class SpeedMeter:
 
     def __init__(self, prior: StageSpeed) -> None:
         self._prior = prior
-        self._single: deque[float] = deque(maxlen=_WINDOW)
-        self._positions: deque[float] = deque(maxlen=_WINDOW)
+        # Until enough is seen growth is as it was known: a machine that is slower than its probe is so there, too.
+        self._steps = _Growing(prior.context / prior.decode if prior.decode else 0.0, _FIT_STEPS)
+        self._chunks = _Growing(prior.prefill_context / prior.prefill if prior.prefill else 0.0, _FIT_CHUNKS)
         self._times: deque[float] = deque(maxlen=_WINDOW)
-        # By what share a run grows with each position before it, until enough is seen as it was known: a machine that is
-        # slower than its probe is so there, too.
-        self._growth = prior.context / prior.decode if prior.decode else 0.0
-        self._prefill_growth = prior.prefill_context / prior.prefill if prior.prefill else 0.0
+        """When each step was."""
         self._rows: deque[float] = deque(maxlen=_WINDOW)
-        self._prefill: deque[float] = deque(maxlen=_WINDOW)
-        self._middles: deque[float] = deque(maxlen=_WINDOW)
         self._best: StageSpeed | None = None
         self._last_s = 0.0
         self._cold = _COLD_STEPS
@@ -268,43 +267,41 @@ class SpeedMeter:
         if self._cold:
             self._cold -= 1
         elif rows == 1:
-            self._single.append(us)
-            self._positions.append(position)
+            self._steps.add(position, us)
             self._times.append(now_s)
         else:
-            alone = _mean(self._single) or self._prior.decode
+            alone = _mean(self._steps.runs) or self._prior.decode
             self._rows.append(max(0.0, us - alone) / (rows - 1))
 
     def prefilled(self, positions: int, us: float, now_s: float, begin: int = 0) -> None:
         """A chunk of ``positions`` from ``begin`` on took ``us``."""
         self._last_s = now_s
-        self._prefill.append(us / positions)
-        self._middles.append(begin + positions / 2)
+        self._chunks.add(begin + positions / 2, us / positions)
 
     def speed(self, now_s: float) -> StageSpeed:
         """The estimate of now."""
-        guessed = self._best or self._prior
-        if not (self._single or self._rows or self._prefill):
+        guessed, steps, chunks = self._best or self._prior, self._steps, self._chunks
+        if not (steps.runs or self._rows or chunks.runs):
             return guessed
-        self._growth = _fitted(self._growth, self._positions, self._single, _FIT_STEPS)
-        self._prefill_growth = _fitted(self._prefill_growth, self._middles, self._prefill, _FIT_CHUNKS)
-        middle = sum(self._positions) / len(self._positions) if self._positions else 0.0
-        grown = 1 + self._growth * middle
-        single, prefill = _mean(self._single), self._prefill_us()
+        steps.fit()
+        chunks.fit()
+        middle = sum(steps.places) / len(steps.places) if steps.places else 0.0
+        grown = 1 + steps.growth * middle
+        single, prefill = _mean(steps.runs), self._prefill_us()
         decode = guessed.decode if single is None else single / grown
-        p99 = _quantile(self._single, 99)
+        p99 = _quantile(steps.runs, 99)
         now = StageSpeed(
             decode,
             _or(_mean(self._rows), guessed.row),
             prefill,
             guessed.decode_p99 if p99 is None else p99 - decode * (grown - 1),
-            self._prior.measured or len(self._single) + len(self._rows) >= _ENOUGH_STEPS,
-            decode * self._growth,
-            prefill_context=prefill * self._prefill_growth,
+            self._prior.measured or len(steps.runs) + len(self._rows) >= _ENOUGH_STEPS,
+            decode * steps.growth,
+            prefill_context=prefill * chunks.growth,
         )
         usual = self._usual()
         typical = decode if usual is None else usual / grown
-        enough = len(self._single) >= _WINDOW // 4
+        enough = len(steps.runs) >= _WINDOW // 4
         if self._best is None or (enough and typical < self._best.weighed):
             self._best = replace(now, hope=typical)
         trust = exp(-max(0.0, now_s - self._last_s - _IDLE_S) / _FADES_S)
@@ -317,38 +314,57 @@ class SpeedMeter:
     def _prefill_us(self) -> float:
         """A position of a chunk with nothing before it."""
         known = [self._prior.prefill] * _KNOWN_CHUNKS if self._prior.measured else []
+        chunks = self._chunks
         first = [
-            us / (1 + self._prefill_growth * middle)
-            for us, middle in zip(self._prefill, self._middles, strict=True)
+            us / (1 + chunks.growth * middle) for us, middle in zip(chunks.runs, chunks.places, strict=True)
         ]
         return _or(_mean([*known, *first]), self._prior.prefill)
 
     def _usual(self) -> float | None:
         """A step of late, without spikes."""
         since = self._last_s - _RECENT_S
-        recent = [us for us, at in zip(self._single, self._times, strict=True) if at >= since]
+        runs = self._steps.runs
+        recent = [us for us, at in zip(runs, self._times, strict=True) if at >= since]
         if len(recent) < _RECENT_STEPS:
-            recent = list(self._single)[-_RECENT_STEPS:]
+            recent = list(runs)[-_RECENT_STEPS:]
         return _mean(recent, _SPIKES)
 
 
-def _fitted(growth: float, places: deque[float], times: deque[float], enough: int) -> float:
-    """Share by which a run takes longer for each position before it: ``growth``, moved towards the least squares of a
-    window's runs; kept while they are few, or too close together to tell. A run does not double within ``_FAR``
-    positions, so noise cannot make it seem to."""
-    if len(places) < enough or max(places) - min(places) < _FIT_SPREAD:
-        return growth
-    limit = _quantile(times, 98) or 0.0
-    pairs = [(p, u) for p, u in zip(places, times, strict=True) if u <= limit]
-    mean_p = sum(p for p, _ in pairs) / len(pairs)
-    mean_u = sum(u for _, u in pairs) / len(pairs)
-    spread = sum((p - mean_p) ** 2 for p, _ in pairs)
-    if not spread:
-        return growth
-    slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
-    first = mean_u - slope * mean_p
-    found = min(max(0.0, slope / first), 1 / _FAR) if first > 0 else 1 / _FAR
-    return growth + (found - growth) * _FIT_GAIN
+class _Growing:
+    """Runs of late, and the share by which one takes longer for each position before it."""
+
+    def __init__(self, growth: float, enough: int) -> None:
+        """``growth`` is believed until ``enough`` runs are seen; each is looked at as one of so many new ones."""
+        self.growth, self._enough, self._new = growth, enough, 0
+        self.places: deque[float] = deque(maxlen=_WINDOW)
+        self.runs: deque[float] = deque(maxlen=_WINDOW)
+
+    def add(self, place: float, us: float) -> None:
+        self.places.append(place)
+        self.runs.append(us)
+        self._new += 1
+
+    def fit(self) -> None:
+        """Move the growth towards the least squares of the window, the less the more noise could have made of it: runs whose
+        places are close together hardly tell. A run does not double within ``_FAR`` positions, whatever noise says."""
+        if self._new < self._enough or max(self.places) - min(self.places) < _FIT_SPREAD:
+            return
+        self._new = 0
+        limit = _quantile(self.runs, 98) or 0.0
+        pairs = [(p, u) for p, u in zip(self.places, self.runs, strict=True) if u <= limit]
+        mean_p = sum(p for p, _ in pairs) / len(pairs)
+        mean_u = sum(u for _, u in pairs) / len(pairs)
+        spread = sum((p - mean_p) ** 2 for p, _ in pairs)
+        if not spread:
+            return
+        slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
+        first = mean_u - slope * mean_p
+        found = min(max(0.0, slope / first), 1 / _FAR) if first > 0 else 1 / _FAR
+        # The variance of a slope (as every text on least squares has it), as a share of a run as it was known to begin.
+        noise = sum((u - mean_u - slope * (p - mean_p)) ** 2 for p, u in pairs) / len(pairs)
+        begins = mean_u / (1 + self.growth * mean_p)
+        sure = _GROWTH**2 / (_GROWTH**2 + noise / spread / begins**2)
+        self.growth += (found - self.growth) * _FIT_GAIN * sure
 
 
 def _or(measured: float | None, guessed: float) -> float:

@@ -444,6 +444,17 @@ def test_what_a_step_takes_more_for_what_came_before_is_learned() -> None:
     assert still.speed(0.0).context == 0
 
 
+def test_noise_is_no_growth_where_places_are_close_together() -> None:
+    """As on a machine whose quota of a core comes in ticks, and is asked for answers of one length."""
+    growth, rng = 0.0004, Random(1)
+    meter = SpeedMeter(StageSpeed(4000, 160, 100, 8000, measured=True, context=4000 * growth))
+    for turn in range(20):
+        for position in range(830, 1120):
+            meter.decoded(1, 4000 * (1 + growth * position) * rng.uniform(0.5, 1.5), float(turn), position)
+            speed = meter.speed(float(turn))
+            assert growth / 4 < speed.context / speed.decode < growth * 2
+
+
 def test_peers_hear_of_speeds_that_moved() -> None:
     told = worth_telling(None, StageSpeed(1234.56, 0.0, 9.876, 55555), 0)
     assert told == StageSpeed(1230, 0, 9.88, 55600)
