@@ -17,7 +17,9 @@ from typing import Generic, TypeVar
 FLOOR_NS = 100_000_000
 FACTOR = 3
 _UNKNOWN_NS = 1_000_000_000
-"""The limit until enough gaps were seen."""
+"""The limit until a few gaps were seen."""
+_FEW_GAPS, _FEW_FLOOR_NS = 4, 4 * FLOOR_NS
+"""From a few on it is ``FACTOR`` times the longest, with more room below: a peer that has just started has shown little."""
 _CAP_NS = 5_000_000_000
 _GAPS, _ENOUGH_GAPS = 512, 24
 _HELD_UP_NS = 20_000_000
@@ -39,7 +41,9 @@ class _Peer:
     def learn(self, gap: int) -> None:
         self.gaps.append(gap)
         self.fresh += 1
-        if len(self.gaps) >= _ENOUGH_GAPS and self.fresh >= _RELEARN:
+        if _FEW_GAPS <= len(self.gaps) < _ENOUGH_GAPS:
+            self.limit_ns = min(_UNKNOWN_NS, max(_FEW_FLOOR_NS, FACTOR * max(self.gaps)))
+        elif len(self.gaps) == _ENOUGH_GAPS or self.fresh >= _RELEARN:
             self.fresh = 0
             ordered = sorted(self.gaps)
             usual = ordered[-1 - len(ordered) // 100]

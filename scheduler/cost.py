@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Places = NDArray[np.intp]
 
-One = TypeVar("One", float, "Floats")
+_Number = TypeVar("_Number", float, "Floats")
 """Of one link or of many."""
 
 FRAME_HEAD_BYTES = 100
@@ -111,13 +111,17 @@ def hop_us(link: LinkEstimate | None, apart_s: float | None, percentile: Percent
     return _way_us(rtt, link.loss_out)
 
 
-def _way_us(rtt_us: One, loss: One) -> One:
+def _way_us(rtt_us: _Number, loss: _Number) -> _Number:
     return rtt_us / 2 + loss * (RETRANSMIT_US + rtt_us)
 
 
 def transfer_us(link: LinkEstimate | None, size: int) -> float:
     """``size`` bytes over the bandwidth of that direction."""
     bits_s = link.bandwidth_out_p50 if link and link.bandwidth_out_p50 > 0 else UNKNOWN_BITS_S
+    return _bits_us(size, bits_s)
+
+
+def _bits_us(size: int, bits_s: _Number) -> _Number:
     return size * 8 / bits_s * 1e6
 
 
@@ -190,7 +194,7 @@ def ways_us(
         latency[np.ix_(rows, columns)] = _apart_us([before[i] for i in rows], [after[k] for k in columns]) / 2
     where, rtt_us, loss, bits_s = _measured(before, after, percentile)
     latency[where] = _way_us(rtt_us, loss)
-    transfer[where] = size * 8 / bits_s * 1e6
+    transfer[where] = _bits_us(size, bits_s)
     columns_of = _places(after)
     for row, node in enumerate(before):
         for column in columns_of.get(node.id, ()):

@@ -27,6 +27,20 @@ def silent_after(watch: HopWatch[str], now: int, owing: bool = True) -> int | No
     return None
 
 
+def test_a_few_signs_of_who_is_new_tell_a_little() -> None:
+    for gap, count, limit in (
+        (10, 3, 1000),
+        (10, 4, 400),
+        (10, 23, 400),
+        (10, 24, 100),
+        (200, 4, 600),
+        (400, 8, 1000),
+    ):
+        watch: HopWatch[str] = HopWatch()
+        heard_every(watch, gap * MS, count)
+        assert watch.limit_ns("a") == limit * MS
+
+
 def test_the_limit_is_learned_with_a_floor() -> None:
     watch: HopWatch[str] = HopWatch()
     assert watch.limit_ns("a") == 1000 * MS
