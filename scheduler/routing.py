@@ -105,7 +105,9 @@ class RouteRequest:
     were would not."""
     learned: Learned = NOTHING_LEARNED
     holding: frozenset[tuple[NodeId, Digest]] = frozenset()
-    """Replicas that have the KV cache of all of ``prompt``: of a session that runs."""
+    """Replicas that have the KV cache of all of ``prompt``: the route of a session that runs, and who stood by."""
+    standing_by: frozenset[tuple[NodeId, Digest]] = frozenset()
+    """Those of them that stood by. They may be behind, so nobody who serves the session is left for one that is about as cheap."""
     steps: int = 0
     """Of the positions in ``prompt``, those that a replica without them is given one at a time."""
 
@@ -438,15 +440,18 @@ class _Graph:
             held = np.array([key in request.holding for key in self._keys])
             filling = np.where(held, 0.0, filling)
         total = request.tokens * (step + queue + risk + self._price) + filling
+        drawn = total
         if request.draw:
-            total = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
+            drawn = total * (1 + DITHER * np.random.default_rng(request.draw).random(len(total)))
         if request.holding:
-            # Who has the cache is left for good reason only, not by a draw.
-            total = np.where(held, total / (1 + DITHER), total)
+            # Who has the cache is left for good reason only, not by a draw; who serves, not for one that is about as cheap.
+            standing_by = np.array([key in request.standing_by for key in self._keys])
+            kept = total / np.where(standing_by, 1 + DITHER, (1 + DITHER) ** 2)
+            drawn = np.where(held, kept, drawn)
         chunks = -(-request.prompt // request.chunk)
         frames, positions = request.tokens + chunks, request.tokens + request.prompt
         return _Prices(
-            np.where(self._room < request.positions, np.inf, total),
+            np.where(self._room < request.positions, np.inf, drawn),
             self._priced_edges(frames, positions),
             frames * self._outward,
             request.tokens * self._home,

@@ -8,7 +8,7 @@ from typing import Any
 from mesh.errors import NoRoute, RequestError
 from mesh.session import Session
 from mesh.session_events import SessionOrder, Standbys
-from mesh.types import LayeredRoute, NodeId
+from mesh.types import Digest, LayeredRoute, NodeId, Stage
 from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.session_driver import SessionDriver
 from node_agent.config import AgentConfig
@@ -95,9 +95,8 @@ class RoutePlanner:
         """The route of a request on our latest snapshot, or of a session that ``runs``, or has ``done`` tokens
         and may be held by the stages of ``holds``, from here on; raises ``NoRoute``."""
         done = len(runs.generated) if runs else done
-        stages = [*holds.stages] if holds else []
-        if runs:
-            stages = [*runs.route.stages, *(s for s in runs.standbys if s is not None)]
+        stages = runs.route.stages if runs else holds.stages if holds else ()
+        standbys = [s for s in runs.standbys if s is not None] if runs else []
         percentile = max(percentile, *(r.percentile for r in rules)) if rules else percentile
         request = RouteRequest(
             model,
@@ -113,7 +112,8 @@ class RoutePlanner:
             tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) + done if order else 0,
             steps=done if order and order.exact else 0,
-            holding=frozenset((s.node, s.shard) for s in stages) if done else frozenset(),
+            holding=_replicas(*stages, *standbys) if done else frozenset(),
+            standing_by=_replicas(*standbys),
             chunk=self._config.chunk,
             own=self._driver.own_sessions(but=runs),
             ours_told=self._driver.ours_told,
@@ -145,3 +145,7 @@ class RoutePlanner:
         names = {n.id: n.name for n in self._view().nodes.values()}
         rules = self.rules(model, class_name)
         return route_report(self.plan(model, rules=rules, percentile=percentile), names)
+
+
+def _replicas(*stages: Stage) -> frozenset[tuple[NodeId, Digest]]:
+    return frozenset((s.node, s.shard) for s in stages)

@@ -114,6 +114,26 @@ def test_a_session_that_lost_a_stage_leaves_no_other_for_a_hope() -> None:
     assert chosen(known, tokens=32, prompt=100, holding=here) == ["a", "c"]
 
 
+def test_who_stood_by_takes_a_stage_that_is_lost_and_no_other() -> None:
+    a, b, c, d = (
+        at_speed(node(n, shard(*layers)), ms)
+        for n, layers, ms in (("a", (0, 3), 2), ("b", (3, 6), 2), ("c", (3, 6), 1.7), ("d", (3, 6), 1.8))
+    )
+    snapshot = cluster(linked(a, b=link(1), c=link(1), d=link(1)), b, c, d)
+    told = {
+        "tokens": 32,
+        "prompt": 100,
+        "holding": frozenset((NodeId(n), shard(3, 6).digest) for n in "bc"),
+        "standing_by": frozenset({(NodeId("c"), shard(3, 6).digest)}),
+    }
+    draws = range(1, 30)
+    assert {chosen(snapshot, draw=draw, **told)[1] for draw in draws} == {"b"}
+    lost = frozenset({NodeId("b")})
+    assert {chosen(snapshot, draw=draw, avoid=lost, **told)[1] for draw in draws} == {"c"}
+    faster = cluster(linked(a, b=link(1), c=link(1)), b, at_speed(node("c", shard(3, 6)), 0.5))
+    assert chosen(faster, **told) == ["a", "c"]
+
+
 def test_our_own_sessions_count_before_records_tell_them() -> None:
     snapshot = cluster(node("b", shard()), node("c", shard()))
     assert chosen(snapshot) == ["b"]
