@@ -355,7 +355,7 @@ class _Growing:
         mean_p = sum(p for p, _ in pairs) / len(pairs)
         mean_u = sum(u for _, u in pairs) / len(pairs)
         spread = sum((p - mean_p) ** 2 for p, _ in pairs)
-        if not spread:
+        if not spread or not mean_u:
             return
         slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
         first = mean_u - slope * mean_p

@@ -464,6 +464,13 @@ def test_what_a_step_takes_more_for_what_came_before_is_learned() -> None:
     assert still.speed(0.0).context == 0
 
 
+def test_runs_too_short_for_the_clock_do_not_grow() -> None:
+    meter = SpeedMeter(StageSpeed(1000, 160, 100, 2000))
+    for position in range(300):
+        meter.decoded(1, 0, 0.0, position)
+    assert meter.speed(0.0).context == 0
+
+
 def test_noise_is_no_growth_where_places_are_close_together() -> None:
     """As on a machine whose quota of a core comes in ticks, and is asked for answers of one length."""
     growth, rng = 0.0004, Random(1)
