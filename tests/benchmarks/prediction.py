@@ -69,6 +69,10 @@ TOKENS = 288
 percentile), of 288 tokens 4 % (9 %)."""
 CONTEXT = PROMPT + TOKENS
 LOAD_S = 60.0
+LINKS_TOLD_S = 12.0
+"""Links are told as rarely as views are exchanged."""
+REPLANS = 4
+"""At most, before what is predicted counts."""
 T_95 = {2: 12.7, 3: 4.3, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t for a 95 % interval of the mean of so many."""
 
@@ -244,9 +248,7 @@ def choose(
     snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy, count: int, rng: Random
 ) -> list[Named]:
     """The plan, the next best that differ in who hosts, and others at random."""
-    plan = place(snapshot, demand, policy)
-    assert isinstance(plan, Plan), plan
-    chosen: list[Named] = [[(str(s.node), s.layers.start, s.layers.end) for s in plan.stages]]
+    chosen = [planned(snapshot, demand, policy)]
     problem, names = problem_of(snapshot, demand, policy)
     scored = sorted((problem.cost(c), c) for c in candidates(problem, rng))
     feasible = [c for cost, c in scored if cost < float("inf")]
@@ -272,6 +274,39 @@ def _alike(one: Named, other: Named) -> bool:
     return all(abs(a[2] - b[2]) <= 2 for a, b in zip(one, other, strict=True))
 
 
+async def _settled(mesh: Mesh, demand: ModelDemand, policy: ModelPolicy) -> ClusterSnapshot:
+    """What a mesh knows that has served for a while: every node has hosted half of the model, first and last, and the plan was
+    made again with what its own placement was measured at, until it stood. Halves, because a quota is charged at ticks of 4 ms:
+    it hardly holds back the short steps of a few layers, and nodes of 0.3 and of 0.6 of a core look alike in them."""
+    one, two, three, four = (a.node for a in mesh.agents)
+    for first, last in ((one, two), (three, four), (two, one), (four, three)):
+        await _tried(mesh, [(first, 0, LAYERS // 2), (last, LAYERS // 2, LAYERS)])
+    await asyncio.sleep(LINKS_TOLD_S)
+    tried: list[Named] = []
+    while True:
+        snapshot = await snapshot_of(mesh)
+        best = planned(snapshot, demand, policy)
+        if len(tried) == REPLANS or any(_alike(best, other) for other in tried):
+            return snapshot
+        tried.append(best)
+        await _tried(mesh, best)
+
+
+async def _tried(mesh: Mesh, chain: Named) -> None:
+    """Measure the nodes of a placement by serving with it; records with their speeds have reached the others after that."""
+    print("\rmeasuring the nodes", end="", file=sys.stderr)
+    async with placed(mesh, chain):
+        for _ in range(2):
+            await asyncio.to_thread(mesh.ask)
+        await asyncio.sleep(1.2)
+
+
+def planned(snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy) -> Named:
+    plan = place(snapshot, demand, policy)
+    assert isinstance(plan, Plan), plan
+    return [(str(s.node), s.layers.start, s.layers.end) for s in plan.stages]
+
+
 async def measure(
     mesh: Mesh, placements: int, rounds: int, seed: int
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
@@ -279,22 +314,13 @@ async def measure(
     demand = await asyncio.to_thread(demand_of, store, MODEL, "int8")
     policy = ModelPolicy(sessions=1, context=CONTEXT, ingress=("node=n1",))
     names = {str(a.node): a.log.parent.name for a in mesh.agents}
-    # Every node is measured once before anything is predicted: two placements that use them all.
-    ids = [a.node for a in mesh.agents]
-    for order in (ids, ids[::-1]):
-        cuts = [0, 8, 15, 22, LAYERS]
-        async with placed(mesh, [(n, cuts[i], cuts[i + 1]) for i, n in enumerate(order)]):
-            for _ in range(3):
-                await asyncio.to_thread(mesh.ask)
-            await asyncio.sleep(1.2)
-    await asyncio.sleep(12.0)  # links are told as rarely as views are exchanged
-    snapshot = await snapshot_of(mesh)
+    snapshot = await _settled(mesh, demand, policy)
     chains = choose(snapshot, demand, policy, placements, rng)
     problem, hosts = problem_of(snapshot, demand, policy)
     for chain in chains:
         for _, start, end in chain:
             await asyncio.to_thread(make_shard, store, MODEL, start, end, "int8")
-    planned = [problem.cost(tuple((hosts.index(n), a, b) for n, a, b in c)) / 1000 for c in chains]
+    expected = [problem.cost(tuple((hosts.index(n), a, b) for n, a, b in c)) / 1000 for c in chains]
     by_round: list[list[list[float]]] = []
     errors: dict[str, list[float]] = {"tpot": [], "ttft": []}
     came: dict[str, list[list[float]]] = {what: [[] for _ in chains] for what in errors}
@@ -321,7 +347,7 @@ async def measure(
     rows: list[tuple[str, ...]] = [("placement", "planned ms", "measured ms", "95 % +-")]
     for i, (chain, times) in enumerate(zip(chains, tpots, strict=True)):
         label = " ".join(f"{names[n]}[{a}-{b}]" for n, a, b in chain) + ("  <- chosen" if i == 0 else "")
-        rows.append((label, f"{planned[i]:.2f}", f"{mean(times):.2f}", f"{_half(times):.2f}"))
+        rows.append((label, f"{expected[i]:.2f}", f"{mean(times):.2f}", f"{_half(times):.2f}"))
     fastest = min(tpots, key=mean)
     spread = {what: [off for times in came[what] for off in _spread(times)] for what in came}
     keys = {
@@ -334,7 +360,9 @@ async def measure(
         "first_tpot_error_p50": round(median(first), 4),
         "chosen_is_best": mean(tpots[0]) <= mean(fastest) + _half(fastest),
         "chosen_over_fastest": round(mean(tpots[0]) / mean(fastest), 3),
-        "plan_error_p50": round(median(abs(p / mean(t) - 1) for p, t in zip(planned, tpots, strict=True)), 4),
+        "plan_error_p50": round(
+            median(abs(p / mean(t) - 1) for p, t in zip(expected, tpots, strict=True)), 4
+        ),
         "requests": sum(map(len, tpots)),
         "placements": len(chains),
     }
