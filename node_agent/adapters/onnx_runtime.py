@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mesh.errors import ConfigError
-from node_agent.adapters.pages import forget_pages, pages
+from node_agent.adapters.pages import forget_pages, pages, trim_heap
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.manifest import GRAPH_FILE, ShardManifest
 from node_agent.stage import BATCH_MAX
@@ -137,6 +137,7 @@ class OnnxShard:
         self._bindings.clear()
         self.cache.clear()
         del self.session
+        trim_heap()
 
 
 def open_session(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:

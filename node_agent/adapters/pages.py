@@ -1,7 +1,8 @@
-"""KV memory: the system hands it out page by page as it is touched."""
+"""KV memory: the system hands it out page by page as it is touched. And what the allocator keeps of freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from typing import TYPE_CHECKING, Any
 
@@ -33,3 +34,11 @@ def forget_pages(buffer: NDArray[np.float32], row: int) -> None:
     begin, end = -(-row * stride // _PAGE) * _PAGE, (row + 1) * stride // _PAGE * _PAGE
     if isinstance(memory, mmap.mmap) and end > begin:
         memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can: it keeps what a load needed for a while, and all weights
+    of a shard that was unloaded."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mesh.errors import ShardError
-from node_agent.adapters.pages import pages
+from node_agent.adapters.pages import pages, trim_heap
 from node_agent.adapters.static_engine import Engine
 from node_agent.shards.manifest import ShardManifest
 from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
@@ -379,6 +379,7 @@ class StaticShard:
             signature.close()
         self._signatures.clear()
         self.engine.close()
+        trim_heap()
 
 
 def pieces(steps: int, chunks: Sequence[int]) -> list[int]:
