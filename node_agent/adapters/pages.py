@@ -37,8 +37,7 @@ def forget_pages(buffer: NDArray[np.float32], row: int) -> None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can: it keeps what a load needed for a while, and all weights
-    of a shard that was unloaded."""
+    """Give freed memory back to the system, where the C library can: it keeps most of what a shard took that was unloaded."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

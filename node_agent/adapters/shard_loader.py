@@ -15,7 +15,6 @@ from mesh.errors import ShardError
 from mesh.forms import form_of
 from mesh.types import ShardInfo
 from node_agent.adapters.model_store import ModelStore, verify_files
-from node_agent.adapters.pages import trim_heap
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime, RuntimeOptions
@@ -94,7 +93,6 @@ def load_shard(
     verify_files(folder, manifest.files)
     shard = _open(folder, manifest, slots, capacity, options)
     hold_to_vector(shard, folder, manifest)
-    trim_heap()
     return shard
 
 

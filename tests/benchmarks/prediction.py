@@ -70,7 +70,7 @@ PROMPT = 832
 percentile). What takes half a second differs by a quarter from one time to the
 next on a shared machine."""
 TOKENS = 96
-"""Some seconds as well: a quota of a core comes in ticks, which are even over many steps only."""
+"""Some seconds as well: a quota comes in pieces of a millisecond, which are even over many steps only."""
 CONTEXT = PROMPT + TOKENS
 LOAD_S = 60.0
 TOLD_S = 1.5
@@ -306,7 +306,7 @@ async def _tried(mesh: Mesh, chain: Named) -> None:
         for _ in range(2):
             await asyncio.to_thread(mesh.ask)
         await asyncio.sleep(TOLD_S)
-    await asyncio.sleep(TOLD_S)  # nor are those left out whose memory was just taken
+    await asyncio.sleep(TOLD_S)  # else whose memory was just taken may be left out of the plan
 
 
 def planned(snapshot: ClusterSnapshot, demand: ModelDemand, policy: ModelPolicy) -> Named:
@@ -371,20 +371,19 @@ async def measure(
         "plan_error_p50": round(
             median(abs(p / mean(t) - 1) for p, t in zip(expected, tpots, strict=True)), 4
         ),
-        "requests": len(errors["tpot"]),
+        "requests": sum(map(len, tpots)),
         "placements": len(chains),
     }
     return keys, rows
 
 
 def without_drift(by_round: list[list[list[float]]]) -> list[list[float]]:
-    """Means of its requests in each round, by placement; each round scaled to the mean of all: a block design, so that a round in
-    which the machine was slow does not count against whom it met. Requests of one round follow each other and share its mood:
-    only the rounds are independent of each other."""
+    """Times by placement, all rounds together, each round scaled to the mean of all: a block design, so that a
+    round in which the machine was slow does not count against whom it met."""
     means = [mean([t for times in one for t in times]) for one in by_round]
     overall = mean(means)
     return [
-        [mean(one[i]) * overall / m for one, m in zip(by_round, means, strict=True)]
+        [t * overall / m for one, m in zip(by_round, means, strict=True) for t in one[i]]
         for i in range(len(by_round[0]))
     ]
 
@@ -413,7 +412,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--placements", type=int, default=12)
     parser.add_argument(
-        "--rounds", type=int, default=4, help="times that each placement is loaded and measured, at least 2"
+        "--rounds", type=int, default=4, help="times that each placement is loaded and measured"
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
