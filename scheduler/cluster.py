@@ -17,7 +17,8 @@ from mesh.gossip import MemberState
 from mesh.links import LinkEstimate
 from mesh.messages import FEATURES
 from mesh.types import NO_POLICY, Address, NodeId, PolicyVersion, ShardInfo, Term
-from scheduler.speed import LayerSpeed, StageSpeed
+from scheduler.layer_speed import LayerSpeed
+from scheduler.speed import StageSpeed
 
 
 class ReplicaState(enum.Enum):

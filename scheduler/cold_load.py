@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from mesh.types import Address, Digest, NodeId, ShardInfo
 from scheduler.cluster import ClusterSnapshot, Node, ReplicaState
+from scheduler.layer_speed import stage_speed
 from scheduler.policy import ClassPolicy, forbidden
-from scheduler.speed import guess, stage_speed
+from scheduler.speed import guess
 
 SESSIONS = 4
 """Sessions for which a shard that is loaded in need reserves KV memory."""

@@ -17,9 +17,9 @@ from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.cost import FRAME_HEAD_BYTES, TOKEN_BYTES, TYPICAL_POSITION, Percentile, ways_us
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import Host, mib, positions_of
+from scheduler.layer_speed import LEAST_SHARE, LayerSpeed
 from scheduler.plan import Infeasible, Plan, PlannedStage
 from scheduler.policy import ModelPolicy, matches
-from scheduler.speed import LayerSpeed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,9 +36,9 @@ _SAME_CUTS = 1.25
 _FLOAT_BYTES = 4
 
 
-def _at_work(speed: LayerSpeed) -> float:
-    """A layer's decode step in the middle of a typical session."""
-    return speed.layer + speed.context * TYPICAL_POSITION
+def _at_work(speed: LayerSpeed) -> LayerSpeed:
+    """In the middle of a typical session."""
+    return replace(speed, layer=speed.layer + speed.context * TYPICAL_POSITION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,9 @@ class CopySearch:
         tail = self.policy.percentile == "p99"
         self.percentile = Percentile.P99 if tail else Percentile.P50
         slow = [h.weight * (h.speed.tail if tail else 1.0) for h in hosts]
-        self.layer_us = np.array([_at_work(h.speed) * w for h, w in zip(hosts, slow, strict=True)])
+        self.layer_us = np.array([_at_work(h.speed).layer * w for h, w in zip(hosts, slow, strict=True)])
         self.head_us = np.array([h.speed.head * w for h, w in zip(hosts, slow, strict=True)])
+        self.run_us = np.array([h.speed.run * w for h, w in zip(hosts, slow, strict=True)])
         self.fixed_us = np.array([h.overhead + h.price for h in hosts])
         layers = demand.layers
         starts, ends = np.meshgrid(np.arange(layers + 1), np.arange(layers + 1), indexing="ij")
@@ -137,12 +138,13 @@ class CopySearch:
     def over(self, chosen: Sequence[int], earlier: list[Chain]) -> _Search:
         """The chain problem over some of the hosts, with what earlier copies took."""
         rows = list(chosen)
-        block = (
-            self.fixed_us[rows, None, None]
-            + self.layer_us[rows, None, None] * self.lengths
+        linear = (
+            self.layer_us[rows, None, None] * self.lengths
             + np.where(np.arange(self.demand.layers + 1) == self.demand.layers, 1.0, 0.0)
             * self.head_us[rows, None, None]
         )
+        step = np.maximum(linear + self.run_us[rows, None, None], LEAST_SHARE * linear)
+        block = self.fixed_us[rows, None, None] + step
         room = self.room[rows].copy()
         place = {n: i for i, n in enumerate(rows)}
         used = set()
@@ -220,7 +222,7 @@ class CopySearch:
             return [allowed] if allowed else []
         rows = np.array(allowed)
         most = np.maximum(1, self._most()[rows])
-        alone = self.layer_us[rows] + self.fixed_us[rows] / most
+        alone = self._rate(rows, self.fixed_us[rows], most)
         ends = (self.enter[rows] + self.home[rows]) / self.demand.layers
         seeds = np.argsort(alone + ends, kind="stable")[:_SEEDS]
         nodes = [self.hosts[n].node for n in allowed]
@@ -230,7 +232,7 @@ class CopySearch:
             there = sum(ways_us(origin, nodes, self._frame_bytes, self.percentile))
             back = sum(ways_us(nodes, origin, self._frame_bytes, self.percentile))
             near = (np.asarray(there)[0] + np.asarray(back)[:, 0]) / 2
-            score = self.layer_us[rows] + (self.fixed_us[rows] + near) / most + ends
+            score = self._rate(rows, self.fixed_us[rows] + near, most) + ends
             lists.append(sorted(int(n) for n in rows[np.argsort(score, kind="stable")[:SHORTLIST]]))
         return [list(k) for k in dict.fromkeys(tuple(k) for k in lists)]
 
@@ -241,7 +243,7 @@ class CopySearch:
         most = self._most()[rows]
         able = most > 0
         fixed = self.fixed_us[rows] + np.minimum(self._least_way(rows), self.enter[rows])
-        rate = np.where(able, self.layer_us[rows] + fixed / np.maximum(1, most), np.inf)
+        rate = np.where(able, self._rate(rows, fixed, np.maximum(1, most)), np.inf)
         left, total = self.demand.layers, 0.0
         for i in np.argsort(rate, kind="stable"):
             take = min(left, int(most[i]))
@@ -251,7 +253,15 @@ class CopySearch:
                 break
         held = max((sum(map(len, self.hosts[int(n)].present)) for n in rows), default=0) > 0
         stay = self.policy.move * self.demand.layers if held else 0.0
-        return total + float((self.home[rows] + self.head_us[rows]).min()) - stay
+        heads = self.head_us[rows] * np.where(self.run_us[rows] < 0, LEAST_SHARE, 1.0)
+        return total + float((self.home[rows] + heads).min()) - stay
+
+    def _rate(self, rows: NDArray[np.int64], fixed: Floats, most: NDArray[np.int64]) -> Floats:
+        """No layer on a host takes less, however many it has: what is paid once is spread over as many as it can take, what
+        is saved once over one."""
+        layer, once = self.layer_us[rows], self.run_us[rows] + fixed
+        rate: Floats = np.maximum(layer + np.minimum(once, once / most), LEAST_SHARE * layer + fixed / most)
+        return rate
 
     def _least_way(self, rows: NDArray[np.int64]) -> Floats:
         """No hop to a host takes less: half of both heights in the latency space, or the best link that
@@ -311,8 +321,7 @@ class CopySearch:
             pair = [self.hosts[before].node], [host.node]
             hop = float(np.asarray(sum(ways_us(*pair, self._frame_bytes, self.percentile)))[0, 0])
         tail = host.speed.tail if self.policy.percentile == "p99" else 1.0
-        grown = len(layers) * (_at_work(host.speed) - host.speed.layer)
-        compute = (host.speed.stage(layers, self.demand.layers) + grown) * tail
+        compute = _at_work(host.speed).stage(layers, self.demand.layers) * tail
         held = {i for r in host.present for i in range(r.start, r.end)}
         moved = 0 if layers in host.present else sum(i not in held for i in range(layers.start, layers.end))
         return PlannedStage(

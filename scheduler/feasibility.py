@@ -13,8 +13,9 @@ from mesh.types import LayerRange, NodeId, ShardInfo
 from scheduler.cluster import ClusterSnapshot, Node, Replica
 from scheduler.cost import STAGE_US, battery_us, hazard_per_s, risk_us
 from scheduler.demand import ModelDemand
+from scheduler.layer_speed import HEAD_SHARE, LayerSpeed
 from scheduler.policy import ModelPolicy, forbidden, price_us
-from scheduler.speed import HEAD_SHARE, LayerSpeed, guess
+from scheduler.speed import guess
 
 MEMORY_BELIEVED_BYTES = 1 << 46
 """64 TiB: whoever reports more reports nonsense."""
@@ -196,7 +197,8 @@ def known_speed(node: Node, demand: ModelDemand) -> LayerSpeed | None:
 
 
 def _sane(speed: LayerSpeed) -> bool:
-    return all(isfinite(v) and v > 0 for v in (speed.layer, speed.prefill)) and isfinite(speed.head)
+    timed = all(isfinite(v) and v > 0 for v in (speed.layer, speed.prefill))
+    return timed and isfinite(speed.head) and isfinite(speed.run)
 
 
 def guessed_speed(node: Node, demand: ModelDemand, scale: float) -> LayerSpeed:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import exp
 
 from mesh.capabilities import Capabilities
-from mesh.types import Digest, LayerRange, ShardInfo
+from mesh.types import ShardInfo
 
 _WINDOW = 192
 _TRIMMED = 0.02
@@ -35,14 +35,14 @@ _FIT_STEPS, _FIT_CHUNKS, _FIT_SPREAD, _FIT_GAIN = 64, 24, 96, 0.2
 _GROWTH = 4e-4
 """Share by which runs grow for each position before them, as models of this size have it: what is fitted counts the less the
 less sure it is by that measure."""
-_FAR = 1000
-_TOLD, _TOLD_HASTE_S = 0.04, 0.15
+FAR = 1000
+_TOLD, TOLD_HASTE_S = 0.04, 0.15
 """Share by which a figure must move before peers hear of it, and what that share is times the seconds since they last did: a
 machine that is half as fast is told of at once, a wobble of a twentieth after three seconds, and a mesh of n agents that work
 is spared most of its n * (n - 1) records a half second."""
-_ROW_SHARE = 0.16
+ROW_SHARE = 0.16
 """Of a step, for each further row, until it is measured: ONNX Runtime, int8, 135 M parameters."""
-_GUESSED_TAIL = 2.0
+GUESSED_TAIL = 2.0
 """99th percentile over the median, until it is measured."""
 EFFICIENCY = 0.6
 """Of the probe's bandwidth and arithmetic that a whole shard reaches."""
@@ -52,12 +52,9 @@ _FADES_S = 5.0
 _KNOWN_CHUNKS = 6
 """Chunks of a prompt are few, and equal ones are measured a fifth apart: what this machine took for other cuts of the model
 counts as so many."""
-_WEIGHT_BYTES = {"int8": 1 + 5 / 32, "fp32": 4.0}
-"""Bytes a weight: blocks of 32 with a scale and a zero point, or none."""
-HEAD_SHARE = 0.65
-"""Time of the head by its bytes, against a layer's: one large product where a layer is many small ones."""
-_HEAD_WITHIN = 2.0
-"""Of what a head takes by its bytes: what layers leave beyond that is the machine's doing, not the head's."""
+_KNOWN_STEPS = 96
+"""So do steps, where other cuts ran here, until there are enough of its own: of equal answers one after the other each is up to a tenth
+slower or faster than their mean, so the last one alone says less of the next than it does together with what was known."""
 _US = 1e6
 
 
@@ -91,128 +88,18 @@ class StageSpeed:
         return max(self.decode, positions * (self.prefill + self.prefill_context * before))
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSpeed:
-    """What a node takes for a layer of a model and for its head, microseconds: a decode step alone, each
-    further row, a position of prefill. ``tail`` is the 99th percentile over the median."""
-
-    model: Digest
-    runtime: str
-    quantization: str
-    layer: float
-    head: float
-    row_share: float
-    prefill: float
-    tail: float
-    context: float = 0.0
-    prefill_context: float = 0.0
-    apart: bool = False
-    """``layer`` was measured here in a shard without the head; peers are not told."""
-    head_known: bool = False
-    """So was, after that, what a last shard takes beyond its layers: ``head`` over ``layer`` is no guess."""
-
-    def stage(self, shard_layers: LayerRange, layers: int) -> float:
-        """A decode step over a range of layers."""
-        return len(shard_layers) * self.layer + (self.head if shard_layers.end == layers else 0.0)
-
-
-def head_layers_of(shard: ShardInfo) -> float:
-    """How many layers' time the head of a shard's model takes, by its bytes."""
-    head, layer = _bytes_of(shard)
-    return HEAD_SHARE * head / layer
-
-
-def growth_of(shard: ShardInfo) -> float:
-    """Share by which a decode step over the shard's layers takes longer for each position before it, by bytes: its keys
-    and values are read as the weights are."""
-    return shard.kv_bytes_per_token / len(shard.layers) / _bytes_of(shard)[1]
-
-
-def _bytes_of(shard: ShardInfo) -> tuple[float, float]:
-    """Of the head, and of a layer."""
-    head = shard.model.vocabulary * shard.model.width * _WEIGHT_BYTES.get(shard.quantization, 1.0)
-    edges = head if shard.first or shard.last else 0.0
-    return head, max(head / 1000, (shard.weight_bytes - edges) / len(shard.layers))
-
-
-def stage_speed(shard: ShardInfo, known: LayerSpeed) -> StageSpeed:
-    """Of another cut of a model whose layers were measured on this machine. A chunk of a prompt passes the head
-    with one position only."""
-    decode = known.stage(shard.layers, shard.model.layers)
-    context = known.context or known.layer * growth_of(shard)
-    prefill, context, later = (
-        each * len(shard.layers) for each in (known.prefill, context, known.prefill_context)
-    )
-    row, tail = decode * known.row_share, decode * known.tail
-    return StageSpeed(decode, row, prefill, tail, True, context, prefill_context=later)
-
-
-def layer_speed(shard: ShardInfo, speed: StageSpeed, known: LayerSpeed | None) -> LayerSpeed:
-    """By the layer, of a shard's measured ``speed``. A last shard tells layers and head together: the head is what the
-    layers leave, where their time is ``known`` of another cut and leaves a head's; else both are as much slower or faster than
-    they were known to be. What a machine of another speed was probed at says how they compare, no more."""
-    layers, by_bytes = len(shard.layers), head_layers_of(shard)
-    heads = known.head / known.layer if known and known.layer > 0 else by_bytes
-    layer = speed.decode / (layers + heads if shard.last else layers)
-    head, apart, head_known = layer * heads, not shard.last, known is not None and known.head_known
-    if shard.last and known and known.apart:
-        left, usual, apart = speed.decode - layers * known.layer, known.layer * by_bytes, True
-        if usual / _HEAD_WITHIN < left < usual * _HEAD_WITHIN:
-            layer, head, head_known = known.layer, left, True
-    return LayerSpeed(
-        shard.model.ref.digest,
-        shard.runtime,
-        shard.quantization,
-        layer,
-        head,
-        speed.row / speed.decode,
-        speed.prefill / layers,
-        max(1.0, speed.decode_p99 / speed.decode),
-        speed.context / layers,
-        speed.prefill_context / layers,
-        apart,
-        head_known,
-    )
-
-
-def probed_layer(
-    model: Digest, runtime: str, quantization: str, layer: float, head: float, prefill: float
-) -> LayerSpeed:
-    """Of a form that was measured on a few layers and never ran; microseconds. What batches and the tail take is guessed."""
-    return LayerSpeed(model, runtime, quantization, layer, head, _ROW_SHARE, prefill, _GUESSED_TAIL)
-
-
-def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
-    """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
-    layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
-    row, prefill, tail, context, later = (
-        float(f"{v:.2g}")
-        for v in (speed.row_share, speed.prefill, speed.tail, speed.context, speed.prefill_context)
-    )
-    return replace(
-        speed,
-        layer=layer,
-        head=head,
-        row_share=row,
-        prefill=prefill,
-        tail=tail,
-        context=context,
-        prefill_context=later,
-    )
-
-
 def worth_telling(told: StageSpeed | None, now: StageSpeed, age_s: float) -> StageSpeed:
     """What peers are told: the old figures while the new ones are close, so that they do not hear of every
     run; else the new ones with three digits. What was told ``age_s`` seconds ago must have moved the more the later that was."""
     if told is not None and told.measured == now.measured:
-        moved = max(_TOLD, _TOLD_HASTE_S / max(age_s, _TOLD_HASTE_S))
+        moved = max(_TOLD, TOLD_HASTE_S / max(age_s, TOLD_HASTE_S))
         near = (
             abs(told.decode - now.decode) <= moved * now.decode,
             abs(told.prefill - now.prefill) <= moved * now.prefill,
             abs(told.row - now.row) <= 4 * moved * now.row,
             abs(told.decode_p99 - now.decode_p99) <= 4 * moved * now.decode_p99,
-            abs(told.context - now.context) * _FAR <= moved * now.decode,
-            abs(told.prefill_context - now.prefill_context) * _FAR <= moved * now.prefill,
+            abs(told.context - now.context) * FAR <= moved * now.decode,
+            abs(told.prefill_context - now.prefill_context) * FAR <= moved * now.prefill,
             abs(told.weighed - now.weighed) <= moved * now.weighed,
         )
         if all(near):
@@ -241,7 +128,7 @@ def guess(shard: ShardInfo, have: Capabilities) -> StageSpeed:
     decode = shard.weight_bytes / (gb_s * 1e9 * EFFICIENCY) * _US
     prefill = 2 * shard.weight_bytes / (gflop_s * 1e9 * EFFICIENCY) * _US
     context = shard.kv_bytes_per_token / (gb_s * 1e9 * EFFICIENCY) * _US
-    return StageSpeed(decode, decode * _ROW_SHARE, prefill, _GUESSED_TAIL * decode, context=context)
+    return StageSpeed(decode, decode * ROW_SHARE, prefill, GUESSED_TAIL * decode, context=context)
 
 
 class SpeedMeter:
@@ -249,8 +136,11 @@ class SpeedMeter:
     nothing runs, ``hope`` fades into the best that was ever measured here, so that a node that was slow, and
     therefore shunned, is tried again; what tokens are predicted to take does not."""
 
-    def __init__(self, prior: StageSpeed) -> None:
-        self._prior = prior
+    def __init__(self, prior: StageSpeed, ran: bool = False) -> None:
+        """``ran``: ``prior`` is from what ran on this machine, and no guess."""
+        self._prior, self._known = prior, _KNOWN_STEPS if ran else 0
+        self.own: StageSpeed | None = None
+        """The estimate as it was last asked for, from what ran here alone; none until that was enough."""
         # Until enough is seen growth is as it was known: a machine that is slower than its probe is so there, too.
         self._steps = _Growing(prior.context / prior.decode if prior.decode else 0.0, _FIT_STEPS)
         self._chunks = _Growing(prior.prefill_context / prior.prefill if prior.prefill else 0.0, _FIT_CHUNKS)
@@ -278,6 +168,17 @@ class SpeedMeter:
         self._last_s = now_s
         self._chunks.add(begin + positions / 2, us / positions)
 
+    @property
+    def ran(self) -> bool:
+        """Enough for its figures to be its own."""
+        return len(self._steps.runs) + len(self._rows) >= _ENOUGH_STEPS
+
+    def _with_known(self, decode: float) -> float:
+        """What was known fills the window, up to a share, until that is full."""
+        seen = len(self._steps.runs)
+        known = min(self._known, _WINDOW - seen)
+        return (decode * seen + self._prior.decode * known) / (seen + known) if seen else decode
+
     def speed(self, now_s: float) -> StageSpeed:
         """The estimate of now."""
         guessed, steps, chunks = self._best or self._prior, self._steps, self._chunks
@@ -289,16 +190,19 @@ class SpeedMeter:
         grown = 1 + steps.growth * middle
         single, prefill = _mean(steps.runs), self._prefill_us()
         decode = guessed.decode if single is None else single / grown
+        own, decode = decode, self._with_known(decode)
         p99 = _quantile(steps.runs, 99)
         now = StageSpeed(
             decode,
             _or(_mean(self._rows), guessed.row),
             prefill,
             guessed.decode_p99 if p99 is None else p99 - decode * (grown - 1),
-            self._prior.measured or len(steps.runs) + len(self._rows) >= _ENOUGH_STEPS,
+            self._prior.measured or self.ran,
             decode * steps.growth,
             prefill_context=prefill * chunks.growth,
         )
+        if self.ran:
+            self.own = replace(now, decode=own, context=own * steps.growth)
         usual = self._usual()
         typical = decode if usual is None else usual / grown
         enough = len(steps.runs) >= _WINDOW // 4
@@ -346,7 +250,7 @@ class _Growing:
 
     def fit(self) -> None:
         """Move the growth towards the least squares of the window, the less the more noise could have made of it: runs whose
-        places are close together hardly tell. A run does not double within ``_FAR`` positions, whatever noise says."""
+        places are close together hardly tell. A run does not double within ``FAR`` positions, whatever noise says."""
         if self._new < self._enough or max(self.places) - min(self.places) < _FIT_SPREAD:
             return
         self._new = 0
@@ -359,7 +263,7 @@ class _Growing:
             return
         slope = sum((p - mean_p) * (u - mean_u) for p, u in pairs) / spread
         first = mean_u - slope * mean_p
-        found = min(max(0.0, slope / first), 1 / _FAR) if first > 0 else 1 / _FAR
+        found = min(max(0.0, slope / first), 1 / FAR) if first > 0 else 1 / FAR
         # The variance of a slope (as every text on least squares has it), as a share of a run as it was known to begin.
         noise = sum((u - mean_u - slope * (p - mean_p)) ** 2 for p, u in pairs) / len(pairs)
         begins = mean_u / (1 + self.growth * mean_p)

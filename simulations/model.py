@@ -9,7 +9,8 @@ from mesh.errors import InputError
 from mesh.types import Digest, LayerRange, ModelRef, ModelShape, ShardInfo
 from node_agent.lease import ShardKey
 from scheduler.demand import ModelDemand
-from scheduler.speed import EFFICIENCY, LayerSpeed, stage_speed
+from scheduler.layer_speed import LayerSpeed, stage_speed
+from scheduler.speed import EFFICIENCY
 from simulations.compute import ModelledRuntime
 from simulations.scenario import Model, time_ns
 

@@ -20,7 +20,7 @@ from mesh.forms import AUTO, DEFAULT_RUNTIME, choices, fastest
 from mesh.types import Digest
 from node_agent.adapters.fingerprint.cpu import probe_cpu
 from node_agent.adapters.model_store import ModelStore, Progress, new_file, no_progress
-from scheduler.speed import LayerSpeed, probed_layer
+from scheduler.layer_speed import LayerSpeed, probed_layer
 
 log = logging.getLogger(__name__)
 

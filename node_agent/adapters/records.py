@@ -24,7 +24,8 @@ from mesh.types import (
 )
 from protos.gen import agent_pb2 as pb
 from scheduler.cluster import Node, Replica, ReplicaState
-from scheduler.speed import LayerSpeed, StageSpeed
+from scheduler.layer_speed import LayerSpeed
+from scheduler.speed import StageSpeed
 
 _SPEED_MAX_US = 1e9
 _LINKS_MAX = 512
@@ -151,6 +152,7 @@ def _layer_speed_record(speed: LayerSpeed) -> pb.LayerSpeed:
         context=speed.context,
         prefill_context=speed.prefill_context,
         head_known=speed.head_known,
+        run=speed.run,
     )
 
 
@@ -159,9 +161,10 @@ def _read_layer_speeds(record: pb.NodeRecord) -> tuple[LayerSpeed, ...]:
     speeds = []
     for s in record.layer_speeds[:_SPEEDS_MAX]:
         values = (s.layer, s.head, s.row_share, s.prefill, s.tail, s.context, s.prefill_context)
-        if all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and s.layer > 0 and s.prefill > 0:
+        timed = all(isfinite(v) and 0 <= v < _SPEED_MAX_US for v in values) and abs(s.run) < _SPEED_MAX_US
+        if timed and s.layer > 0 and s.prefill > 0:
             model = Digest(s.model_digest.hex())
-            speeds.append(LayerSpeed(model, s.runtime, s.quantization, *values, head_known=s.head_known))
+            speeds.append(LayerSpeed(model, s.runtime, s.quantization, *values, s.head_known, s.run))
     return tuple(speeds)
 
 

@@ -66,10 +66,12 @@ class Replica:
         speed: StageSpeed,
         clock: Clock = time,
         compute: Compute | None = None,
+        ran: bool = False,
     ) -> None:
+        """``speed`` is expected until enough has run; ``ran``: because other cuts did, here."""
         self.runtime, self._clock = runtime, clock
         self.compute = compute or ComputeThread(f"compute {runtime.info.layers}", clock)
-        self._speed, self._told, self._told_s = SpeedMeter(speed), speed, clock.monotonic()
+        self._speed, self._told, self._told_s = SpeedMeter(speed, ran), speed, clock.monotonic()
         # One position of each slot is for rows that nobody reads.
         self.book = StageBook(
             runtime.info,
@@ -100,6 +102,11 @@ class Replica:
         if told is not self._told:
             self._told, self._told_s = told, now
         return self._told
+
+    @property
+    def own_speed(self) -> StageSpeed | None:
+        """What ``speed`` was last found at here and by itself, once enough has run; not rounded."""
+        return self._speed.own
 
     def open(self, order: Open) -> StageSession | Refusal:
         return self.book.open(order, self._clock.monotonic_ns())

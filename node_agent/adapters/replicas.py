@@ -24,7 +24,9 @@ from node_agent.lease import LeaseBook, Promise, ShardKey
 from node_agent.ports import Runtime, ShardSource
 from scheduler.cluster import Replica as ReplicaStatus
 from scheduler.cluster import ReplicaState
-from scheduler.speed import LayerSpeed, StageSpeed, coarse_layer, guess, layer_speed, stage_speed
+from scheduler.layer_speed import LayerSpeed
+from scheduler.layer_times import LayerTimes
+from scheduler.speed import StageSpeed, guess
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ class ReplicaManager:
         self.term: Term | None = None
         """The latest of the schedulers' that wanted something here."""
         self._planned: dict[ShardKey, Term] = {}
-        self._layer_speeds: dict[tuple[str, str, str], LayerSpeed] = {}
+        self._layer_times: dict[tuple[str, str, str], LayerTimes] = {}
 
     def memory_free(self) -> int:
         """Bytes that further shards and their KV memory may take."""
@@ -105,8 +107,8 @@ class ReplicaManager:
         assert held.info is not None
         book = held.replica.book if held.replica else None
         speed = held.replica.speed() if held.replica else None
-        if speed is not None and speed.measured:
-            self._learn(held.info, speed)
+        if held.replica is not None and held.replica.own_speed is not None:
+            self._learn(held.info, held.replica.own_speed)
         return ReplicaStatus(
             held.info,
             held.state,
@@ -124,21 +126,25 @@ class ReplicaManager:
 
     def _learn(self, info: ShardInfo, speed: StageSpeed) -> None:
         key = (info.model.ref.digest, info.runtime, info.quantization)
-        self._layer_speeds[key] = layer_speed(info, speed, self._layer_speeds.get(key))
+        self._layer_times.setdefault(key, LayerTimes()).add(info, speed, self._clock.monotonic())
 
-    def _expected(self, info: ShardInfo) -> StageSpeed:
-        """Until it has run: by other cuts of the model that ran here, else by the machine's probe."""
-        known = self._layer_speeds.get((info.model.ref.digest, info.runtime, info.quantization))
-        return stage_speed(info, known) if known else guess(info, self.capabilities())
+    def _expected(self, info: ShardInfo) -> tuple[StageSpeed, bool]:
+        """Until it has run: by it or other cuts of the model that ran here before, else by the machine's probe; and whether
+        something ran."""
+        times = self._layer_times.get((info.model.ref.digest, info.runtime, info.quantization))
+        expected = times.stage(info) if times else None
+        return expected or guess(info, self.capabilities()), times is not None and times.ran
 
     def layer_speeds(self) -> tuple[LayerSpeed, ...]:
         """What was measured here of each model, loaded or not."""
-        return tuple(coarse_layer(s) for _, s in sorted(self._layer_speeds.items()))
+        now = self._clock.monotonic()
+        speeds = (times.told(now) for _, times in sorted(self._layer_times.items(), key=lambda i: i[0]))
+        return tuple(s for s in speeds if s is not None)
 
     def expect(self, probed: Iterable[LayerSpeed]) -> None:
         """What forms of models were measured to take here before any of them ran."""
         for speed in probed:
-            self._layer_speeds.setdefault((speed.model, speed.runtime, speed.quantization), speed)
+            self._layer_times.setdefault((speed.model, speed.runtime, speed.quantization), LayerTimes(speed))
 
     async def hold(
         self, key: ShardKey, holder: str, promise: Promise | None = None
@@ -244,9 +250,11 @@ class ReplicaManager:
             self._tell(held)
 
     def _serve(self, held: _Held, info: ShardInfo, runtime: Runtime, kv_budget: int) -> None:
-        host, speed = self._host, self._expected(info)
+        host, (speed, ran) = self._host, self._expected(info)
         compute = self._compute(runtime) if self._compute else None
-        held.replica = Replica(runtime, kv_budget, host.forward, host.failed, speed, self._clock, compute)
+        held.replica = Replica(
+            runtime, kv_budget, host.forward, host.failed, speed, self._clock, compute, ran
+        )
         host.replicas[info.digest] = held.replica
         host.metrics[info.digest] = StageMetrics(self._metrics, info)
         self._committed_bytes += info.weight_bytes + kv_budget

@@ -536,6 +536,7 @@ class LayerSpeed(google.protobuf.message.Message):
     CONTEXT_FIELD_NUMBER: builtins.int
     HEAD_KNOWN_FIELD_NUMBER: builtins.int
     PREFILL_CONTEXT_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
     model_digest: builtins.bytes
     runtime: builtins.str
     quantization: builtins.str
@@ -554,6 +555,8 @@ class LayerSpeed(google.protobuf.message.Message):
     """head was measured apart from the layers"""
     prefill_context: builtins.float
     """a layer's position of a chunk, more for each position before it"""
+    run: builtins.float
+    """of each step, beside layers and head; below zero where an idle processor has time to spare"""
     def __init__(
         self,
         *,
@@ -568,8 +571,9 @@ class LayerSpeed(google.protobuf.message.Message):
         context: builtins.float = ...,
         head_known: builtins.bool = ...,
         prefill_context: builtins.float = ...,
+        run: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "head_known", b"head_known", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "prefill_context", b"prefill_context", "quantization", b"quantization", "row_share", b"row_share", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "head", b"head", "head_known", b"head_known", "layer", b"layer", "model_digest", b"model_digest", "prefill", b"prefill", "prefill_context", b"prefill_context", "quantization", b"quantization", "row_share", b"row_share", "run", b"run", "runtime", b"runtime", "tail", b"tail"]) -> None: ...
 
 Global___LayerSpeed: typing_extensions.TypeAlias = LayerSpeed
 

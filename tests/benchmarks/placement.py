@@ -28,10 +28,10 @@ from scheduler.copy_search import CopySearch
 from scheduler.cost import STAGE_US
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import hosts_of
+from scheduler.layer_speed import LayerSpeed
 from scheduler.placement import place
 from scheduler.plan import Plan
 from scheduler.policy import ModelPolicy
-from scheduler.speed import LayerSpeed
 from tests.benchmarks.baselines import Machines, edgeshard, petals, proportional, published
 from tests.benchmarks.common import arguments, finish
 from tests.builders import cluster, node

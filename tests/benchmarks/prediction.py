@@ -282,12 +282,13 @@ def _alike(one: Named, other: Named) -> bool:
 
 
 async def _settled(mesh: Mesh, demand: ModelDemand, policy: ModelPolicy) -> ClusterSnapshot:
-    """What a mesh knows that has served for a while: every node has hosted half of the model, first and last, and the plan was
-    made again with what its own placement was measured at, until it stood. A few layers would tell less: in short steps nodes
-    of 0.3 and of 0.6 of a core look alike."""
+    """What a mesh knows that has served for a while: every node has hosted half of the model, first and last, then a third
+    and two thirds of it, and the plan was made again with what its own placement was measured at, until it stood. A few layers
+    would tell less: in short steps nodes of 0.3 and of 0.6 of a core look alike."""
     one, two, three, four = (a.node for a in mesh.agents)
-    for first, last in ((one, two), (three, four), (two, one), (four, three)):
-        await _tried(mesh, [(first, 0, LAYERS // 2), (last, LAYERS // 2, LAYERS)])
+    for cut in (LAYERS // 2, LAYERS // 3):
+        for first, last in ((one, two), (three, four), (two, one), (four, three)):
+            await _tried(mesh, [(first, 0, cut), (last, cut, LAYERS)])
     await asyncio.sleep(LINKS_TOLD_S)
     tried: list[Named] = []
     while True:

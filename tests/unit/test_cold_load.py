@@ -16,8 +16,8 @@ from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.lease import Promise, ShardKey
 from scheduler.cluster import Node, ReplicaState
 from scheduler.cold_load import SESSIONS, cold_loads, served_beside
+from scheduler.layer_speed import LayerSpeed
 from scheduler.policy import ClassPolicy, Policy
-from scheduler.speed import LayerSpeed
 from tests.builders import ADDRESS, OWNER, cluster, node, order, route, shard
 
 LOST = shard(2, 4)

@@ -10,8 +10,8 @@ import pytest
 from mesh.types import Term
 from scheduler.cluster import ClusterSnapshot, Node
 from scheduler.form_choice import chosen_form
+from scheduler.layer_speed import LayerSpeed, probed_layer
 from scheduler.policy import ModelPolicy
-from scheduler.speed import LayerSpeed, probed_layer
 from tests.builders import SHAPE, cluster, node, shard
 
 ANY = ModelPolicy()

@@ -19,10 +19,10 @@ from scheduler.chain import ChainProblem, solve, solve_exact, solve_heuristic
 from scheduler.cluster import ClusterSnapshot, Node, NodeForgotten, NodeJudged
 from scheduler.demand import ModelDemand
 from scheduler.feasibility import hosts_of
+from scheduler.layer_speed import LayerSpeed
 from scheduler.placement import place
 from scheduler.plan import Infeasible, Plan
 from scheduler.policy import ModelPolicy
-from scheduler.speed import LayerSpeed
 from tests.benchmarks.baselines import published
 from tests.benchmarks.placement import exhaustive, random_mesh, realistic_mesh
 from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
@@ -300,6 +300,35 @@ def test_large_meshes_carry_a_bound() -> None:
     plan = planned(cluster(*nodes))
     assert 0 < plan.bound <= plan.cost
     assert len(plan.idle) == 60 - len({s.node for s in plan.stages})
+
+
+def with_run(n: Node, run: float) -> Node:
+    return replace(n, layer_speeds=(replace(n.layer_speeds[0], run=run),))
+
+
+def test_what_each_run_takes_beside_its_layers_decides_how_many_stages_there_are() -> None:
+    """A saving of each run is worth a hop; a price is none."""
+    nodes = [host(f"n{i}", layer_us=3000.0) for i in range(3)]
+    stages = [
+        [str(s.layers) for s in planned(cluster(*(with_run(n, run) for n in nodes))).stages]
+        for run in (-4500.0, 0.0, 4500.0)
+    ]
+    assert list(map(len, stages)) == [3, 1, 1]
+    saved, plain, paid = (
+        planned(cluster(*(with_run(n, run) for n in nodes[:1]))) for run in (-4500.0, 0.0, 4500.0)
+    )
+    assert plain.tpot_us - saved.tpot_us == pytest.approx(4500)
+    assert paid.tpot_us - plain.tpot_us == pytest.approx(4500)
+
+
+@pytest.mark.parametrize("run", [-900.0, -150.0, 400.0])
+def test_bounds_of_large_meshes_hold_with_what_runs_take(run: float) -> None:
+    nodes = [with_run(host(f"n{i:02}", layer_us=200.0 + 10 * i), run * (1 + i % 3)) for i in range(40)]
+    here = replace(ONE, ingress=("node=n00",))
+    plan, few = planned(cluster(*nodes), here), planned(cluster(*nodes[:8]), here)
+    assert few.bound == pytest.approx(few.cost)
+    assert plan.bound <= few.cost * (1 + 1e-9)
+    assert plan.bound <= plan.cost <= few.cost * (1 + 1e-9)
 
 
 def test_solve_is_exact_on_small_meshes() -> None:

@@ -33,10 +33,11 @@ from scheduler.cost import (
     way_us,
     ways_us,
 )
+from scheduler.layer_speed import LayerSpeed
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
 from scheduler.routing import Kept, Router, RouteRequest, find_route, group_of, mixed, troubled
-from scheduler.speed import LayerSpeed, SpeedMeter, StageSpeed, guess, worth_telling
+from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
 
 HERE = NodeId("a")
@@ -232,7 +233,9 @@ def test_nonsense_from_the_network_steers_nothing() -> None:
 def test_records_carry_speeds_links_and_places() -> None:
     made = linked(at_speed(node("b", shard()), 1), x=link(3, 50, 0.25))
     made = replace(made, coordinate=Coordinate((0.5, 0.25, 0.0, 0.0), 0.125, 0.0, 0.5))
-    told = LayerSpeed(SHAPE.ref.digest, "onnx", "int8", 512.0, 2048.0, 0.25, 64.0, 2.0, head_known=True)
+    told = LayerSpeed(
+        SHAPE.ref.digest, "onnx", "int8", 512.0, 2048.0, 0.25, 64.0, 2.0, head_known=True, run=-96.0
+    )
     made = replace(made, layer_speeds=(told,))
     back = read_node(node_record(made, "c"))
     assert back.replicas[0].speed == made.replicas[0].speed
