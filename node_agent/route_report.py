@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh.types import LayeredRoute, NodeId
-from scheduler.routing import RoutePlan
+from scheduler.route import RoutePlan
 
 
 def route_report(plan: RoutePlan, names: Mapping[NodeId, str]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def probed_layer(
 
 
 def coarse_layer(speed: LayerSpeed) -> LayerSpeed:
-    """Three digits of the two that plans are made with, one less of the others, as ``coarse``."""
+    """Three digits of the two that plans are made with, one less of the others."""
     layer, head = float(f"{speed.layer:.3g}"), float(f"{speed.head:.3g}")
     row, prefill, tail, context, later, run = (
         float(f"{v:.2g}")

@@ -57,7 +57,7 @@ class _Cut:
             spells, since_s = (decode, *self.spells[1:]), self.since_s
         return _Cut(self.layers, self.last, spells, decode, now_s, since_s)
 
-    def times(self, moved: float) -> _Cut:
+    def scaled(self, moved: float) -> _Cut:
         return replace(self, spells=tuple(s * moved for s in self.spells))
 
 
@@ -91,7 +91,7 @@ class LayerTimes:
             cut = before.measured(speed.decode, now_s)
             moved = cut.decode / before.decode if len(cut.spells) > 1 else 1.0
         others = (
-            c if now_s - c.at_s < _TOGETHER_S else c.times(moved) for c in self._cuts if c is not before
+            c if now_s - c.at_s < _TOGETHER_S else c.scaled(moved) for c in self._cuts if c is not before
         )
         self._cuts = (cut, *islice(others, _CUTS - 1))
 
@@ -119,7 +119,7 @@ class LayerTimes:
     def told(self, now_s: float) -> LayerSpeed | None:
         """What peers are told: with few digits, and the old figures while the new ones are close."""
         known = self.speed()
-        if known is not None and known is not self._told and not self._near(known, now_s):
+        if known is not None and not self._near(known, now_s):
             self._told, self._told_s = coarse_layer(known), now_s
         return self._told
 

@@ -35,7 +35,7 @@ from node_agent.hysteresis import links_worth_telling, memory_worth_telling, pla
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime
 from scheduler.cluster import Node, NodeSeen
-from scheduler.routing import Group
+from scheduler.route import Group
 from simulations.checks import TermChecks
 from simulations.compute import ModelledCompute, ModelledRuntime
 from simulations.consul import SimConsul

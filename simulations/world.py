@@ -19,7 +19,7 @@ from zlib import crc32
 from mesh.errors import MeshError, PeerError, RequestError, Unavailable
 from mesh.types import Address, ModelShape, SessionId
 from node_agent.adapters.session_driver import SessionHandle
-from scheduler.routing import Group
+from scheduler.route import Group
 from simulations import consul, nomad
 from simulations.checks import TermChecks, check_end, check_node
 from simulations.compute import expected

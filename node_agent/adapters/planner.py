@@ -17,7 +17,8 @@ from node_agent.route_report import route_report
 from scheduler.cluster import ClusterSnapshot
 from scheduler.cost import Percentile
 from scheduler.policy import ClassPolicy, Policy
-from scheduler.routing import Group, Kept, RoutePlan, Router, RouteRequest, models_served, standbys_for
+from scheduler.route import Group, Kept, RoutePlan, RouteRequest
+from scheduler.routing import Router, models_served, standbys_for
 
 _TOKENS_EXPECTED = 256
 """Of an answer whose length nobody limited."""

@@ -46,7 +46,8 @@ from node_agent.ports import TokenLog
 from node_agent.prefixes import KeptSession, PrefixBook
 from node_agent.trace import SessionTrace
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.routing import RoutePlan, mixed, troubled
+from scheduler.route import RoutePlan
+from scheduler.routing import mixed, troubled
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import msgspec
 from mesh.errors import RequestError
 from mesh.types import Sampling, Token
 from node_agent.ingress.schema import Generation
-from scheduler.routing import Group
+from scheduler.route import Group
 
 _ID = re.compile(r"(?:chatcmpl-|cmpl-)?([0-9a-f]{32})(?::(\d{1,9}))?")
 

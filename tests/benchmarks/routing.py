@@ -15,7 +15,8 @@ from mesh.coordinates import Coordinate
 from mesh.links import LinkEstimate
 from mesh.types import Digest, LayerRange, ModelRef, ModelShape, NodeId, ShardInfo
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.routing import Router, RouteRequest
+from scheduler.route import RouteRequest
+from scheduler.routing import Router
 from scheduler.speed import StageSpeed
 from tests.benchmarks.common import arguments, finish
 from tests.builders import cluster, node

@@ -36,7 +36,8 @@ from scheduler.cost import (
 from scheduler.layer_speed import LayerSpeed
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
-from scheduler.routing import Kept, Router, RouteRequest, find_route, group_of, mixed, troubled
+from scheduler.route import Kept, RouteRequest, group_of
+from scheduler.routing import Router, find_route, mixed, troubled
 from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
 

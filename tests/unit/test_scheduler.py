@@ -15,7 +15,8 @@ from mesh.types import Digest, LayerRange, ModelRef, NodeId
 from scheduler.cluster import ClusterSnapshot, NodeForgotten, NodeJudged, NodeSeen, ReplicaState
 from scheduler.demand import ModelDemand
 from scheduler.even_split import DoesNotFit, EvenSplit, NodeRoom, split_evenly
-from scheduler.routing import RouteRequest, find_route, missing_layers
+from scheduler.route import RouteRequest
+from scheduler.routing import find_route, missing_layers
 from tests.builders import SHAPE, cluster, node, shard
 
 ASK = RouteRequest("tiny", NodeId("a"))

@@ -23,7 +23,7 @@ from node_agent.adapters.replica import BRIEF_MAX_NS, Replica
 from node_agent.adapters.session_driver import CLIENT_BEHIND_MAX, SessionDriver, SessionHandle
 from node_agent.adapters.stage_host import StageHost
 from scheduler.cluster import ClusterSnapshot
-from scheduler.routing import RoutePlan
+from scheduler.route import RoutePlan
 from scheduler.speed import StageSpeed
 from tests.builders import ADDRESS, OWNER, cluster, node, order, shard
 
