@@ -35,13 +35,13 @@ _LEAST_LAYER = 0.4
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A number of layers, with the head or without, and what it took in each spell, the latest first. ``told`` is what it was
+    """A number of layers, with the head or without, and what it took in each spell, the latest first. ``last_us`` is what it was
     measured at ``at_s``, in a spell that began at ``since_s``."""
 
     layers: int
     last: bool
     spells: tuple[float, ...]
-    told: float
+    last_us: float
     at_s: float
     since_s: float
 
@@ -78,15 +78,15 @@ class LayerTimes:
     def add(self, shard: ShardInfo, speed: StageSpeed, now_s: float) -> None:
         """A replica's measured ``speed``. A cut that takes another time than in an earlier spell says the same of those that
         were not measured since: what they are to each other is what is kept."""
-        kind = (len(shard.layers), shard.last)
-        before = next((c for c in self._cuts if (c.layers, c.last) == kind), None)
         if self._latest == (shard, speed):
             return
         self._latest, self._known = (shard, speed), None
-        if before is not None and before.told == speed.decode:
+        before = self._like(shard)
+        if before is not None and before.last_us == speed.decode:
             return
         if before is None:
-            cut, moved = _Cut(*kind, (speed.decode,), speed.decode, now_s, now_s), 1.0
+            cut = _Cut(len(shard.layers), shard.last, (speed.decode,), speed.decode, now_s, now_s)
+            moved = 1.0
         else:
             cut = before.measured(speed.decode, now_s)
             moved = cut.decode / before.decode if len(cut.spells) > 1 else 1.0
@@ -111,10 +111,11 @@ class LayerTimes:
         known = self.speed()
         if known is None:
             return None
-        expected = stage_speed(shard, known)
-        kind = (len(shard.layers), shard.last)
-        before = next((c.decode for c in self._cuts if (c.layers, c.last) == kind), expected.decode)
-        return replace(expected, decode=before)
+        expected, before = stage_speed(shard, known), self._like(shard)
+        return expected if before is None else replace(expected, decode=before.decode)
+
+    def _like(self, shard: ShardInfo) -> _Cut | None:
+        return next((c for c in self._cuts if (c.layers, c.last) == (len(shard.layers), shard.last)), None)
 
     def told(self, now_s: float) -> LayerSpeed | None:
         """What peers are told: with few digits, and the old figures while the new ones are close."""
