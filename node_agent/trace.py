@@ -50,6 +50,8 @@ class SessionTrace:
     predicted_ttft_ms: float = 0.0
     predicted_tpot_ms: float = 0.0
     """What the route's cost model said before the request ran; 0 if it was not asked."""
+    predicted_ways_us: float = 0.0
+    """Of that, what links take for a token."""
     ingress_hop_us: int = 0
     first_ns: int = 0
     last_ns: int = 0
@@ -124,6 +126,13 @@ class SessionTrace:
     def tpot_ms(self) -> float:
         """Mean time per output token after the first, milliseconds."""
         return (self.last_ns - self.first_ns) / 1e6 / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    @property
+    def left_us(self) -> float:
+        """Of a token's time, what was neither computation nor waiting for others' steps nor predicted of links; of a session
+        that stayed on one route."""
+        known = sum(s.compute_us + s.queue_us for s in self.stages)
+        return self.tpot_ms * 1000 - known / max(1, self.tokens - 1) - self.predicted_ways_us
 
     def prediction_errors(self) -> dict[str, float]:
         """Relative errors of the predictions, by name; of those that were made and came to be."""

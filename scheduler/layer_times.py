@@ -21,6 +21,10 @@ _TOGETHER_S = 10.0
 _SPELL_S, _SPELLS = 30.0, 4
 """A cut's time is the mean of so many spells of work, each at most so long: a machine that is shared is a tenth slower in one than
 in the next."""
+_OTHERWISE = 1.5
+"""A cut that takes so many times what it took, or so much less, runs on a machine that works otherwise than it did (another
+power mode, somebody else's work): others take as much longer. Less than that is a wobble of a shared machine, which others do not
+inherit: after eight cuts had, each was off by more than it wobbles itself."""
 _TOLD = 0.01
 """Share by which a figure must move before peers hear of it, however long ago they did: plans are chosen by less than a
 twentieth."""
@@ -57,6 +61,11 @@ class _Cut:
             spells, since_s = (decode, *self.spells[1:]), self.since_s
         return _Cut(self.layers, self.last, spells, decode, now_s, since_s)
 
+    def moved(self, decode: float) -> float:
+        """How many times what it took it takes now; 1 where that is a wobble."""
+        moved = decode / self.decode
+        return moved if max(moved, 1 / moved) > _OTHERWISE else 1.0
+
     def scaled(self, moved: float) -> _Cut:
         return replace(self, spells=tuple(s * moved for s in self.spells))
 
@@ -76,8 +85,8 @@ class LayerTimes:
         self._latest: tuple[ShardInfo, StageSpeed] | None = None
 
     def add(self, shard: ShardInfo, speed: StageSpeed, now_s: float) -> None:
-        """A replica's measured ``speed``. A cut that takes another time than in an earlier spell says the same of those that
-        were not measured since: what they are to each other is what is kept."""
+        """A replica's measured ``speed``. A machine that works otherwise than it did does so for cuts that were not measured
+        since: what they are to each other is what is kept."""
         if self._latest == (shard, speed):
             return
         self._latest, self._known = (shard, speed), None
@@ -88,8 +97,8 @@ class LayerTimes:
             cut = _Cut(len(shard.layers), shard.last, (speed.decode,), speed.decode, now_s, now_s)
             moved = 1.0
         else:
-            cut = before.measured(speed.decode, now_s)
-            moved = cut.decode / before.decode if len(cut.spells) > 1 else 1.0
+            moved = before.moved(speed.decode)
+            cut = before.scaled(moved).measured(speed.decode, now_s)
         others = (
             c if now_s - c.at_s < _TOGETHER_S else c.scaled(moved) for c in self._cuts if c is not before
         )

@@ -92,3 +92,8 @@ class RoutePlan:
     def tpot_us(self) -> float:
         """Predicted time per output token."""
         return sum(t.time for t in self.terms) + self.home_us
+
+    @property
+    def ways_us(self) -> float:
+        """Of that, what links take."""
+        return sum(t.hop + t.transfer for t in self.terms) + self.home_us

@@ -28,6 +28,7 @@ from scheduler.cost import (
     way_us,
     ways_us,
 )
+from scheduler.learning import Learned
 from scheduler.policy import price_us
 from scheduler.route import RoutePlan, RouteRequest, group_of
 from scheduler.speed import StageSpeed
@@ -109,6 +110,7 @@ class Graph:
         self._edges = np.concatenate(ways, axis=1) if ways else np.empty((2, 0), dtype=np.float32)
         self._outward = self._ingress_ways(ingress, outward=True)
         self._home = self._ingress_ways(ingress, outward=False)
+        self._known: tuple[Learned, Floats] | None = None
         self._first = np.array(self._starts[0]) if 0 in self._starts else None
         self._last = np.array(self._ends[self._layers]) if self._layers in self._ends else None
 
@@ -154,12 +156,20 @@ class Graph:
         load: Floats = np.maximum(0, self._sessions - told) + own
         return load
 
+    def _beside(self, learned: Learned) -> Floats:
+        """What a stage at each replica takes beside its computation; looked up once for what was learned."""
+        if self._known is None or self._known[0] is not learned:
+            self._known = learned, np.array([learned.stage_of(node.id) for node, _ in self.held])
+        return self._known[1]
+
     def prices(self, request: RouteRequest) -> Prices:
         """The request's costs."""
         load, learned = self._load(request), request.learned
         # A session that lost a stage tries nobody out: each stage that it leaves without need is replayed, too.
         decode = self._measured if request.holding else self._decode
-        step = learned.stage_us + decode + self._context * request.position + self._row * load + self._tail
+        step = (
+            self._beside(learned) + decode + self._context * request.position + self._row * load + self._tail
+        )
         queue = BUSY_WAIT * (decode + self._row * (load - 1)) * (load > 0)
         risk = self._hazard * (learned.recovery_us / 1e6) * step
         chunked = request.prompt - request.steps
@@ -258,19 +268,20 @@ class Graph:
         ends = [learned.start_us] * len(chunks)
         for place, i in enumerate(path):
             node, speed, sessions = self.held[i][0], self._speeds[i], int(load[i])
+            beside = learned.stage_of(node.id)
             if place == 0:
                 latency, transfer = float(self._outward[i]), 0.0
             else:
                 before = self.held[path[place - 1]][0]
                 latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
-            compute = compute_us(speed, sessions, self._percentile, learned.stage_us, request.position)
+            compute = compute_us(speed, sessions, self._percentile, beside, request.position)
             risk = float(self._hazard[i]) * learned.recovery_us / 1e6 * compute
             queue, price = queue_us(speed, sessions), float(self._price[i])
             terms.append(Terms(compute, queue, latency, transfer, risk, price))
             done = 0.0
             for k, (positions, begin) in enumerate(chunks):
                 came = ends[k] + latency + transfer * positions
-                ends[k] = done = max(done, came) + learned.stage_us + speed.chunk(positions, begin)
+                ends[k] = done = max(done, came) + beside + speed.chunk(positions, begin)
         home = float(self._home[path[-1]])
         ttft = ends[-1] + home
         groups = {group_of(self.held[i][1].shard) for i in path}

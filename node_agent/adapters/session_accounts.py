@@ -79,8 +79,8 @@ class SessionAccounts:
             if trace.comparable:
                 self.learner.ended(
                     trace.learned,
-                    len(trace.route.stages),
-                    (trace.tpot_ms - trace.predicted_tpot_ms) * 1000,
+                    [stage.node for stage in trace.route.stages],
+                    trace.left_us,
                     (trace.ttft_ms - trace.predicted_ttft_ms) * 1000,
                 )
         extra = {

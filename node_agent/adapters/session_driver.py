@@ -179,6 +179,7 @@ class SessionDriver:
             now,
             plan.ttft_us / 1000,
             plan.tpot_us / 1000,
+            plan.ways_us,
             mixed=mixed(plan.group),
             learned=self.learner.learned,
         )

@@ -87,6 +87,17 @@ def test_cuts_that_were_not_measured_since_slow_down_with_the_one_that_was() -> 
         assert after.head / before.head == pytest.approx(last / 13_000, rel=0.01)
 
 
+def test_a_wobble_of_one_cut_is_not_inherited_by_others() -> None:
+    """Each of forty spells of one cut is a tenth off: what another took is known as it was."""
+    wobbling = [(22, 30, 13_000 * (0.9 if i % 3 else 1.1)) for i in range(40)]
+    times = LayerTimes()
+    for i, (start, end, decode) in enumerate([(0, 8, 8_000.0), *wobbling]):
+        times.add(shard(start, end), steps(decode), i * 31.0)
+    expected = times.stage(shard(0, 8))
+    assert expected is not None
+    assert expected.decode == 8_000
+
+
 def test_cuts_that_are_measured_together_keep_their_own_figures() -> None:
     """Two shards at work on one node tell in turn."""
     cuts = [(0, 8, 8 * 1000.0), (22, 30, 13_000.0)] * 3 + [(0, 8, 8 * 900.0), (22, 30, 14_200.0)]

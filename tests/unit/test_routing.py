@@ -619,16 +619,33 @@ def test_trouble_of_a_running_route() -> None:
 
 def test_an_ingress_learns_what_stages_and_recoveries_take() -> None:
     learner = Learner()
+    a, b, c = map(NodeId, "abc")
     for _ in range(5):
-        learner.ended(learner.learned, stages=2, tpot_off_us=600.0, ttft_off_us=4000.0)
-    assert learner.learned.stage_us > 500
+        learner.ended(learner.learned, [a, b], left_us=1200.0, ttft_off_us=4000.0)
+    assert learner.learned.stage_us == learner.learned.stage_of(a) == learner.learned.stage_of(c) == 600
     assert learner.learned.start_us >= 4000
     learner.recovered(80_000.0)
     assert learner.learned.recovery_us == 80_000
     odd = Learner()
     for _ in range(5):
-        odd.ended(odd.learned, stages=1, tpot_off_us=-1e9, ttft_off_us=0)
-    assert odd.learned.stage_us == 0
+        odd.ended(odd.learned, [a], left_us=-1e9, ttft_off_us=0)
+    assert odd.learned.stage_us == odd.learned.stage_of(a) == 0
+
+
+def test_an_ingress_learns_whose_stages_take_longer_beside_computing() -> None:
+    learner, took = Learner(), {NodeId("a"): 500.0, NodeId("b"): 900.0, NodeId("c"): 5000.0}
+    for i in range(60):
+        nodes = [list(took)[i % 3], list(took)[(i + 1) % 3]]
+        learner.ended(learner.learned, nodes, sum(took[n] for n in nodes), 0.0)
+    for name, us in took.items():
+        assert learner.learned.stage_of(name) == pytest.approx(us, abs=150)
+    a, b, c = (
+        at_speed(node(n, shard(*layers)), 5) for n, layers in (("a", (0, 3)), ("b", (3, 6)), ("c", (3, 6)))
+    )
+    alike = linked(a, b=link(1.1), c=link(1))
+    assert chosen(cluster(alike, b, c)) == ["a", "c"]
+    plan = find_route(cluster(alike, b, c), RouteRequest("tiny", HERE, learned=learner.learned))
+    assert [s.node for s in plan.stages] == ["a", "b"]
 
 
 def mixed_cluster() -> ClusterSnapshot:
