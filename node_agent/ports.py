@@ -184,8 +184,9 @@ class TokenLog(Protocol):
         """A session, or a later epoch of one; tokens that are there stay."""
         ...
 
-    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
-        """Keep tokens at their positions; returns when a killed process would not lose them."""
+    def append(self, session: SessionId, tokens: Sequence[Token], copy: bool = False) -> None:
+        """Keep tokens at their positions; returns when a killed process would not lose them, nor a power cut where the log
+        is to survive one. Of a ``copy``, whose owner has them too, a power cut may take the last moment."""
         ...
 
     def read(self, session: SessionId) -> LoggedSession | None:

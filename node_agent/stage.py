@@ -9,6 +9,8 @@ runtime does next:
   nothing to do computes a row that nobody reads.
 - A prefill chunk runs alone and yields to decode steps (rule R8), but not for ever: after
   ``DECODES_PER_PREFILL`` batches a waiting chunk gets its turn.
+- A chunk that is replayed goes first: its reader waits for a token that was due, the others' for one that is not yet.
+  After ``REPLAYS_PER_DECODE`` of them a waiting batch gets its turn.
 - The first stage gathers: it lets decode frames wait a little for those of other sessions, until
   as many bunches travel the route as it has machines. More would share no weights, fewer would
   leave machines idle; stages on one machine (or one alone) do best with a single bunch. Later
@@ -27,6 +29,8 @@ from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
+REPLAYS_PER_DECODE = 16
+"""Chunks, a thousand positions as ingresses cut them: what a whole conversation takes."""
 STANDBY_WINDOW = 512
 """Frames that a standby may be behind: nobody waits for its acknowledgements."""
 NOTHING_ONWARD = 1 << 30
@@ -87,6 +91,12 @@ class StageSession:
         """Whether the next stage has what the next frame gives, so that it is sent nothing."""
         return self.queue[0].position + self.queue[0].length <= self.onward
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the next frame is of a session that stands still: positions from before its last token."""
+        frame = self.queue[0]
+        return frame.length > 1 and bool(self.order.generated) and not frame.drafts and not self.order.standby
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -139,6 +149,7 @@ class StageBook:
         self.draining = False
         self._slots: list[StageSession | None] = [None] * slots
         self._decodes_since_prefill = 0
+        self._replays_since_decode = 0
         self._cycle_ns = 0
         """Smoothed time between a session's decode steps."""
         self.gathering_until: int | None = None
@@ -353,24 +364,16 @@ class StageBook:
     def next_run(self, now: int) -> Run | None:
         """What to compute now; the sessions in it are marked running."""
         decodes: list[StageSession] = []
-        prefill: StageSession | None = None
+        chunks: list[StageSession] = []
         self.gathering_until = None
         for session in self.sessions.values():
-            if not session.runnable:
-                continue
-            frame = session.queue[0]
-            if frame.length == 1:
-                decodes.append(session)
-            elif prefill is None or frame.arrived_ns < prefill.queue[0].arrived_ns:
-                prefill = session
-        turn = self._decodes_since_prefill >= DECODES_PER_PREFILL
-        if prefill is not None and (not decodes or turn):
-            self._decodes_since_prefill = 0
-            frame = prefill.queue.popleft()
-            prefill.running = True
-            return Run(prefill.slot, ((prefill, frame),), (frame.position,))
+            if session.runnable:
+                (decodes if session.queue[0].length == 1 else chunks).append(session)
+        if chunks and (chunk := self._chunk(chunks, bool(decodes))) is not None:
+            return chunk
         if not decodes:
             return None
+        self._replays_since_decode = 0
         able = [s for s in decodes if self._batch_exact or not s.order.exact]
         waits = self.shard.first and self._batch_max > 1 and len(able) == len(decodes)
         if waits and (until := self._gather(decodes, now)) is not None:
@@ -383,6 +386,18 @@ class StageBook:
         for session in chosen:
             self._stepped(session, now)
         return self._batch(chosen)
+
+    def _chunk(self, chunks: list[StageSession], decodes: bool) -> Run | None:
+        """The chunk that goes now, ahead of ``decodes`` that wait or because none do; ``None`` if they go first."""
+        session = min(chunks, key=lambda s: (not s.replayed, s.queue[0].arrived_ns))
+        first = session.replayed and self._replays_since_decode < REPLAYS_PER_DECODE
+        if decodes and not first and self._decodes_since_prefill < DECODES_PER_PREFILL:
+            return None
+        self._decodes_since_prefill = 0
+        self._replays_since_decode += session.replayed
+        frame = session.queue.popleft()
+        session.running = True
+        return Run(session.slot, ((session, frame),), (frame.position,))
 
     def _gather(self, ready: list[StageSession], now: int) -> int | None:
         """Until when the ready frames should wait for more; ``None`` when they should go."""

@@ -49,6 +49,6 @@ class TokenCopies:
             if request:
                 self._log.begin(session, prompt, expires_ms / 1000, epoch, request, route)
             if tokens:
-                self._log.append(session, tokens)
+                self._log.append(session, tokens, copy=True)
         except OSError as error:
             log.error("a copy of a session's tokens cannot be kept: %s", error, extra={"session": session})

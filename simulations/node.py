@@ -65,8 +65,8 @@ class SimTokenLog(MemoryTokenLog):
         super().__init__()
         self.wrote: Callable[[], None] = lambda: None
 
-    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
-        super().append(session, tokens)
+    def append(self, session: SessionId, tokens: Sequence[Token], copy: bool = False) -> None:
+        super().append(session, tokens, copy)
         self.wrote()
 
 

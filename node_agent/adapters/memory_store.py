@@ -38,7 +38,7 @@ class MemoryTokenLog:
         tokens = known.tokens if known else {}
         self._sessions[session] = _Kept(tuple(prompt), expires_at, epoch, request, route, tokens)
 
-    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
+    def append(self, session: SessionId, tokens: Sequence[Token], copy: bool = False) -> None:
         if session in self._sessions:
             self._sessions[session].tokens.update((t.position, t) for t in tokens)
 

@@ -9,7 +9,9 @@ position (big-endian) holds one token.
 
 from __future__ import annotations
 
+import logging
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +25,14 @@ from mesh.errors import ConfigError
 from mesh.types import Epoch, LayeredRoute, NodeId, SessionId, Token
 from node_agent.ports import NO_EPOCH, LoggedSession
 
+log = logging.getLogger(__name__)
+
 _TOKEN = struct.Struct("<If")
 _POSITION = struct.Struct(">I")
 _WRITE_BUFFER = 4 << 20
 _LOG_FILES_KEPT = 2
+COPIES_SYNCED_EVERY_S = 0.05
+"""As hop logs are."""
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
@@ -53,7 +59,8 @@ class RocksTokenLog:
     """``node_agent.ports.TokenLog`` on disk."""
 
     def __init__(self, folder: Path, sync: bool = False) -> None:
-        """With ``sync`` a token is past the disk's cache before it is shown: power may fail then."""
+        """With ``sync`` a token is past the disk's cache before it is shown: power may fail then. Copies get there within
+        ``COPIES_SYNCED_EVERY_S``: whoever has them sampled waits for one disk, the owner's, and not for two."""
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(_WRITE_BUFFER)
@@ -66,6 +73,7 @@ class RocksTokenLog:
             self._how = WriteOptions()
             self._how.sync = sync
             self._db.set_write_options(self._how)
+            self._quick = WriteOptions()
         except Exception as error:  # rocksdict's own kind
             if "lock" in str(error).lower():
                 raise ConfigError(
@@ -74,6 +82,21 @@ class RocksTokenLog:
             raise ConfigError(
                 f"the token log {folder} cannot be opened: {error}; move it away to start with an empty one"
             ) from error
+
+        self._copied, self._closing = threading.Event(), threading.Event()
+        self._syncing = threading.Thread(target=self._sync_copies, name="token log", daemon=True)
+        if sync:
+            self._syncing.start()
+
+    def _sync_copies(self) -> None:
+        while not self._closing.is_set():
+            self._copied.wait()
+            self._closing.wait(COPIES_SYNCED_EVERY_S)
+            self._copied.clear()
+            try:
+                self._db.flush_wal(True)
+            except Exception as error:  # rocksdict's own kind
+                log.error("copies of tokens cannot be written to the disk: %s", error)
 
     @property
     def db(self) -> Rdict:
@@ -97,16 +120,18 @@ class RocksTokenLog:
         with _os_errors():
             self._db[b"s" + bytes.fromhex(session)] = body + struct.pack("<I", zlib.crc32(body))
 
-    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
-        prefix = b"t" + bytes.fromhex(session)
+    def append(self, session: SessionId, tokens: Sequence[Token], copy: bool = False) -> None:
+        prefix, how = b"t" + bytes.fromhex(session), self._quick if copy else self._how
         with _os_errors():
             if len(tokens) == 1:
-                self._db[prefix + _POSITION.pack(tokens[0].position)] = _record(tokens[0])
-                return
-            batch = WriteBatch(raw_mode=True)
-            for token in tokens:
-                batch.put(prefix + _POSITION.pack(token.position), _record(token))
-            self._db.write(batch, self._how)
+                self._db.put(prefix + _POSITION.pack(tokens[0].position), _record(tokens[0]), how)
+            else:
+                batch = WriteBatch(raw_mode=True)
+                for token in tokens:
+                    batch.put(prefix + _POSITION.pack(token.position), _record(token))
+                self._db.write(batch, how)
+        if copy:
+            self._copied.set()
 
     def read(self, session: SessionId) -> LoggedSession | None:
         prefix = bytes.fromhex(session)
@@ -155,6 +180,10 @@ class RocksTokenLog:
         return gone
 
     def close(self) -> None:
+        self._closing.set()
+        self._copied.set()
+        if self._syncing.ident is not None:
+            self._syncing.join()
         with _os_errors():
             self._db.close()
 

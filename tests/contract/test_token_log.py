@@ -6,15 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rocksdict import Rdict
 
 from mesh.errors import ConfigError
 from mesh.types import Epoch, NodeId, SessionId, Token
+from node_agent.adapters import rocksdb_store
 from node_agent.adapters.memory_store import MemoryTokenLog
-from node_agent.adapters.rocksdb_store import RocksTokenLog
+from node_agent.adapters.rocksdb_store import COPIES_SYNCED_EVERY_S, RocksTokenLog
 from node_agent.ports import LoggedSession, TokenLog
 
 
@@ -131,3 +135,45 @@ def test_one_directory_has_one_agent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in use by another agent"):
         RocksTokenLog(tmp_path / "tokens")
     log.close()
+
+
+class CountingDb:
+    """RocksDB, and how often its write-ahead log was synced by itself."""
+
+    synced = 0
+
+    def __init__(self, *args: Any) -> None:
+        self._db = Rdict(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        self._db[key] = value
+
+    def flush_wal(self, sync: bool) -> None:
+        self._db.flush_wal(sync)
+        CountingDb.synced += sync
+
+
+def test_copies_reach_the_disk_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them together, and none where nothing is to survive a power cut."""
+    monkeypatch.setattr(rocksdb_store, "Rdict", CountingDb)
+    for sync in (False, True):
+        CountingDb.synced = 0
+        log = RocksTokenLog(tmp_path / f"{sync}", sync)
+        log.append(B, toks(1, 5))
+        time.sleep(3 * COPIES_SYNCED_EVERY_S)
+        assert CountingDb.synced == 0, "the owner's are synced as they are written"
+        for position in range(1, 20):
+            log.append(A, toks(position, 7), copy=True)
+        time.sleep(6 * COPIES_SYNCED_EVERY_S)
+        assert (1 <= CountingDb.synced <= 3) is sync
+        log.append(A, toks(20, 7), copy=True)
+        log.close()
+        left = RocksTokenLog(tmp_path / f"{sync}")
+        left.begin(A, [1], 100.0)
+        found = left.read(A)
+        assert found is not None
+        assert len(found.tokens) == 20
+        left.close()

@@ -74,10 +74,10 @@ class FailingTokenLog(MemoryTokenLog):
 
     fails_at = -1
 
-    def append(self, session: SessionId, tokens: Sequence[Token]) -> None:
+    def append(self, session: SessionId, tokens: Sequence[Token], copy: bool = False) -> None:
         if tokens and tokens[0].position == self.fails_at:
             raise OSError("no space left on device")
-        super().append(session, tokens)
+        super().append(session, tokens, copy)
 
 
 class Bench:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mesh.messages import Cause, Frame
 from mesh.types import Epoch, SessionId
-from node_agent.stage import GATHER_MAX_NS, KEPT_NS, Refusal, Run, StageBook, StageSession
+from node_agent.stage import GATHER_MAX_NS, KEPT_NS, REPLAYS_PER_DECODE, Refusal, Run, StageBook, StageSession
 from tests.builders import OWNER, SESSION, frame, opening, route, shard
 
 
@@ -179,6 +179,33 @@ def test_r8_prefill_yields_to_decode_steps_but_not_for_ever() -> None:
         computed(b, run)
         b.acknowledged(name(2), Epoch(1, OWNER), position + 1)
     assert kinds[:5] == [1, 1, 1, 1, 8]
+
+
+def test_r8_a_replay_goes_before_decode_steps_and_prefill_but_not_for_ever() -> None:
+    """Its session stands still. One that stands by for another, guesses, or has a prompt only does not."""
+    b = book(start=2, end=4, capacity=2000, budget=10_000_000)
+    opened(b, 1)
+    opened(b, 2, generated=(5, 6), positions=2000)
+    opened(b, 3)
+    b.accept(frame(0, 8, session=name(3)))
+    kinds = []
+    for turn in range(18):
+        b.accept(frame(turn, session=name(1)))
+        b.accept(frame(2 * turn, 2, session=name(2)))
+        run = b.next_run(1)
+        assert run is not None
+        kinds.append(max(f.length for _, _, f in run.live))
+        computed(b, run)
+        for i in (1, 2):
+            b.acknowledged(name(i), Epoch(1, OWNER), 2 * turn + 2)
+    assert kinds == [2] * REPLAYS_PER_DECODE + [1, 2]
+    for other in ({"drafts": (7,)}, {}):
+        b = book(start=2, end=4)
+        opened(b, 1)
+        opened(b, 2, generated=(5, 6), standby=not other)
+        b.accept(frame(0, session=name(1)))
+        b.accept(frame(0, 2, session=name(2), **other))
+        assert computed(b, b.next_run(1)) == [(0, 0)]
 
 
 def step(b: StageBook, i: int, position: int, now: int) -> None:
