@@ -66,7 +66,8 @@ class Learner:
             return
         missed = left_us - sum(map(self.learned.stage_of, nodes))
         for node in dict.fromkeys(nodes):
-            self._off[node] = self._off.pop(node, 0.0) + _GAIN * missed / len(nodes)
+            off = self._off.pop(node, 0.0) + _GAIN * missed / len(nodes)
+            self._off[node] = min(max(-self.learned.stage_us, off), _STAGE_MAX_US)
         while len(self._off) > _NODES:
             self._off.popitem(last=False)
         self._renew()
