@@ -110,7 +110,7 @@ class Graph:
         self._edges = np.concatenate(ways, axis=1) if ways else np.empty((2, 0), dtype=np.float32)
         self._outward = self._ingress_ways(ingress, outward=True)
         self._home = self._ingress_ways(ingress, outward=False)
-        self._known: tuple[Learned, Floats] | None = None
+        self._looked_up: tuple[Learned, Floats] | None = None
         self._first = np.array(self._starts[0]) if 0 in self._starts else None
         self._last = np.array(self._ends[self._layers]) if self._layers in self._ends else None
 
@@ -158,9 +158,9 @@ class Graph:
 
     def _beside(self, learned: Learned) -> Floats:
         """What a stage at each replica takes beside its computation; looked up once for what was learned."""
-        if self._known is None or self._known[0] is not learned:
-            self._known = learned, np.array([learned.stage_of(node.id) for node, _ in self.held])
-        return self._known[1]
+        if self._looked_up is None or self._looked_up[0] is not learned:
+            self._looked_up = learned, np.array([learned.stage_of(node.id) for node, _ in self.held])
+        return self._looked_up[1]
 
     def prices(self, request: RouteRequest) -> Prices:
         """The request's costs."""

@@ -8,6 +8,8 @@ from collections import deque
 
 from rocksdict import Rdict, WriteBatch, WriteOptions
 
+from node_agent.adapters.later import Later
+
 log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 0.05
@@ -27,10 +29,8 @@ class RocksFrames:
         """Key and value to put, or start and end to drop, in order."""
         self._behind = 0
         self._lock = threading.Lock()
-        self._wake, self._stop = threading.Event(), threading.Event()
         self.failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="hop log", daemon=True)
-        self._thread.start()
+        self._later = Later("hop log", WRITE_EVERY_S, self._write)
 
     @property
     def behind_bytes(self) -> int:
@@ -41,7 +41,7 @@ class RocksFrames:
         self._orders.append((key, value, True))
         with self._lock:
             self._behind += len(value)
-        self._wake.set()
+        self._later.ask()
 
     def get(self, key: bytes) -> bytes | None:
         value = self._fresh.get(key)
@@ -58,14 +58,7 @@ class RocksFrames:
         for key in [k for k in list(self._fresh) if start <= k < end]:
             self._fresh.pop(key, None)
         self._orders.append((start, end, False))
-        self._wake.set()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._wake.wait()
-            self._stop.wait(WRITE_EVERY_S)
-            self._wake.clear()
-            self._write()
+        self._later.ask()
 
     def _write(self) -> None:
         batch, written, size = WriteBatch(raw_mode=True), [], 0
@@ -95,7 +88,4 @@ class RocksFrames:
 
     def close(self) -> None:
         """Write what is left and let go of the database."""
-        self._stop.set()
-        self._wake.set()
-        self._thread.join()
-        self._write()
+        self._later.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import struct
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from rocksdict import Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
 from mesh.errors import ConfigError
 from mesh.types import Epoch, LayeredRoute, NodeId, SessionId, Token
+from node_agent.adapters.frame_store import WRITE_EVERY_S
+from node_agent.adapters.later import Later
 from node_agent.ports import NO_EPOCH, LoggedSession
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,6 @@ _TOKEN = struct.Struct("<If")
 _POSITION = struct.Struct(">I")
 _WRITE_BUFFER = 4 << 20
 _LOG_FILES_KEPT = 2
-COPIES_SYNCED_EVERY_S = 0.05
-"""As hop logs are."""
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
@@ -60,7 +59,7 @@ class RocksTokenLog:
 
     def __init__(self, folder: Path, sync: bool = False) -> None:
         """With ``sync`` a token is past the disk's cache before it is shown: power may fail then. Copies get there within
-        ``COPIES_SYNCED_EVERY_S``: whoever has them sampled waits for one disk, the owner's, and not for two."""
+        ``WRITE_EVERY_S``, as hop logs do: whoever has them sampled waits for one disk, the owner's, and not for two."""
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(_WRITE_BUFFER)
@@ -83,20 +82,13 @@ class RocksTokenLog:
                 f"the token log {folder} cannot be opened: {error}; move it away to start with an empty one"
             ) from error
 
-        self._copied, self._closing = threading.Event(), threading.Event()
-        self._syncing = threading.Thread(target=self._sync_copies, name="token log", daemon=True)
-        if sync:
-            self._syncing.start()
+        self._copies = Later("token log", WRITE_EVERY_S, self._sync_copies) if sync else None
 
     def _sync_copies(self) -> None:
-        while not self._closing.is_set():
-            self._copied.wait()
-            self._closing.wait(COPIES_SYNCED_EVERY_S)
-            self._copied.clear()
-            try:
-                self._db.flush_wal(True)
-            except Exception as error:  # rocksdict's own kind
-                log.error("copies of tokens cannot be written to the disk: %s", error)
+        try:
+            self._db.flush_wal(True)
+        except Exception as error:  # rocksdict's own kind
+            log.error("copies of tokens cannot be written to the disk: %s", error)
 
     @property
     def db(self) -> Rdict:
@@ -130,8 +122,8 @@ class RocksTokenLog:
                 for token in tokens:
                     batch.put(prefix + _POSITION.pack(token.position), _record(token))
                 self._db.write(batch, how)
-        if copy:
-            self._copied.set()
+        if copy and self._copies is not None:
+            self._copies.ask()
 
     def read(self, session: SessionId) -> LoggedSession | None:
         prefix = bytes.fromhex(session)
@@ -180,10 +172,8 @@ class RocksTokenLog:
         return gone
 
     def close(self) -> None:
-        self._closing.set()
-        self._copied.set()
-        if self._syncing.ident is not None:
-            self._syncing.join()
+        if self._copies is not None:
+            self._copies.close()
         with _os_errors():
             self._db.close()
 

@@ -17,8 +17,9 @@ from rocksdict import Rdict
 from mesh.errors import ConfigError
 from mesh.types import Epoch, NodeId, SessionId, Token
 from node_agent.adapters import rocksdb_store
+from node_agent.adapters.frame_store import WRITE_EVERY_S
 from node_agent.adapters.memory_store import MemoryTokenLog
-from node_agent.adapters.rocksdb_store import COPIES_SYNCED_EVERY_S, RocksTokenLog
+from node_agent.adapters.rocksdb_store import RocksTokenLog
 from node_agent.ports import LoggedSession, TokenLog
 
 
@@ -163,11 +164,11 @@ def test_copies_reach_the_disk_a_moment_later(tmp_path: Path, monkeypatch: pytes
         CountingDb.synced = 0
         log = RocksTokenLog(tmp_path / f"{sync}", sync)
         log.append(B, toks(1, 5))
-        time.sleep(3 * COPIES_SYNCED_EVERY_S)
+        time.sleep(3 * WRITE_EVERY_S)
         assert CountingDb.synced == 0, "the owner's are synced as they are written"
         for position in range(1, 20):
             log.append(A, toks(position, 7), copy=True)
-        time.sleep(6 * COPIES_SYNCED_EVERY_S)
+        time.sleep(6 * WRITE_EVERY_S)
         assert (1 <= CountingDb.synced <= 3) is sync
         log.append(A, toks(20, 7), copy=True)
         log.close()
