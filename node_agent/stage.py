@@ -9,8 +9,8 @@ runtime does next:
   nothing to do computes a row that nobody reads.
 - A prefill chunk runs alone and yields to decode steps (rule R8), but not for ever: after
   ``DECODES_PER_PREFILL`` batches a waiting chunk gets its turn.
-- A chunk that is replayed goes first: its reader waits for a token that was due, the others' for one that is not yet.
-  After ``REPLAYS_PER_DECODE`` of them a waiting batch gets its turn.
+- What a recovery has to do again goes first, up to the token that was due when the stage was lost: a reader waits for
+  that one, the others' for one that is not due yet. After ``DUE_PER_OTHER`` runs of it others get a turn.
 - The first stage gathers: it lets decode frames wait a little for those of other sessions, until
   as many bunches travel the route as it has machines. More would share no weights, fewer would
   leave machines idle; stages on one machine (or one alone) do best with a single bunch. Later
@@ -29,8 +29,8 @@ from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
-REPLAYS_PER_DECODE = 16
-"""Chunks, a thousand positions as ingresses cut them: what a whole conversation takes."""
+DUE_PER_OTHER = 16
+"""Chunks of a thousand positions as ingresses cut them: what a whole conversation takes."""
 STANDBY_WINDOW = 512
 """Frames that a standby may be behind: nobody waits for its acknowledgements."""
 NOTHING_ONWARD = 1 << 30
@@ -92,10 +92,11 @@ class StageSession:
         return self.queue[0].position + self.queue[0].length <= self.onward
 
     @property
-    def replayed(self) -> bool:
-        """Whether the next frame is of a session that stands still: positions from before its last token."""
-        frame = self.queue[0]
-        return frame.length > 1 and bool(self.order.generated) and not frame.drafts and not self.order.standby
+    def due(self) -> bool:
+        """Whether the next frame is of a session that stands still: the token that it leads to was due before this epoch."""
+        order = self.order
+        came = bool(order.generated) and not order.standby
+        return came and self.queue[0].position < len(order.prompt) + len(order.generated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class StageBook:
         self.draining = False
         self._slots: list[StageSession | None] = [None] * slots
         self._decodes_since_prefill = 0
-        self._replays_since_decode = 0
+        self._due_since_other = 0
         self._cycle_ns = 0
         """Smoothed time between a session's decode steps."""
         self.gathering_until: int | None = None
@@ -363,19 +364,22 @@ class StageBook:
 
     def next_run(self, now: int) -> Run | None:
         """What to compute now; the sessions in it are marked running."""
-        decodes: list[StageSession] = []
-        chunks: list[StageSession] = []
         self.gathering_until = None
-        for session in self.sessions.values():
-            if session.runnable:
-                (decodes if session.queue[0].length == 1 else chunks).append(session)
-        if chunks and (chunk := self._chunk(chunks, bool(decodes))) is not None:
-            return chunk
+        ready = [s for s in self.sessions.values() if s.runnable]
+        due = [s for s in ready if s.due]
+        if due and (self._due_since_other < DUE_PER_OTHER or len(due) == len(ready)):
+            self._due_since_other += 1
+            ready = due
+        else:
+            self._due_since_other = 0
+            ready = [s for s in ready if not s.due]
+        decodes = [s for s in ready if s.queue[0].length == 1]
+        if len(decodes) < len(ready) and (not decodes or self._decodes_since_prefill >= DECODES_PER_PREFILL):
+            return self._chunk([s for s in ready if s.queue[0].length > 1])
         if not decodes:
             return None
-        self._replays_since_decode = 0
         able = [s for s in decodes if self._batch_exact or not s.order.exact]
-        waits = self.shard.first and self._batch_max > 1 and len(able) == len(decodes)
+        waits = not due and self.shard.first and self._batch_max > 1 and len(able) == len(decodes)
         if waits and (until := self._gather(decodes, now)) is not None:
             self.gathering_until = until
             return None
@@ -387,14 +391,9 @@ class StageBook:
             self._stepped(session, now)
         return self._batch(chosen)
 
-    def _chunk(self, chunks: list[StageSession], decodes: bool) -> Run | None:
-        """The chunk that goes now, ahead of ``decodes`` that wait or because none do; ``None`` if they go first."""
-        session = min(chunks, key=lambda s: (not s.replayed, s.queue[0].arrived_ns))
-        first = session.replayed and self._replays_since_decode < REPLAYS_PER_DECODE
-        if decodes and not first and self._decodes_since_prefill < DECODES_PER_PREFILL:
-            return None
+    def _chunk(self, chunks: list[StageSession]) -> Run:
+        session = min(chunks, key=lambda s: s.queue[0].arrived_ns)
         self._decodes_since_prefill = 0
-        self._replays_since_decode += session.replayed
         frame = session.queue.popleft()
         session.running = True
         return Run(session.slot, ((session, frame),), (frame.position,))

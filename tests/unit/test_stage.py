@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.messages import Cause, Frame
 from mesh.types import Epoch, SessionId
-from node_agent.stage import GATHER_MAX_NS, KEPT_NS, REPLAYS_PER_DECODE, Refusal, Run, StageBook, StageSession
+from node_agent.stage import DUE_PER_OTHER, GATHER_MAX_NS, KEPT_NS, Refusal, Run, StageBook, StageSession
 from tests.builders import OWNER, SESSION, frame, opening, route, shard
 
 
@@ -181,31 +182,41 @@ def test_r8_prefill_yields_to_decode_steps_but_not_for_ever() -> None:
     assert kinds[:5] == [1, 1, 1, 1, 8]
 
 
-def test_r8_a_replay_goes_before_decode_steps_and_prefill_but_not_for_ever() -> None:
-    """Its session stands still. One that stands by for another, guesses, or has a prompt only does not."""
+@pytest.mark.parametrize("length", [1, 2])
+def test_r8_what_was_due_goes_before_steps_and_prefill_but_not_for_ever(length: int) -> None:
+    """A session that is being recovered stands still, whether chunks are replayed to it or steps."""
     b = book(start=2, end=4, capacity=2000, budget=10_000_000)
     opened(b, 1)
-    opened(b, 2, generated=(5, 6), positions=2000)
+    opened(b, 2, prompt=tuple(range(98)), generated=(5, 6), positions=2000)
     opened(b, 3)
     b.accept(frame(0, 8, session=name(3)))
-    kinds = []
-    for turn in range(18):
+    ran = []
+    for turn in range(DUE_PER_OTHER + 2):
         b.accept(frame(turn, session=name(1)))
-        b.accept(frame(2 * turn, 2, session=name(2)))
+        b.accept(frame(length * turn, length, session=name(2)))
         run = b.next_run(1)
         assert run is not None
-        kinds.append(max(f.length for _, _, f in run.live))
+        ran.append({s.order.session for _, s, _ in run.live})
         computed(b, run)
         for i in (1, 2):
-            b.acknowledged(name(i), Epoch(1, OWNER), 2 * turn + 2)
-    assert kinds == [2] * REPLAYS_PER_DECODE + [1, 2]
-    for other in ({"drafts": (7,)}, {}):
-        b = book(start=2, end=4)
-        opened(b, 1)
-        opened(b, 2, generated=(5, 6), standby=not other)
-        b.accept(frame(0, session=name(1)))
-        b.accept(frame(0, 2, session=name(2), **other))
-        assert computed(b, b.next_run(1)) == [(0, 0)]
+            b.acknowledged(name(i), Epoch(1, OWNER), length * turn + length)
+    assert [name(2) in r for r in ran] == [True] * DUE_PER_OTHER + [False, True]
+    assert all(len(r) == 1 for r in ran)
+
+
+@pytest.mark.parametrize(
+    ("position", "order"),
+    [(5, {"generated": (5, 6)}), (2, {}), (2, {"generated": (5, 6), "standby": True})],
+    ids=["beyond the last token", "a prompt only", "a standby"],
+)
+def test_r8_what_was_not_due_waits_its_turn(position: int, order: dict[str, object]) -> None:
+    b = book(start=2, end=4)
+    opened(b, 1)
+    waiting = opened(b, 2, **order)
+    waiting.position = waiting.queued_to = waiting.firm_to = position
+    b.accept(frame(0, session=name(1), arrived_ns=1))
+    b.accept(frame(position, 2, session=name(2), arrived_ns=0))
+    assert computed(b, b.next_run(1)) == [(0, 0)]
 
 
 def step(b: StageBook, i: int, position: int, now: int) -> None:
