@@ -38,7 +38,8 @@ FORM = "litert-int8"
 step takes half the time. A replay that need not be exact is prefill, at which ``int8`` is twice as quick as ``int4``."""
 LOAD_TOKENS = 60
 LOADED_EVERY = 4
-"""One trial of so many runs beside other sessions, where there are to be any."""
+"""One trial of so many runs beside other sessions, where there are to be any. Those and the others go through all cells of
+mode, fault and victim, each on their own."""
 SATURATING = 8
 PROGRESS_S = 30
 SETTLE_S = 12.0
@@ -136,8 +137,9 @@ def run(
     answer: int = ANSWER,
     prompts: tuple[int, ...] = PROMPTS,
     form: str = FORM,
+    loaded_every: int = LOADED_EVERY,
 ) -> Outcome:
-    """All trials, one after the other, on one fleet; ``clients`` others ask during every ``LOADED_EVERY``th.
+    """All trials, one after the other, on one fleet; ``clients`` others ask during every ``loaded_every``th.
     Then, for a while, as many sessions as there are slots, and no fault. ``form``: of the shards."""
     rng = Random(seed)
     store = the_store()
@@ -156,11 +158,12 @@ def run(
             for p in plans
             if all(only.get(n, x) == x for n, x in zip(("mode", "kind", "victim"), p, strict=True))
         ]
+        ahead: dict[bool, list[tuple[str, str, str]]] = {False: [], True: []}
         for i in range(trials):
-            if i % len(plans) == 0:
-                rng.shuffle(plans)
-            mode, kind, victim = plans[i % len(plans)]
-            loaded = clients > 0 and i % LOADED_EVERY == LOADED_EVERY - 1
+            loaded = clients > 0 and i % loaded_every == loaded_every - 1
+            if not ahead[loaded]:
+                ahead[loaded] = rng.sample(plans, len(plans))
+            mode, kind, victim = ahead[loaded].pop()
             with Load(running, clients if loaded else 0, text):
                 trial = _try(running, mode, kind, victim, text, calm, rng)
             trial.loaded = loaded
@@ -255,6 +258,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
     return {
         "trials": len(trials),
+        "least_calm_trials_of_a_cell": min(
+            Counter((t.mode, t.kind, t.victim) for t in trials if not t.loaded).values(), default=0
+        ),
         "tokens_lost": sum(t.lost for t in trials),
         "tokens_repeated": sum(t.repeated for t in trials),
         "tokens_changed": sum(t.changed for t in trials),
@@ -266,6 +272,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "stall_over_bound_p95": {mode: over(mode, partial(quantile, percent=95)) for mode in INGRESSES},
         "freeze_detect_ms_p50": round(median(t.detect_ms for t in frozen), 1) if frozen else None,
         "stall_loaded_over_calm_p50": _loaded_over_calm(trials),
+        "stall_loaded_over_calm_by_mode": {
+            mode: _loaded_over_calm([t for t in trials if t.mode == mode]) for mode in INGRESSES
+        },
         "false_failovers": outcome.false_failovers,
         "form": outcome.form,
     }
@@ -304,9 +313,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", type=int, default=5)
     parser.add_argument("--form", default=FORM, help="of the shards, as onnx-int8")
-    parser.add_argument(
-        "--clients", type=int, default=3, help=f"others that ask, in one trial of {LOADED_EVERY}"
-    )
+    parser.add_argument("--clients", type=int, default=3, help="others that ask, in one trial of a few")
+    parser.add_argument("--loaded-every", type=int, default=LOADED_EVERY, help="of how many")
     parser.add_argument(
         "--saturation", type=float, default=0, help="seconds of full load without a fault, at the end"
     )
@@ -316,10 +324,20 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the agents' data and logs")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     said = parser.parse_args()
+    if said.loaded_every < 1:
+        parser.error(f"--loaded-every {said.loaded_every}: one of how many is 1 or more")
     only = {n: getattr(said, n) for n in ("mode", "kind", "victim") if getattr(said, n)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the network is taken down as well
     outcome = run(
-        said.trials, said.seed, said.clients, only, said.stages, said.keep, said.saturation, form=said.form
+        said.trials,
+        said.seed,
+        said.clients,
+        only,
+        said.stages,
+        said.keep,
+        said.saturation,
+        form=said.form,
+        loaded_every=said.loaded_every,
     )
     print(table(outcome.trials))
     figures = summary(outcome)
