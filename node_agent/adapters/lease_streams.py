@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import grpc
@@ -16,6 +17,8 @@ from protos.gen import agent_pb2_grpc as rpc
 from scheduler.reconcile import Wanted
 
 _RPC_S = 10.0
+_CONNECT_S = 2.0
+"""A lease that is asked for of a node that we are cut off from is not to arrive there when nobody wants it any more."""
 
 
 class LeaseStreams:
@@ -51,6 +54,7 @@ class LeaseStreams:
     async def _hold(self, address: Address, request: pb.HoldShardRequest) -> AsyncGenerator[bool, None]:
         try:
             async with grpc.aio.insecure_channel(address, QUIET_CHANNEL_OPTIONS) as channel:
+                await _connect(channel)
                 async for status in rpc.AgentStub(channel).HoldShard(request):
                     if status.state == pb.REPLICA_STATE_FAILED:
                         raise LeaseRefused(status.reason)
@@ -89,6 +93,19 @@ class LeaseStreams:
             sessions=wanted.sessions,
             context=wanted.context,
         )
+
+
+async def _connect(channel: grpc.aio.Channel) -> None:
+    """Until the channel is ready, or the peer refuses, which the call then says; raises ``PeerError`` where neither comes."""
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            while (state := channel.get_state(try_to_connect=True)) not in _DECIDED:
+                await channel.wait_for_state_change(state)
+    except TimeoutError:
+        raise PeerError(f"no connection within {_CONNECT_S:g} s") from None
+
+
+_DECIDED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
 
 
 def _said(error: grpc.aio.AioRpcError) -> str:
