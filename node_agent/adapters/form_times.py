@@ -9,6 +9,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -110,8 +111,18 @@ def _installed() -> dict[str, str]:
 
 
 def _key(store: ModelStore, model: str, installed: dict[str, str]) -> str:
+    return f"{store.card(model).digest} {installed} {_processor()}"
+
+
+def _processor() -> str:
     cpu = probe_cpu()
-    return f"{store.card(model).digest} {installed} {cpu.model} {cpu.cores} {cpu.quota}"
+    return f"{cpu.model} {cpu.cores} {cpu.quota}"
+
+
+@cache
+def this_machine() -> str:
+    """What rounding depends on: the runtimes that are installed, and the processor."""
+    return f"{_installed()} {_processor()}"
 
 
 def _read(path: Path) -> _Kept:

@@ -14,7 +14,8 @@ from mesh.capabilities import Capabilities
 from mesh.errors import ShardError
 from mesh.forms import form_of
 from mesh.types import ShardInfo
-from node_agent.adapters.model_store import ModelStore, verify_files
+from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.proven import Proven
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime, RuntimeOptions
@@ -90,19 +91,27 @@ def load_shard(
     folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
 ) -> Runtime:
     """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError`` or ``ConfigError``."""
-    verify_files(folder, manifest.files)
+    path = Path(options.cache) / f"{manifest.digest[:16]}.json" if options.cache else None
+    proven = Proven(path, options.threads)
+    proven.verify(folder, manifest.files)
     shard = _open(folder, manifest, slots, capacity, options)
-    hold_to_vector(shard, folder, manifest)
+    inputs = hold_to_vector(shard, folder, manifest)
+    if not proven.steps_held:
+        proven.steps_held = shard.hold_to_steps(inputs)
+        if not proven.steps_held:
+            log.info(
+                "%s replays steps one by one: in chunks they round otherwise on %s", folder, shard.provider
+            )
+    proven.keep()
     return shard
 
 
-def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> None:
-    """Raises ``ShardError`` where a shard does not compute what its test vector wants."""
+def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> NDArray[Any]:
+    """The test vector's input; raises ``ShardError`` where the shard does not compute from it what the vector wants."""
     with np.load(folder / manifest.test_vector.file) as vector:
-        inputs, expected = vector["input"], vector["expected"]
+        inputs: NDArray[Any] = vector["input"]
+        expected = vector["expected"]
     result = shard.prefill(0, 0, inputs).copy()
-    if not shard.hold_to_steps(inputs):
-        log.info("%s replays steps one by one: in a chunk they round otherwise on %s", folder, shard.provider)
     error = relative_error(result[0] if shard.info.last else result, expected)
     shard.release(0)
     if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
@@ -110,6 +119,7 @@ def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> Non
             f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
             f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
         )
+    return inputs
 
 
 def _open(

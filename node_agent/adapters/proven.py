@@ -1,0 +1,95 @@
+"""What a shard has proved on this machine, so that its next load need not prove it again.
+
+A file's SHA-256 is half of what a load takes. One that was read whole and right is known again by size, inode and times, as git
+knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. Numbers are held to the test
+vector at every load.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from mesh.errors import InputError
+from node_agent.adapters.form_times import this_machine
+from node_agent.adapters.model_store import new_file, verify_files
+from node_agent.shards.manifest import StoredFile
+
+log = logging.getLogger(__name__)
+
+SETTLED_S = 2
+"""A file that changed less than this ago may change again within one tick of its file system's clock."""
+
+
+class _File(msgspec.Struct, frozen=True):
+    """What tells that a file is the one that was read."""
+
+    sha256: str
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class _Record(msgspec.Struct, frozen=True):
+    files: dict[str, _File] = {}
+    steps: str = ""
+    """Where chunks that stand for steps had their bits: machine, packages, threads."""
+
+
+class Proven:
+    """Of one shard, in a file of this process alone; what is new is written by ``keep``."""
+
+    def __init__(self, path: Path | None, threads: int) -> None:
+        """``path``: nothing is kept where there is none."""
+        self._path, self._kept = path, _Record()
+        self._here = f"{this_machine()}, {threads} threads"
+        if path is not None:
+            try:
+                self._kept = msgspec.json.decode(path.read_bytes(), type=_Record)
+            except FileNotFoundError:
+                pass
+            except (OSError, msgspec.MsgspecError) as error:
+                log.warning("%s is not read, the shard is verified anew: %s", path, error)
+        self._files, self._steps = self._kept.files, self._kept.steps
+
+    def verify(self, folder: Path, files: dict[str, StoredFile]) -> None:
+        """Raise ``ShardError`` unless every file is there with its size and SHA-256; what was read before and has not changed is
+        not read again."""
+        # Looked at before they are read: what changes in between is seen to have changed.
+        found = {name: _seen(folder / name, stored) for name, stored in files.items()}
+        verify_files(folder, {n: f for n, f in files.items() if self._files.get(n) != found[n]})
+        settled = time.time_ns() - SETTLED_S * 1_000_000_000
+        self._files = {n: s for n, s in found.items() if s is not None and s.ctime_ns < settled}
+
+    @property
+    def steps_held(self) -> bool:
+        """Whether chunks that stand for steps had their bits here."""
+        return self._steps == self._here
+
+    @steps_held.setter
+    def steps_held(self, held: bool) -> None:
+        self._steps = self._here if held else ""
+
+    def keep(self) -> None:
+        """For the next load; where it cannot be written that one proves all anew."""
+        record = _Record(self._files, self._steps)
+        if self._path is None or record == self._kept:
+            return
+        try:
+            with new_file(self._path) as file:
+                file.write(msgspec.json.encode(record))
+        except (OSError, InputError) as error:
+            log.warning("%s is not written, the next load verifies the shard anew: %s", self._path, error)
+
+
+def _seen(path: Path, stored: StoredFile) -> _File | None:
+    """The file as it is, taken for what its manifest says; ``None`` where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _File(stored.sha256, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)

@@ -1,0 +1,121 @@
+"""What a shard proved here before is not proved again, until its files change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mesh.errors import ShardError
+from node_agent.adapters import proven as module
+from node_agent.adapters.model_store import sha256_of, verify_files
+from node_agent.adapters.proven import Proven
+from node_agent.shards.manifest import StoredFile
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were read, in order."""
+    found: list[str] = []
+
+    def noted(folder: Path, files: dict[str, StoredFile]) -> None:
+        found.extend(files)
+        verify_files(folder, files)
+
+    monkeypatch.setattr(module, "verify_files", noted)
+    return found
+
+
+def shard(folder: Path) -> dict[str, StoredFile]:
+    files = {}
+    for name in ("graph", "check"):
+        path = folder / name
+        path.write_bytes(name.encode() * 1000)
+        files[name] = StoredFile(sha256_of(path), path.stat().st_size)
+    return files
+
+
+def load(folder: Path, files: dict[str, StoredFile], path: Path | None) -> None:
+    proven = Proven(path, 2)
+    proven.verify(folder, files)
+    proven.keep()
+
+
+def test_files_are_read_once(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLED_S", 0)
+    files, kept = shard(tmp_path), tmp_path / "kept.json"
+    load(tmp_path, files, kept)
+    load(tmp_path, files, kept)
+    assert reads == ["graph", "check"]
+    load(tmp_path, files, None)
+    assert reads == ["graph", "check"] * 2
+
+
+def test_a_flipped_bit_is_found_though_size_and_mtime_are_as_they_were(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLED_S", 0)
+    files, kept, graph = shard(tmp_path), tmp_path / "kept.json", tmp_path / "graph"
+    load(tmp_path, files, kept)
+    before = graph.stat()
+    data = bytearray(graph.read_bytes())
+    data[700] ^= 1
+    graph.write_bytes(data)
+    os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ShardError, match=r"graph does not match the SHA-256"):
+        load(tmp_path, files, kept)
+    assert reads == ["graph", "check", "graph"]
+
+
+def test_a_file_that_has_just_been_written_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    """A change within the same tick of the file system's clock would not show."""
+    files, kept = shard(tmp_path), tmp_path / "kept.json"
+    load(tmp_path, files, kept)
+    load(tmp_path, files, kept)
+    assert reads == ["graph", "check"] * 2
+
+
+def test_another_manifest_wants_its_own_proof(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLED_S", 0)
+    files, kept = shard(tmp_path), tmp_path / "kept.json"
+    load(tmp_path, files, kept)
+    other = files | {"graph": StoredFile("0" * 64, files["graph"].size)}
+    with pytest.raises(ShardError, match="SHA-256"):
+        load(tmp_path, other, kept)
+    (tmp_path / "graph").unlink()
+    with pytest.raises(ShardError, match="missing"):
+        load(tmp_path, files, kept)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b'{"files": 7}', b"\xff"])
+def test_a_damaged_record_proves_nothing(tmp_path: Path, reads: list[str], damaged: bytes) -> None:
+    files, kept = shard(tmp_path), tmp_path / "kept.json"
+    kept.write_bytes(damaged)
+    load(tmp_path, files, kept)
+    assert reads == ["graph", "check"]
+
+
+def test_where_nothing_can_be_written_a_shard_loads_all_the_same(tmp_path: Path, reads: list[str]) -> None:
+    files, blocked = shard(tmp_path), tmp_path / "graph" / "kept.json"
+    proven = Proven(blocked, 2)
+    proven.verify(tmp_path, files)
+    proven.steps_held = True
+    proven.keep()
+    assert reads == ["graph", "check"]
+
+
+def test_steps_held_where_machine_packages_and_threads_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept.json"
+    proven = Proven(kept, 2)
+    assert not proven.steps_held
+    proven.steps_held = True
+    proven.keep()
+    assert Proven(kept, 2).steps_held
+    assert not Proven(kept, 1).steps_held
+    monkeypatch.setattr(module, "this_machine", lambda: "another")
+    assert not Proven(kept, 2).steps_held
