@@ -12,14 +12,15 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ShardError
 from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, unbound
 from node_agent.adapters.static_engine import Ends
-from node_agent.shards.static_names import by_bucket
+from node_agent.shards.static_names import by_bucket, needed_first
 from node_agent.shards.tflite_part import graph_names, keep_graphs
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ _STDERR = threading.Lock()
 
 
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile: a model of the smallest bucket's serves until
-    one of all that may be wanted, which is compiled in the background, takes its place."""
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile: models of those that the test vector needs serve
+    until one of the smallest bucket's takes their place, and then one of all that may be wanted; both are compiled in the background."""
 
     provider = "XNNPACK"
 
@@ -47,43 +48,70 @@ class CompiledEngine:
         self._graph, self._threads, self._packed = graph, threads, packed
         with _mapped(graph) as data:
             self.names: Collection[str] = graph_names(data)
-        self._model = self._compile(by_bucket(self.names)[0])
+        first = needed_first(self.names)
+        if packed is None or not packed.exists():
+            first = [[name for group in first for name in group]]  # each model would pack weights of its own
+        self._models = _compiled(graph, first, threads, packed)
+        self._changed = threading.Condition()
+        """Guards what follows."""
         self._next: CompiledModel | None = None
+        self._coming: list[set[str]] = []
+        """Graphs of the models that are still to come, the next one first."""
         self._background: threading.Thread | None = None
 
     def _compile(self, names: Collection[str]) -> CompiledModel:
-        return _compiled(self._graph, names, self._threads, self._packed)
+        (model,) = _compiled(self._graph, [names], self._threads, self._packed)
+        return model
 
     @property
-    def loaded(self) -> Collection[str]:
+    def loaded(self) -> set[str]:
         """Graphs that can be run without a wait."""
-        return (self._next or self._model).signatures.keys()
+        with self._changed:
+            models = [self._next] if self._next is not None else self._models
+            return {name for model in models for name in model.signatures}
 
     def prepare(self, graphs: Sequence[str]) -> None:
         groups = by_bucket(self.names)
         wanted = [name for group in groups if not {*graphs}.isdisjoint(group) for name in group]
-        if set(wanted) - self._model.signatures.keys():
-            names = {*wanted, *groups[0]}
-            self._background = threading.Thread(
-                target=self._prepare, args=(names,), name="graphs", daemon=True
-            )
+        sizes, there = ({*groups[0]}, {*groups[0], *wanted}), self.loaded
+        self._coming = [names for i, names in enumerate(sizes) if names - there and names not in sizes[:i]]
+        if self._coming:
+            self._background = threading.Thread(target=self._prepare, name="graphs", daemon=True)
             self._background.start()
 
-    def _prepare(self, names: Collection[str]) -> None:
+    def _prepare(self) -> None:
         try:
-            self._next = self._compile(names)
-        except ShardError as error:
-            log.warning("%s; it is tried again when a session outgrows the smallest bucket", error)
+            while self._coming:
+                self._came(self._compile(self._coming[0]))
+        except (ShardError, OSError) as error:
+            log.warning("%s; it is tried again when a session needs it", error)
+        finally:
+            with self._changed:
+                self._coming = []
+                self._changed.notify_all()
+
+    def _came(self, model: CompiledModel) -> None:
+        with self._changed:
+            self._coming = self._coming[1:]
+            unused, self._next = self._next, model
+            self._changed.notify_all()
+        if unused is not None:
+            unused.close()
 
     def _with(self, graph: str) -> CompiledModel:
-        """The model in use, which has the graph from now on."""
-        if self._next is not None or graph not in self._model.signatures:
-            if self._background is not None:
-                self._background.join()
-            whole = self._next or self._compile(self.names)
-            self._model.close()
-            self._model, self._next = whole, None
-        return self._model
+        """The model in use that has the graph."""
+        with self._changed:
+            while True:
+                found = next((m for m in self._models if graph in m.signatures), None)
+                if found is not None and self._next is None:
+                    return found
+                if graph not in self.names:
+                    raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
+                while self._next is None and self._coming:
+                    self._changed.wait()
+                larger, self._next = self._next or self._compile(self.names), None
+                _close(self._models)
+                self._models = [larger]
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]
@@ -100,18 +128,25 @@ class CompiledEngine:
         model.run(model.signatures[graph].number, inputs, outputs)
 
     def close(self) -> None:
+        with self._changed:
+            self._coming = self._coming[:1]
         if self._background is not None:
             self._background.join()
         if self._next is not None:
             self._next.close()
-        self._model.close()
+        _close(self._models)
+
+
+def _close(models: Iterable[CompiledModel]) -> None:
+    for model in models:
+        model.close()
 
 
 def pack(graph: Path, threads: int, packed: Path) -> None:
     """Compile all graphs once, and leave their packed weights in a file. Raises ``ShardError`` with what LiteRT said."""
     with _mapped(graph) as data:
         names = graph_names(data)
-    _compiled(graph, names, threads, packed).close()
+    _close(_compiled(graph, [names], threads, packed))
 
 
 @contextlib.contextmanager
@@ -125,17 +160,34 @@ def _mapped(graph: Path) -> Iterator[mmap.mmap]:
         raise ShardError(f"LiteRT cannot load {graph}: {error}; make the shard again") from None
 
 
-def _compiled(graph: Path, names: Collection[str], threads: int, packed: Path | None) -> CompiledModel:
-    with _mapped(graph) as data, own_words() as words:
-        keep_graphs(data, names)
-        try:
-            return CompiledModel(data, threads, packed)
-        except LibraryError as error:
-            raise ShardError(" ".join(words().split()) or str(error)) from None
+def _compiled(
+    graph: Path, groups: Sequence[Collection[str]], threads: int, packed: Path | None
+) -> list[CompiledModel]:
+    """A model for each group of graphs, compiled side by side."""
+    done: list[CompiledModel] = []
+
+    def compile_one(names: Collection[str], words: Callable[[], str]) -> None:
+        with _mapped(graph) as data:
+            keep_graphs(data, names)
+            try:
+                done.append(CompiledModel(data, threads, packed))
+            except LibraryError as error:
+                raise ShardError(" ".join(words().split()) or str(error)) from None
+
+    try:
+        with own_words() as words, ThreadPoolExecutor(len(groups), "graphs") as pool:
+            others = [pool.submit(compile_one, names, words) for names in groups[1:]]
+            compile_one(groups[0], words)
+            for each in others:
+                each.result()
+    except ShardError:
+        _close(done)
+        raise
+    return done
 
 
 @contextlib.contextmanager
-def own_words() -> Iterator[Any]:
+def own_words() -> Iterator[Callable[[], str]]:
     """Keep what LiteRT says on stderr while it loads out of our logs; yields what reads its errors."""
     with _STDERR, tempfile.TemporaryFile() as file:
         kept = os.dup(2)

@@ -23,9 +23,18 @@ def batch_name(rows: int, bucket: int) -> str:
 HEAD_NAME = "head"
 
 
+def needed_first(names: Collection[str]) -> list[list[str]]:
+    """What a shard is held to its test vector with: the head and the smallest bucket's step, and its shortest chunk."""
+    smallest = by_bucket(names)[0]
+    lengths = sorted(int(name.split("_")[1]) for name in smallest if name.startswith("run_"))
+    groups = [[n for n in smallest if n.startswith(f"run_{length}_")] for length in lengths[:2]] or [[]]
+    groups[0] += [name for name in smallest if name == HEAD_NAME]
+    return groups
+
+
 def by_bucket(names: Collection[str]) -> list[list[str]]:
-    """Graphs by the bucket that they are for, from the smallest, with which the head stands: a shard serves with those, and
-    the others are wanted when a session outgrows it."""
+    """Graphs by the bucket that they are for, from the smallest, with which the head stands: a session begins with those, and
+    the others are wanted when it outgrows them."""
     buckets: dict[int, list[str]] = {}
     for name in names:
         if name != HEAD_NAME:

@@ -2,7 +2,8 @@
 
 Three processes in a ring compute the same three shards as three agents do, and pass on the same bytes, with nothing else
 around them: over a gRPC stream, and over blocking sockets, which is what the kernel takes. A hop is what a token takes
-less what was computed for it, by the number of hops; 128 tokens after a prompt of 128, interleaved, 2 threads each.
+less what was computed for it, by the number of hops; 128 tokens after a prompt of 128, interleaved, 2 threads each. What
+was computed takes longer, too, where processes take turns: it stands beside what one process takes for all three shards.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from tests.benchmarks.common import (
     MODEL,
     THREADS,
     arguments,
+    bare_decode,
     cut,
     finish,
+    load,
     load_one,
     median,
     prompt_ids,
@@ -56,6 +59,7 @@ class Member:
     index: int
     shard: Any = field(init=False)
     hops_ms: list[float] = field(default_factory=list)
+    computed_ms: list[float] = field(default_factory=list)
     _sent_ns: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Member:
 
     def begin(self) -> bytes:
         """The prompt, computed by the first shard."""
-        self.hops_ms = []
+        self.hops_ms, self.computed_ms = [], []
         self._sent_ns = time.perf_counter_ns()
         return self._compute(0, 0, np.array(prompt_ids(the_store(), CONTEXT), dtype=np.int64))
 
@@ -74,6 +78,7 @@ class Member:
             return self._compute(position, computed_ns, np.frombuffer(payload, np.float32).reshape(-1, 576))
         now = time.perf_counter_ns()
         self.hops_ms.append((now - self._sent_ns - computed_ns) / 1e6 / HOPS)
+        self.computed_ms.append(computed_ns / 1e6)
         self._sent_ns = now
         if len(self.hops_ms) == TOKENS:
             return b""
@@ -92,6 +97,11 @@ class Member:
         computed_ns += time.perf_counter_ns() - begin
         data: bytes = result.tobytes()
         return HEAD.pack(position, computed_ns, len(data)) + data
+
+    @property
+    def told(self) -> tuple[float, float]:
+        """Milliseconds: a hop, and what was computed for a token."""
+        return median(self.hops_ms[SKIPPED:]), median(self.computed_ms[SKIPPED:])
 
 
 def over_sockets(index: int, control: Connection) -> None:
@@ -112,7 +122,7 @@ def over_sockets(index: int, control: Connection) -> None:
             if not answer:
                 break
             onward.sendall(answer)
-        control.send(member.hops_ms)
+        control.send(member.told)
 
 
 def over_grpc(index: int, control: Connection) -> None:
@@ -149,12 +159,12 @@ async def _over_grpc(member: Member, control: Connection) -> None:
             done.clear()
             await onward.write(member.begin())
             await done.wait()
-            control.send(member.hops_ms)
+            control.send(member.told)
 
 
 @contextmanager
 def ring(member: Any) -> Iterator[Connection]:
-    """Running processes; whoever sends something to the first gets its hops, milliseconds."""
+    """Running processes; whoever sends something to the first gets what ``Member.told`` says."""
     spawn = multiprocessing.get_context("spawn")
     ends, processes = [], []
     try:
@@ -178,34 +188,43 @@ def ring(member: Any) -> Iterator[Connection]:
 
 async def measure(rounds: int) -> dict[str, Any]:
     store = the_store()
-    prompt = prompt_ids(store, CONTEXT)
-    seen: dict[str, list[float]] = {"mesh": [], "grpc": [], "sockets": []}
+    prompt, alone = prompt_ids(store, CONTEXT), load(store, STAGES, FORM)
+    hops: dict[str, list[float]] = {"mesh": [], "grpc": [], "sockets": []}
+    computed: dict[str, list[float]] = {"alone": [], **{name: [] for name in hops}}
     with ring(over_sockets) as sockets, ring(over_grpc) as streams:
         async with temporary_mesh(STAGES, store.root.parent, {"threads": str(THREADS)}) as mesh:
             await mesh.serve(MODEL)
             for round_ in range(-1, rounds):
-                values: dict[str, float] = {}
+                found: dict[str, tuple[float, float]] = {}
                 for name, end in (("sockets", sockets), ("grpc", streams)):
                     end.send("go")
-                    values[name] = median((await asyncio.to_thread(end.recv))[SKIPPED:])
+                    found[name] = await asyncio.to_thread(end.recv)
                 timing = await asyncio.to_thread(stream, mesh.endpoint, prompt, TOKENS)
                 trace = await asyncio.to_thread(trace_of, mesh.endpoint, timing)
-                values["mesh"] = trace["overhead_ms_p50"] / HOPS
+                summed = sum(stage["compute_ms"] for stage in trace["stages"])
+                found["mesh"] = trace["overhead_ms_p50"] / HOPS, summed
+                step_s = bare_decode(alone, prompt, TOKENS)[1]
                 if round_ >= 0:  # the first round warms everything up
-                    for name, value in values.items():
-                        seen[name].append(value)
+                    computed["alone"].append(step_s * 1e3)
+                    for name, (hop, compute) in found.items():
+                        hops[name].append(hop)
+                        computed[name].append(compute)
                     print(f"round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
+    return report(hops, computed)
 
-    def over(other: str) -> float:
-        return round(median([a / b for a, b in zip(seen["mesh"], seen[other], strict=True)]), 3)
+
+def report(hops: dict[str, list[float]], computed: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and ratios of the same rounds."""
+
+    def over(upper: list[float], lower: list[float]) -> float:
+        return round(median([a / b for a, b in zip(upper, lower, strict=True)]), 3)
 
     return {
-        "hop_ms_mesh": round(median(seen["mesh"]), 3),
-        "hop_ms_grpc": round(median(seen["grpc"]), 3),
-        "hop_ms_sockets": round(median(seen["sockets"]), 3),
-        "ratio_mesh_grpc": over("grpc"),
-        "ratio_mesh_sockets": over("sockets"),
-        "rounds": rounds,
+        **{f"hop_ms_{name}": round(median(found), 3) for name, found in hops.items()},
+        **{f"ratio_mesh_{name}": over(hops["mesh"], hops[name]) for name in ("grpc", "sockets")},
+        **{f"compute_ms_{name}": round(median(found), 2) for name, found in computed.items()},
+        **{f"compute_over_alone_{name}": over(computed[name], computed["alone"]) for name in hops},
+        "rounds": len(computed["alone"]),
     }
 
 
