@@ -1,42 +1,52 @@
-"""Taking the first step of a coroutine now, where a task would take it at the loop's next turn."""
+"""A coroutine that runs without a task: its first step is taken now, each further one by what it waits for.
+
+A task takes its first step at the loop's next turn, and whoever awaits it goes on another turn after its last.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
 class Begun:
-    """A coroutine that has begun; who awaits it, once, goes on with it. What its first step raises is raised there.
+    """For a coroutine that needs no current task (no ``asyncio.timeout``) and waits for futures or a turn of the loop."""
 
-    For a coroutine that needs no current task before it first waits (no ``asyncio.timeout``).
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, None], then: Callable[[BaseException | None], None]
+    ) -> None:
+        """``then`` is called with how it ended, unless it ends before it waits for anything."""
         self._coroutine = coroutine
         self._waits_for: Any = None
-        self._error: BaseException | None = None
-        self._over = False
-        try:
-            self._waits_for = coroutine.send(None)
-        except StopIteration:
-            self._over = True
-        except Exception as error:
-            self._error = error
+        self._then: Callable[[BaseException | None], None] | None = None
+        self.over = False
+        self.error: BaseException | None = None
+        self._step()
+        self._then = then
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        if self._error is not None:
-            raise self._error
-        if self._over:
-            return
+    def _step(self, _: Any = None) -> None:
         try:
-            yield self._waits_for
-        except asyncio.CancelledError:
-            self._coroutine.close()
-            raise
-        yield from self._coroutine.__await__()
+            self._waits_for = self._coroutine.send(None)
+        except StopIteration:
+            self._end(None)
+        except (Exception, asyncio.CancelledError) as error:
+            self._end(error)
+        else:
+            if self._waits_for is None:
+                asyncio.get_running_loop().call_soon(self._step)
+            else:
+                self._waits_for._asyncio_future_blocking = False  # as a task says that it has seen it
+                self._waits_for.add_done_callback(self._step)
+
+    def _end(self, error: BaseException | None) -> None:
+        self.over, self.error = True, error
+        if self._then is not None:
+            self._then(error)
 
     def close(self) -> None:
-        """Give it up."""
+        """Give it up; nobody is told."""
+        self._then = None
+        if self._waits_for is not None:
+            self._waits_for.remove_done_callback(self._step)
         self._coroutine.close()

@@ -77,14 +77,14 @@ class _Outbox:
     """Packets waiting for a stream; one is written at a time.
 
     The first is handed to the stream as it is put: a token waits for it, and all that its sender does next, and
-    whatever else is in line on the loop, would come before.
+    whatever else is in line on the loop, would come before. The next goes when the stream says that it has the last.
     """
 
     def __init__(self) -> None:
         self._packets: deque[pb.Packet] = deque()
-        self._wake = asyncio.Event()
         self._write: Callable[[pb.Packet], Any] | None = None
-        self._begun: Begun | None = None
+        self._writing: Begun | None = None
+        self._ended: asyncio.Future[None] | None = None
         self.broken = False
         self.bytes_sent = 0
 
@@ -94,31 +94,42 @@ class _Outbox:
             self.broken = True
             return False
         self._packets.extend(encode(message))
-        if self._write is not None and self._begun is None and self._packets:
-            self._begun = self._begin(self._write)
-        self._wake.set()
+        self._go_on()
         return True
 
-    def _begin(self, write: Callable[[pb.Packet], Any]) -> Begun:
-        packet = self._packets.popleft()
-        self.bytes_sent += packet.ByteSize() + _FRAMING_BYTES
-        return Begun(write(packet))
+    def _go_on(self) -> None:
+        while self._write is not None and self._writing is None and self._packets:
+            packet = self._packets.popleft()
+            self.bytes_sent += packet.ByteSize() + _FRAMING_BYTES
+            writing = Begun(self._write(packet), self._wrote)
+            if not writing.over:
+                self._writing = writing
+            elif writing.error is not None:
+                self._fail(writing.error)
+
+    def _wrote(self, error: BaseException | None) -> None:
+        self._writing = None
+        if error is not None:
+            self._fail(error)
+        self._go_on()
+
+    def _fail(self, error: BaseException) -> None:
+        self._write = None
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
 
     async def pump(self, write: Callable[[pb.Packet], Any]) -> None:
         """Write for ever; ends by cancellation or with the stream's error."""
-        self._write = write
+        self._write, self._ended = write, asyncio.get_running_loop().create_future()
+        self._go_on()
         try:
-            while True:
-                while self._begun is not None or self._packets:
-                    self._begun = self._begun or self._begin(write)
-                    await self._begun
-                    self._begun = None
-                self._wake.clear()
-                await self._wake.wait()
+            await self._ended
         finally:
             self._write = None
-            if self._begun is not None:
-                self._begun.close()
+            if self._writing is not None:
+                self._writing.close()
+            if self._ended.done() and not self._ended.cancelled():
+                self._ended.exception()  # it may have come as we were cancelled: then nobody asks
 
 
 class _Link:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mesh.adapters.grpc_links import Upstream
@@ -24,24 +23,25 @@ class Acknowledgements:
         self._loop = asyncio.get_running_loop()
         self._computed: list[Computed] = []
         """Rows not acknowledged yet."""
-        self._waiting: Counter[Key] = Counter()
+        self._waiting: dict[Key, int] = {}
         """How many of them are of each session's stage."""
         self._timer: asyncio.TimerHandle | None = None
 
     def computed(self, rows: Sequence[Computed]) -> None:
         """A run is done; its rows are acknowledged soon."""
         self._computed.extend(rows)
-        self._waiting.update((row.session.order.session, row.session.order.stage) for row in rows)
-        if any(map(self._brisk, rows)):
+        brisk = False
+        for row in rows:
+            order = row.session.order
+            key = (order.session, order.stage)
+            waiting = self._waiting[key] = self._waiting.get(key, 0) + 1
+            # Prefill needs its credit, and so does whoever sends steps without waiting for their tokens (an exact replay),
+            # before it runs out.
+            brisk = brisk or row.frame.length > 1 or waiting * 2 >= order.window
+        if brisk:
             self._loop.call_soon(self._account)
         elif self._timer is None:
             self._timer = self._loop.call_later(ACK_DELAY_S, self._account)
-
-    def _brisk(self, row: Computed) -> bool:
-        """Whether an acknowledgement cannot wait: prefill needs its credit, and so does whoever sends steps without
-        waiting for their tokens (an exact replay), before it runs out."""
-        order = row.session.order
-        return row.frame.length > 1 or self._waiting[order.session, order.stage] * 2 >= order.window
 
     def _account(self) -> None:
         if self._timer is not None:

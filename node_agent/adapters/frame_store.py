@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 
 from rocksdict import Rdict, WriteBatch, WriteOptions
@@ -27,20 +26,19 @@ class RocksFrames:
         self._fresh: dict[bytes, bytes] = {}
         self._orders: deque[tuple[bytes, bytes, bool]] = deque()
         """Key and value to put, or start and end to drop, in order."""
-        self._behind = 0
-        self._lock = threading.Lock()
+        self._put_bytes = self._written_bytes = 0
+        """Each is counted by one thread alone."""
         self.failure: str | None = None
         self._later = Later("hop log", WRITE_EVERY_S, self._write)
 
     @property
     def behind_bytes(self) -> int:
-        return self._behind
+        return self._put_bytes - self._written_bytes
 
     def put(self, key: bytes, value: bytes) -> None:
         self._fresh[key] = value
         self._orders.append((key, value, True))
-        with self._lock:
-            self._behind += len(value)
+        self._put_bytes += len(value)
         self._later.ask()
 
     def get(self, key: bytes) -> bytes | None:
@@ -80,8 +78,7 @@ class RocksFrames:
         except Exception as error:  # rocksdict's own kind
             log.error("the hop log cannot be written: %s", error)
             self.failure = str(error)
-        with self._lock:
-            self._behind -= size
+        self._written_bytes += size
         for key, value in written:
             if self._fresh.get(key) is value:
                 self._fresh.pop(key, None)

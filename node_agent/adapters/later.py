@@ -17,7 +17,8 @@ class Later:
 
     def ask(self) -> None:
         """Have it done soon; returns at once, on any thread."""
-        self._asked.set()
+        if not self._asked.is_set():  # to set it takes a lock
+            self._asked.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():

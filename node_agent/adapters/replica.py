@@ -70,6 +70,7 @@ class Replica:
     ) -> None:
         """``speed`` is expected until enough has run; ``ran``: because other cuts did, here."""
         self.runtime, self._clock = runtime, clock
+        self._first, self._last = runtime.info.first, runtime.info.last
         self.compute = compute or ComputeThread(f"compute {runtime.info.layers}", clock)
         self._speed, self._told, self._told_s = SpeedMeter(speed, ran), speed, clock.monotonic()
         # One position of each slot is for rows that nobody reads.
@@ -126,7 +127,7 @@ class Replica:
             return Refusal(
                 Cause.BAD_FRAME, "a frame of several steps is replayed, and nothing sampled after it"
             )
-        if info.first:
+        if self._first:
             if payload.dtype != np.int64 or payload.shape != (frame.length,):
                 return Refusal(Cause.BAD_FRAME, "the first stage takes tokens, one a position")
             tokens = payload.tolist()
@@ -215,9 +216,9 @@ class Replica:
             result = self.runtime.prefill(run.slot, run.positions[0], first.payload, wanted)
         else:
             result = self.runtime.decode(run.slot, run.positions, self._gather(run), logits)
-        if not self.runtime.info.last:
+        if not self._last:
             result = result.copy()
-            if first.length > 1:
+            if len(live) == len(run.rows) == 1:
                 return [result]
             return [result[i : i + 1] if row else None for i, row in enumerate(run.rows)]
         outputs: list[Any] = [()] * len(run.rows)
@@ -232,7 +233,7 @@ class Replica:
             return run.rows[0][1].payload  # type: ignore[no-any-return]
         inputs: NDArray[Any] = (
             np.zeros(len(run.rows), dtype=np.int64)
-            if info.first
+            if self._first
             else np.zeros((len(run.rows), info.model.width), dtype=np.float32)
         )
         for i, _, frame in run.live:
@@ -282,7 +283,7 @@ class Replica:
         elif first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9, first.position)
         else:
-            if not self.runtime.info.last or any(f.sample and not s.order.standby for _, s, f in run.live):
+            if not self._last or any(f.sample and not s.order.standby for _, s, f in run.live):
                 self._speed.decoded(len(run.rows), compute_us, ended / 1e9, first.position)
             self._step_ns += ((ended - started) - self._step_ns) // _STEP_SMOOTHING or 1
 
