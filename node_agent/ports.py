@@ -77,6 +77,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def prepare(self) -> None:
+        """Open what sessions may need beyond a few positions, in the background where it takes long."""
+        ...
+
     def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
         """Whether ``replay`` gives some ``inputs`` of a session the bits of single steps as it is; it does so from then on."""
         ...

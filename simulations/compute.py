@@ -84,6 +84,9 @@ class ModelledRuntime:
         values = [self._step(slot, position + i, *self._read(row)) for i, row in enumerate(inputs)]
         return self._written(values[len(values) - logits :] if self.info.last else values)
 
+    def prepare(self) -> None:
+        pass
+
     def hold_to_steps(self, inputs: Any) -> bool:
         return True
 

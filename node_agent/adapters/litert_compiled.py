@@ -38,8 +38,9 @@ _STDERR = threading.Lock()
 
 
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile: models of those that the test vector needs serve
-    until one of the smallest bucket's takes their place, and then one of all that may be wanted; both are compiled in the background."""
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, so those that the test vector needs come first, each
+    in a model of its own, and the smallest bucket's others in the background; one model of all that may be wanted then takes
+    their place."""
 
     provider = "XNNPACK"
 
@@ -48,70 +49,72 @@ class CompiledEngine:
         self._graph, self._threads, self._packed = graph, threads, packed
         with _mapped(graph) as data:
             self.names: Collection[str] = graph_names(data)
-        first = needed_first(self.names)
-        if packed is None or not packed.exists():
-            first = [[name for group in first for name in group]]  # each model would pack weights of its own
-        self._models = _compiled(graph, first, threads, packed)
+        # Without that file every model packs weights of its own: then there is but one.
+        shared = packed is not None and packed.exists()
+        self._models = self._compile(needed_first(self.names) if shared else by_bucket(self.names)[:1])
         self._changed = threading.Condition()
-        """Guards what follows."""
+        """Guards what follows, and what is added to the models."""
         self._next: CompiledModel | None = None
-        self._coming: list[set[str]] = []
-        """Graphs of the models that are still to come, the next one first."""
+        self._coming = False
+        self._closing = False
         self._background: threading.Thread | None = None
 
-    def _compile(self, names: Collection[str]) -> CompiledModel:
-        (model,) = _compiled(self._graph, [names], self._threads, self._packed)
-        return model
+    def _compile(self, groups: Sequence[Collection[str]]) -> list[CompiledModel]:
+        return _compiled(self._graph, groups, self._threads, self._packed)
 
     @property
     def loaded(self) -> set[str]:
         """Graphs that can be run without a wait."""
         with self._changed:
-            models = [self._next] if self._next is not None else self._models
+            models = [*self._models, *([] if self._next is None else [self._next])]
             return {name for model in models for name in model.signatures}
 
     def prepare(self, graphs: Sequence[str]) -> None:
-        groups = by_bucket(self.names)
-        wanted = [name for group in groups if not {*graphs}.isdisjoint(group) for name in group]
-        sizes, there = ({*groups[0]}, {*groups[0], *wanted}), self.loaded
-        self._coming = [names for i, names in enumerate(sizes) if names - there and names not in sizes[:i]]
-        if self._coming:
-            self._background = threading.Thread(target=self._prepare, name="graphs", daemon=True)
+        smallest, *larger = by_bucket(self.names)
+        rest = sorted({*smallest} - self.loaded)
+        wanted = [name for group in larger if not {*graphs}.isdisjoint(group) for name in group]
+        if rest or wanted:
+            halves = [half for half in (rest[::2], rest[1::2]) if half]
+            whole = [*smallest, *wanted] if wanted else []
+            self._coming = True
+            self._background = threading.Thread(
+                target=self._prepare, args=(halves, whole), name="graphs", daemon=True
+            )
             self._background.start()
 
-    def _prepare(self) -> None:
+    def _prepare(self, halves: Sequence[Collection[str]], whole: Collection[str]) -> None:
         try:
-            while self._coming:
-                self._came(self._compile(self._coming[0]))
+            added = self._compile(halves) if halves else []
+            with self._changed:
+                self._models = [*self._models, *added]
+                self._changed.notify_all()
+            if whole and not self._closing:
+                (model,) = self._compile([whole])
+                with self._changed:
+                    self._next = model
         except (ShardError, OSError) as error:
             log.warning("%s; it is tried again when a session needs it", error)
         finally:
             with self._changed:
-                self._coming = []
+                self._coming = False
                 self._changed.notify_all()
-
-    def _came(self, model: CompiledModel) -> None:
-        with self._changed:
-            self._coming = self._coming[1:]
-            unused, self._next = self._next, model
-            self._changed.notify_all()
-        if unused is not None:
-            unused.close()
 
     def _with(self, graph: str) -> CompiledModel:
         """The model in use that has the graph."""
         with self._changed:
             while True:
-                found = next((m for m in self._models if graph in m.signatures), None)
-                if found is not None and self._next is None:
-                    return found
+                if self._next is not None:
+                    before, self._models, self._next = self._models, [self._next], None
+                    _close(before)
+                for model in self._models:
+                    if graph in model.signatures:
+                        return model
                 if graph not in self.names:
                     raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
-                while self._next is None and self._coming:
+                if self._coming:
                     self._changed.wait()
-                larger, self._next = self._next or self._compile(self.names), None
-                _close(self._models)
-                self._models = [larger]
+                else:
+                    (self._next,) = self._compile([self.names])
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]
@@ -128,8 +131,7 @@ class CompiledEngine:
         model.run(model.signatures[graph].number, inputs, outputs)
 
     def close(self) -> None:
-        with self._changed:
-            self._coming = self._coming[:1]
+        self._closing = True
         if self._background is not None:
             self._background.join()
         if self._next is not None:

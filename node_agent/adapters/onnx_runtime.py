@@ -118,6 +118,9 @@ class OnnxShard:
         result: NDArray[Any] = binding.output[0]
         return result
 
+    def prepare(self) -> None:
+        pass
+
     def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
         return True
 

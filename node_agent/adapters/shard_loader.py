@@ -96,6 +96,7 @@ def load_shard(
     proven.verify(folder, manifest.files)
     shard = _open(folder, manifest, slots, capacity, options)
     inputs = hold_to_vector(shard, folder, manifest)
+    shard.prepare()
     if not proven.steps_held:
         proven.steps_held = shard.hold_to_steps(inputs)
         if not proven.steps_held:

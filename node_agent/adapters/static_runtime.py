@@ -211,7 +211,6 @@ class StaticShard:
                 "make the shard again with --context, or lower the setting 'context'"
             )
         self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
-        engine.prepare([run_name(self._chunks[0], bucket) for bucket in self._buckets])
         self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
         self._signatures: dict[tuple[str, int, int], _Signature] = {}
         self._held: dict[int, _Slot] = {}
@@ -276,6 +275,9 @@ class StaticShard:
         if not steps or position + steps > self._buckets[-1]:
             raise ValueError(f"a chunk of {steps} at {position} exceeds the capacity {self.capacity}")
         return steps
+
+    def prepare(self) -> None:
+        self.engine.prepare([run_name(self._chunks[0], bucket) for bucket in self._buckets])
 
     def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
         """Whether a chunk that stands for steps has their bits on this machine, tried on a few ``inputs``; else it is not used.

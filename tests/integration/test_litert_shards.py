@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import ShardError
-from node_agent.adapters.litert_compiled import CompiledEngine
+from node_agent.adapters.litert_compiled import CompiledEngine, pack
 from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
@@ -224,6 +224,11 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=1024) / LITERT_GRAPH_FILE
     engine = CompiledEngine(graph, 1)
     smallest = {"head", "run_1_256", "run_16_256", "run_64_256", "steps_16_256", "batch_4_256"}
+    assert engine.loaded == smallest  # weights are packed for one model
+    engine.close()
+    packed = tmp_path / "weights.xnnpack"
+    pack(graph, 1, packed)
+    engine = CompiledEngine(graph, 1, packed)
     assert engine.loaded == {"head", "run_1_256", "run_16_256"}
     engine.prepare(["run_1_256", "run_1_512", "run_1_768"])
     assert "new_k.0" in engine.ends("run_64_256").outputs  # the next to come
@@ -235,7 +240,7 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     assert "new_k.0" in engine.ends("run_16_1024").outputs  # who did not say so has to wait
     assert set(engine.loaded) == set(engine.names)
     engine.close()
-    few = CompiledEngine(graph, 1)
+    few = CompiledEngine(graph, 1, packed)
     few.prepare(["run_1_256"])
     until(lambda: set(few.loaded) == smallest, 30)
     few.close()

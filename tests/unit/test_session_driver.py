@@ -59,6 +59,9 @@ class CountingRuntime:
     def replay(self, slot: int, position: int, inputs: Any) -> Any:
         return self._logits(range(0))
 
+    def prepare(self) -> None:
+        pass
+
     def hold_to_steps(self, inputs: Any) -> bool:
         return True
 

@@ -39,6 +39,9 @@ class Echo:
     def replay(self, slot: int, position: int, inputs: Any) -> Any:
         return inputs
 
+    def prepare(self) -> None:
+        pass
+
     def hold_to_steps(self, inputs: Any) -> bool:
         return True
 
