@@ -30,7 +30,7 @@ from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
 
 DECODES_PER_PREFILL = 4
 DUE_PER_OTHER = 16
-"""Chunks of a thousand positions as ingresses cut them: what a whole conversation takes."""
+"""Runs; of chunks as ingresses cut them, a thousand positions: what a whole conversation takes."""
 STANDBY_WINDOW = 512
 """Frames that a standby may be behind: nobody waits for its acknowledgements."""
 NOTHING_ONWARD = 1 << 30

@@ -19,6 +19,7 @@ from scheduler.reconcile import Wanted
 _RPC_S = 10.0
 _CONNECT_S = 2.0
 """A lease that is asked for of a node that we are cut off from is not to arrive there when nobody wants it any more."""
+_DECIDED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
 
 
 class LeaseStreams:
@@ -103,9 +104,6 @@ async def _connect(channel: grpc.aio.Channel) -> None:
                 await channel.wait_for_state_change(state)
     except TimeoutError:
         raise PeerError(f"no connection within {_CONNECT_S:g} s") from None
-
-
-_DECIDED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
 
 
 def _said(error: grpc.aio.AioRpcError) -> str:

@@ -37,7 +37,7 @@ class _File(msgspec.Struct, frozen=True):
 class _Record(msgspec.Struct, frozen=True):
     files: dict[str, _File] = {}
     steps: str = ""
-    """Where chunks that stand for steps had their bits: machine, packages, threads."""
+    """With what chunks that stand for steps had their bits: machine, packages, threads, and who computed."""
 
 
 class Proven:
@@ -65,14 +65,13 @@ class Proven:
         settled = time.time_ns() - SETTLED_S * 1_000_000_000
         self._files = {n: s for n, s in found.items() if s is not None and s.ctime_ns < settled}
 
-    @property
-    def steps_held(self) -> bool:
-        """Whether chunks that stand for steps had their bits here."""
-        return self._steps == self._here
+    def steps_held(self, provider: str) -> bool:
+        """Whether chunks that stand for steps had their bits here, computed by ``provider``."""
+        return self._steps == f"{self._here}, {provider}"
 
-    @steps_held.setter
-    def steps_held(self, held: bool) -> None:
-        self._steps = self._here if held else ""
+    def note_steps(self, provider: str, held: bool) -> None:
+        """Whether they had."""
+        self._steps = f"{self._here}, {provider}" if held else ""
 
     def keep(self) -> None:
         """For the next load; where it cannot be written that one proves all anew."""

@@ -97,9 +97,10 @@ def load_shard(
     shard = _open(folder, manifest, slots, capacity, options)
     inputs = hold_to_vector(shard, folder, manifest)
     shard.prepare()
-    if not proven.steps_held:
-        proven.steps_held = shard.hold_to_steps(inputs)
-        if not proven.steps_held:
+    if not proven.steps_held(shard.provider):
+        held = shard.hold_to_steps(inputs)
+        proven.note_steps(shard.provider, held)
+        if not held:
             log.info(
                 "%s replays steps one by one: in chunks they round otherwise on %s", folder, shard.provider
             )

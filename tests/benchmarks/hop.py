@@ -3,7 +3,7 @@
 Three processes in a ring compute the same three shards as three agents do, and pass on the same bytes, with nothing else
 around them: over a gRPC stream, and over blocking sockets, which is what the kernel takes. A hop is what a token takes
 less what was computed for it, by the number of hops; 128 tokens after a prompt of 128, interleaved, 2 threads each. What
-was computed takes longer, too, where processes take turns: it stands beside what one process takes for all three shards.
+was computed stands beside what one process takes for all three shards.
 """
 
 from __future__ import annotations

@@ -27,6 +27,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are as good as old."""
+    monkeypatch.setattr(module, "SETTLED_S", 0)
+
+
 def shard(folder: Path) -> dict[str, StoredFile]:
     files = {}
     for name in ("graph", "check"):
@@ -42,8 +48,8 @@ def load(folder: Path, files: dict[str, StoredFile], path: Path | None) -> None:
     proven.keep()
 
 
-def test_files_are_read_once(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SETTLED_S", 0)
+@pytest.mark.usefixtures("settled")
+def test_files_are_read_once(tmp_path: Path, reads: list[str]) -> None:
     files, kept = shard(tmp_path), tmp_path / "kept.json"
     load(tmp_path, files, kept)
     load(tmp_path, files, kept)
@@ -52,10 +58,10 @@ def test_files_are_read_once(tmp_path: Path, reads: list[str], monkeypatch: pyte
     assert reads == ["graph", "check"] * 2
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_flipped_bit_is_found_though_size_and_mtime_are_as_they_were(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reads: list[str]
 ) -> None:
-    monkeypatch.setattr(module, "SETTLED_S", 0)
     files, kept, graph = shard(tmp_path), tmp_path / "kept.json", tmp_path / "graph"
     load(tmp_path, files, kept)
     before = graph.stat()
@@ -76,10 +82,8 @@ def test_a_file_that_has_just_been_written_is_read_again(tmp_path: Path, reads: 
     assert reads == ["graph", "check"] * 2
 
 
-def test_another_manifest_wants_its_own_proof(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SETTLED_S", 0)
+@pytest.mark.usefixtures("settled")
+def test_another_manifest_wants_its_own_proof(tmp_path: Path, reads: list[str]) -> None:
     files, kept = shard(tmp_path), tmp_path / "kept.json"
     load(tmp_path, files, kept)
     other = files | {"graph": StoredFile("0" * 64, files["graph"].size)}
@@ -102,20 +106,21 @@ def test_where_nothing_can_be_written_a_shard_loads_all_the_same(tmp_path: Path,
     files, blocked = shard(tmp_path), tmp_path / "graph" / "kept.json"
     proven = Proven(blocked, 2)
     proven.verify(tmp_path, files)
-    proven.steps_held = True
+    proven.note_steps("XNNPACK", True)
     proven.keep()
     assert reads == ["graph", "check"]
 
 
-def test_steps_held_where_machine_packages_and_threads_are_the_same(
+def test_steps_held_where_machine_packages_threads_and_provider_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept.json"
     proven = Proven(kept, 2)
-    assert not proven.steps_held
-    proven.steps_held = True
+    assert not proven.steps_held("XNNPACK")
+    proven.note_steps("XNNPACK", True)
     proven.keep()
-    assert Proven(kept, 2).steps_held
-    assert not Proven(kept, 1).steps_held
+    assert Proven(kept, 2).steps_held("XNNPACK")
+    assert not Proven(kept, 2).steps_held("libedgetpu.so.1")
+    assert not Proven(kept, 1).steps_held("XNNPACK")
     monkeypatch.setattr(module, "this_machine", lambda: "another")
-    assert not Proven(kept, 2).steps_held
+    assert not Proven(kept, 2).steps_held("XNNPACK")
