@@ -18,7 +18,7 @@ from scheduler.reconcile import Wanted
 
 _RPC_S = 10.0
 _CONNECT_S = 2.0
-"""A lease that is asked for of a node that we are cut off from is not to arrive there when nobody wants it any more."""
+"""Of a node that does not answer a lease is not waited for: others may load the shard."""
 _DECIDED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
 
 
