@@ -24,6 +24,8 @@ _LOOK_S = 2.0
 LINGER_S = 30.0
 """A shard that no session of ours uses any more, or that somebody else serves again, is held for so long: those that go on
 over it are handed over."""
+_UNUSED_S = 2.0
+"""What no session has used yet is held for so long after it was last asked for: sessions that wait ask each 100 ms."""
 _SHARDS_KNOWN = 256
 
 
@@ -44,6 +46,8 @@ class ColdLoads:
         self._shards: dict[Digest, ShardInfo] = {}
         """Of routes that we know: who is lost may be forgotten before it is needed."""
         self._loans: dict[Digest, asyncio.Task[None]] = {}
+        self._asked: dict[Digest, float] = {}
+        """Of what is on loan, when a session last asked for it."""
         self._refusals = Refusals()
 
     def note(self, route: LayeredRoute) -> None:
@@ -66,26 +70,29 @@ class ColdLoads:
         refused = frozenset(w.node for w in self._refusals.now(now))
         context = min(self._context, shards[0].model.context_max)
         done = len(session.order.prompt) + len(session.generated)
+        self._asked |= {s.digest: now for s in shards if s.digest in self._loans}
         for load in cold_loads(self._view(), shards, context, done, avoid | refused, rules):
             if load.shard.digest not in self._loans:
                 log.warning("nobody serves %s: %s loads it", load.shard, load.node)
                 task = asyncio.create_task(self._lend(load, context), name=f"cold load {load.shard}")
-                self._loans[load.shard.digest] = task
+                self._loans[load.shard.digest], self._asked[load.shard.digest] = task, now
 
     def _scheduled(self, model: str) -> bool:
         book = self._policies
         return model in book.policy.models or any(n.policy > book.version for n in self._view().alive())
 
     async def _lend(self, load: ColdLoad, context: int) -> None:
+        shard, now = load.shard.digest, asyncio.get_running_loop().time
         stream = asyncio.create_task(self._hold(load, context))
-        idle_s = 0.0
+        until = 0.0
         try:
-            while idle_s < LINGER_S and not stream.done():
+            while now() < max(until, self._asked[shard] + _UNUSED_S) and not stream.done():
                 await asyncio.wait({stream}, timeout=_LOOK_S)
-                idle_s = 0.0 if self._needed(load) else idle_s + _LOOK_S
+                if self._needed(load):
+                    until = now() + LINGER_S
         finally:
             stream.cancel()
-            self._loans.pop(load.shard.digest, None)
+            del self._loans[shard], self._asked[shard]
 
     def _needed(self, load: ColdLoad) -> bool:
         shard = load.shard.digest

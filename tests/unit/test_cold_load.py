@@ -87,12 +87,12 @@ def test_others_that_serve_it_again_are_seen() -> None:
 
 
 class Lender:
-    """Sessions of ours that always use what was lent, and an agent that lends."""
+    """``using`` sessions of ours go over what was lent; an agent lends."""
 
     def __init__(self) -> None:
         self.view = cluster(able("a"))
-        self.holds = 0
-        self.loads = ColdLoads(lambda: self.view, self, lambda node, shard: 1, self, POSITIONS)  # type: ignore[arg-type]
+        self.holds, self.using = 0, 1
+        self.loads = ColdLoads(lambda: self.view, self, lambda node, shard: self.using, self, POSITIONS)  # type: ignore[arg-type]
         self.policy = Policy()
         self.version = NO_POLICY
 
@@ -110,6 +110,7 @@ def test_a_shard_goes_back_when_others_serve_it_again_though_sessions_use_it(
 ) -> None:
     monkeypatch.setattr(adapter, "_LOOK_S", 0.01)
     monkeypatch.setattr(adapter, "LINGER_S", 0.1)
+    monkeypatch.setattr(adapter, "_UNUSED_S", 0.1)
 
     async def story() -> None:
         lender = Lender()
@@ -122,6 +123,31 @@ def test_a_shard_goes_back_when_others_serve_it_again_though_sessions_use_it(
         assert lender.holds == 1  # nobody else has it
         lender.view = cluster(able("a"), node("n1", LOST))
         await asyncio.sleep(0.3)
+        assert lender.holds == 0
+
+    asyncio.run(story())
+
+
+def test_a_shard_that_no_session_came_to_use_goes_back_when_none_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapter, "_LOOK_S", 0.01)
+    monkeypatch.setattr(adapter, "_UNUSED_S", 0.2)
+
+    async def story() -> None:
+        lender = Lender()
+        lender.using = 0
+        held = route(2, 4)
+        lender.view = cluster(node("n1", LOST), able("a"))
+        lender.loads.note(held)
+        lender.view = cluster(able("a"))
+        waits = Session(order(), held, OWNER, ADDRESS, 0)
+        for _ in range(5):  # it loads for longer than unused ones are held
+            lender.loads.want(waits, frozenset(), ())
+            await asyncio.sleep(0.1)
+        assert lender.holds == 1
+        lender.view = cluster(able("a"), node("n1", LOST))  # the session was told of, or taken over
+        await asyncio.sleep(0.4)
         assert lender.holds == 0
 
     asyncio.run(story())
