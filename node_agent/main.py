@@ -46,6 +46,7 @@ from node_agent.adapters.form_times import chosen_form, probed_speeds
 from node_agent.adapters.frame_store import RocksFrames
 from node_agent.adapters.generator import Generator
 from node_agent.adapters.http_api import HttpApi
+from node_agent.adapters.huge_pages import HugePages
 from node_agent.adapters.identity import node_identity
 from node_agent.adapters.lease_streams import LeaseStreams
 from node_agent.adapters.memory_store import MemoryTokenLog
@@ -86,6 +87,8 @@ _ALONE_S = 3.0
 _SPEED_AFTER_S = 4.0
 """Shards are loaded by then, and the first answer is not held up by our measuring."""
 _FIRST_LINKS_S = 3.0
+_MEMORY_AFTER_S, _MEMORY_S = 5.0, 15.0
+"""What is new is moved to huge pages (``huge_pages``); at the start there is the most of it, and the first answer goes before."""
 _GRACE_S = 0.5
 _RPC_S = 5.0
 _BEHIND_BYTES = 64 << 20
@@ -445,9 +448,10 @@ class Agent:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``, and of links
         as rarely as views are exchanged: a radio has room for few bytes."""
         self.replicas.expect(await asyncio.to_thread(probed_speeds, self.store))
-        machine = self.view.membership
+        machine, memory = self.view.membership, HugePages()
         now = time.monotonic()
         due = {"machine": now, "links": now + _FIRST_LINKS_S, "speeds": now + _SPEED_AFTER_S}
+        due["memory"] = now + _MEMORY_AFTER_S
         alone_at = now + _ALONE_S
         while True:
             now = time.monotonic()
@@ -457,6 +461,9 @@ class Agent:
             if now >= due["speeds"]:
                 due["speeds"], due["machine"] = float("inf"), now
                 await asyncio.to_thread(self.own.measure_speeds)
+            if now >= due["memory"]:
+                due["memory"] = now + _MEMORY_S
+                await asyncio.to_thread(memory.collapse)
             if now >= due["machine"]:
                 due["machine"] = now + _PROBE_S
                 if self.own.look_at_machine():

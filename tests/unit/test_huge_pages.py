@@ -1,0 +1,100 @@
+"""Memory in huge pages: what is moved, what is left alone, and where it cannot be had."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import pytest
+
+from node_agent.adapters import huge_pages
+from node_agent.adapters.huge_pages import HugePages, anonymous
+
+MAPS = """\
+00400000-00452000 r-xp 00000000 08:02 173521      /usr/bin/dbus-daemon
+00651000-00652000 rw-p 00051000 08:02 173521      /usr/bin/dbus-daemon
+00e03000-00e24000 rw-p 00000000 00:00 0           [heap]
+7f2c00000000-7f2c02000000 rw-p 00000000 00:00 0
+7f2c02000000-7f2c03000000 ---p 00000000 00:00 0
+7f2c04000000-7f2c05000000 rw-s 00000000 00:01 55          /dev/zero (deleted)
+7f2c06000000-7f2c07000000 rw-p 00000000 00:00 0           [anon: glibc: malloc]
+7fff4e000000-7fff4e021000 rw-p 00000000 00:00 0           [stack]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0   [vsyscall]
+"""
+RANGES = 3
+
+
+def test_private_memory_of_no_file_and_no_stack_is_moved() -> None:
+    assert anonymous(MAPS) == [
+        (0x00E03000, 0x00E24000),
+        (0x7F2C00000000, 0x7F2C02000000),
+        (0x7F2C06000000, 0x7F2C07000000),
+    ]
+
+
+class Memory:
+    """Ranges of a huge page's size, of which every ``every``th small page is in use."""
+
+    def __init__(self, every: int) -> None:
+        size, page = huge_pages._size(), mmap.PAGESIZE
+        self.map = mmap.mmap(-1, (RANGES + 1) * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.begin = -self.address % size
+        for at in range(self.begin, self.begin + RANGES * size, every * page):
+            self.map[at] = 1
+
+    def kib(self, what: str) -> int:
+        """Of the mapping that it lies in, which may be larger."""
+        ours = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            key, _, rest = line.partition(" ")
+            if "-" in key and not key.endswith(":"):
+                start, end = (int(x, 16) for x in key.split("-"))
+                ours = start <= self.address + self.begin < end
+            elif ours and key == f"{what}:":
+                return int(rest.split()[0])
+        raise AssertionError(f"no {what} in smaps")
+
+
+@pytest.fixture
+def pages() -> HugePages:
+    made = HugePages()
+    if not huge_pages._size() or not Memory(1) or not made.collapse():
+        pytest.skip("this kernel moves no memory to huge pages")
+    return made
+
+
+def test_what_is_in_use_lies_in_huge_pages_afterwards(pages: HugePages) -> None:
+    memory = Memory(every=1)
+    before = memory.kib("AnonHugePages")
+    assert pages.collapse() >= RANGES * huge_pages._size()
+    assert memory.kib("AnonHugePages") >= before + RANGES * huge_pages._size() // 1024
+    assert memory.map[memory.begin] == 1
+
+
+def test_no_memory_is_added_where_little_is_in_use(pages: HugePages) -> None:
+    memory = Memory(every=4)
+    before = memory.kib("Rss")
+    pages.collapse()
+    assert memory.kib("Rss") < before + huge_pages._size() // 1024
+
+
+def test_nothing_is_moved_where_the_operator_says_never(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+    assert HugePages().collapse() == 0
+    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path / "absent")
+    assert HugePages().collapse() == 0
+
+
+def test_an_older_kernel_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch, pages: HugePages) -> None:
+    held = Memory(every=1)
+    monkeypatch.setattr(huge_pages, "_MADV_COLLAPSE", 9999)
+    assert pages.collapse() == 0
+    monkeypatch.undo()
+    assert pages.collapse() == 0
+    assert held.map[held.begin] == 1
