@@ -142,9 +142,9 @@ def hazard_per_s(node: Node, now_s: float = 0.0) -> float:
     return hazard + (1 / max(left_s, 1.0) if left_s < RUNNING_DRY_S else 0.0)
 
 
-def risk_us(node: Node, step_us: float, now_s: float = 0.0, recovery_us: float = RECOVERY_US) -> float:
-    """The chance that the node is lost during a step, times what that would cost."""
-    return hazard_per_s(node, now_s) * step_us / 1e6 * recovery_us
+def risk_us(hazard: _Number, step_us: _Number, recovery_us: float = RECOVERY_US) -> _Number:
+    """The chance that a node of this ``hazard_per_s`` is lost during a step, times what that would cost."""
+    return hazard * (recovery_us / 1e6) * step_us
 
 
 def battery_us(node: Node, step_us: float, mission_us: float) -> float:

@@ -172,7 +172,7 @@ def _host(
     known = known_speed(node, demand)
     speed = known or guessed_speed(node, demand, scale)
     unit = speed.layer
-    extra = risk_us(node, unit, now_s) + battery_us(node, unit, policy.mission)
+    extra = risk_us(hazard_per_s(node, now_s), unit) + battery_us(node, unit, policy.mission)
     extra += 0.0 if known else GUESS_MARGIN * unit
     return Host(
         node,

@@ -23,6 +23,7 @@ from scheduler.cost import (
     hazard_per_s,
     hop_us,
     queue_us,
+    risk_us,
     speed_of,
     transfer_us,
     way_us,
@@ -171,7 +172,7 @@ class Graph:
             self._beside(learned) + decode + self._context * request.position + self._row * load + self._tail
         )
         queue = BUSY_WAIT * (decode + self._row * (load - 1)) * (load > 0)
-        risk = self._hazard * (learned.recovery_us / 1e6) * step
+        risk = risk_us(self._hazard, step, learned.recovery_us)
         chunked = request.prompt - request.steps
         before = request.begin + chunked / 2
         filling = chunked * (self._prefill + self._prefill_context * before) + request.steps * step
@@ -275,7 +276,7 @@ class Graph:
                 before = self.held[path[place - 1]][0]
                 latency, transfer = way_us(before, node, self._frame_bytes, self._percentile)
             compute = compute_us(speed, sessions, self._percentile, beside, request.position)
-            risk = float(self._hazard[i]) * learned.recovery_us / 1e6 * compute
+            risk = risk_us(float(self._hazard[i]), compute, learned.recovery_us)
             queue, price = queue_us(speed, sessions), float(self._price[i])
             terms.append(Terms(compute, queue, latency, transfer, risk, price))
             done = 0.0
