@@ -463,7 +463,9 @@ class Agent:
                 await asyncio.to_thread(self.own.measure_speeds)
             if now >= due["memory"]:
                 due["memory"] = now + _MEMORY_S
-                await asyncio.to_thread(memory.collapse)
+                await asyncio.to_thread(memory.look)
+            if memory.waiting:
+                await asyncio.to_thread(memory.move)
             if now >= due["machine"]:
                 due["machine"] = now + _PROBE_S
                 if self.own.look_at_machine():

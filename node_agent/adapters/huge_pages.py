@@ -11,6 +11,8 @@ import ctypes
 import logging
 import os
 import re
+import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,29 +26,40 @@ _MADV_COLLAPSE = 25
 """Linux 6.1 and later: move a range to huge pages now, whatever the background thread would do."""
 _IN_USE = 0.9
 """Share of a range's small pages that are in use already."""
+_AT_ONCE_S = 0.001
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0\s*(\[heap\]|\[anon.*|)$")
 _PRESENT = np.uint64(1 << 63)
 
 
 class HugePages:
-    """``collapse`` moves what can be moved; where the kernel cannot, or its operator has said ``never``, it does nothing."""
+    """``look`` finds what can be moved, and each ``move`` takes one range of it: sessions must not feel it. Where the kernel cannot, or
+    its operator has said ``never``, nothing is."""
 
     def __init__(self) -> None:
         self._size = _size()
+        self.waiting: deque[int] = deque()
+        """Addresses of ranges that were found."""
 
-    def collapse(self) -> int:
-        """Bytes that lie in huge pages now. About 7 ms of one core for each that was not in one before."""
+    def look(self) -> None:
+        """Find ranges that are in use almost whole; some lie in huge pages already."""
         try:
-            return sum(self._size for address in self._in_use() if self._moved(address)) if self._size else 0
+            self.waiting = deque(self._in_use() if self._size else ())
         except OSError as error:  # a sandbox that hides /proc
             log.info("memory stays in small pages, and a death of this agent is noticed later: %s", error)
             self._size = 0
-            return 0
 
-    def _moved(self, address: int) -> bool:
-        """Not for want of memory, or on a kernel that does not know how."""
-        libc = ctypes.CDLL(None)
-        return not libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(self._size), _MADV_COLLAPSE)
+    def move(self) -> int:
+        """Bytes that lie in huge pages now, of what waits up to the first range that did not yet: that takes about 7 ms of one core."""
+        libc, moved, begin = ctypes.CDLL(None), 0, time.monotonic()
+        while self.waiting:
+            address, size = ctypes.c_void_p(self.waiting.popleft()), ctypes.c_size_t(self._size)
+            if not libc.madvise(
+                address, size, _MADV_COLLAPSE
+            ):  # else for want of memory, or the kernel does not know how
+                moved += self._size
+            if time.monotonic() - begin > _AT_ONCE_S:
+                break
+        return moved
 
     def _in_use(self) -> Iterator[int]:
         """Addresses of ranges of a huge page's size that are in use almost whole."""

@@ -57,10 +57,19 @@ class Memory:
         raise AssertionError(f"no {what} in smaps")
 
 
+def collapse(pages: HugePages) -> int:
+    """All of it."""
+    pages.look()
+    moved = 0
+    while pages.waiting:
+        moved += pages.move()
+    return moved
+
+
 @pytest.fixture
 def pages() -> HugePages:
     made = HugePages()
-    if not huge_pages._size() or not Memory(1) or not made.collapse():
+    if not huge_pages._size() or not Memory(1) or not collapse(made):
         pytest.skip("this kernel moves no memory to huge pages")
     return made
 
@@ -68,15 +77,26 @@ def pages() -> HugePages:
 def test_what_is_in_use_lies_in_huge_pages_afterwards(pages: HugePages) -> None:
     memory = Memory(every=1)
     before = memory.kib("AnonHugePages")
-    assert pages.collapse() >= RANGES * huge_pages._size()
+    assert collapse(pages) >= RANGES * huge_pages._size()
     assert memory.kib("AnonHugePages") >= before + RANGES * huge_pages._size() // 1024
+    assert memory.map[memory.begin] == 1
+
+
+def test_one_range_is_moved_at_a_time(pages: HugePages, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(every=1)
+    monkeypatch.setattr(huge_pages, "_AT_ONCE_S", 1e-9)
+    pages.look()
+    found = len(pages.waiting)
+    assert found >= RANGES
+    assert pages.move() <= huge_pages._size()
+    assert len(pages.waiting) == found - 1
     assert memory.map[memory.begin] == 1
 
 
 def test_no_memory_is_added_where_little_is_in_use(pages: HugePages) -> None:
     memory = Memory(every=4)
     before = memory.kib("Rss")
-    pages.collapse()
+    collapse(pages)
     assert memory.kib("Rss") < before + huge_pages._size() // 1024
 
 
@@ -86,9 +106,9 @@ def test_nothing_is_moved_where_the_operator_says_never(
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     (tmp_path / "hpage_pmd_size").write_text("2097152\n")
     monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
-    assert HugePages().collapse() == 0
+    assert collapse(HugePages()) == 0
     monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path / "absent")
-    assert HugePages().collapse() == 0
+    assert collapse(HugePages()) == 0
 
 
 def test_a_kernel_that_does_not_know_how_moves_nothing(
@@ -96,11 +116,11 @@ def test_a_kernel_that_does_not_know_how_moves_nothing(
 ) -> None:
     held = Memory(every=1)
     monkeypatch.setattr(huge_pages, "_MADV_COLLAPSE", 9999)
-    assert pages.collapse() == 0
+    assert collapse(pages) == 0
     assert held.map[held.begin] == 1
 
 
 def test_a_sandbox_that_hides_proc_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huge_pages, "_size", lambda: 2 << 20)
     monkeypatch.setattr(huge_pages, "_PROC", tmp_path)
-    assert HugePages().collapse() == 0
+    assert collapse(HugePages()) == 0
