@@ -53,10 +53,8 @@ class HugePages:
         libc, moved, begin = ctypes.CDLL(None), 0, time.monotonic()
         while self.waiting:
             address, size = ctypes.c_void_p(self.waiting.popleft()), ctypes.c_size_t(self._size)
-            if not libc.madvise(
-                address, size, _MADV_COLLAPSE
-            ):  # else for want of memory, or the kernel does not know how
-                moved += self._size
+            if not libc.madvise(address, size, _MADV_COLLAPSE):
+                moved += self._size  # else it is short of memory, or does not know how
             if time.monotonic() - begin > _AT_ONCE_S:
                 break
         return moved
