@@ -446,7 +446,7 @@ class Agent:
 
     async def _refresh(self) -> None:
         """Tell of sessions and memory within ``_LOAD_S``, of the machine within ``_PROBE_S``, and of links
-        as rarely as views are exchanged: a radio has room for few bytes."""
+        as rarely as views are exchanged: a radio has room for few bytes. Our memory is looked after beside that."""
         self.replicas.expect(await asyncio.to_thread(probed_speeds, self.store))
         machine, memory = self.view.membership, HugePages()
         now = time.monotonic()
