@@ -57,7 +57,7 @@ class CompiledEngine:
         self._next: CompiledModel | None = None
         self._coming = False
         self._closing = False
-        self._background: threading.Thread | None = None
+        self._background: list[threading.Thread] = []
 
     def _compile(self, groups: Sequence[Collection[str]]) -> list[CompiledModel]:
         return _compiled(self._graph, groups, self._threads, self._packed)
@@ -77,10 +77,12 @@ class CompiledEngine:
             halves = [half for half in (rest[::2], rest[1::2]) if half]
             whole = [*smallest, *wanted] if wanted else []
             self._coming = True
-            self._background = threading.Thread(
-                target=self._prepare, args=(halves, whole), name="graphs", daemon=True
-            )
-            self._background.start()
+            self._aside(self._prepare, halves, whole)
+
+    def _aside(self, work: Callable[..., None], *given: Any) -> None:
+        thread = threading.Thread(target=work, args=given, name="graphs", daemon=True)
+        self._background = [*(t for t in self._background if t.is_alive()), thread]
+        thread.start()
 
     def _prepare(self, halves: Sequence[Collection[str]], whole: Collection[str]) -> None:
         try:
@@ -105,7 +107,7 @@ class CompiledEngine:
             while True:
                 if self._next is not None:
                     before, self._models, self._next = self._models, [self._next], None
-                    _close(before)
+                    self._aside(_close, before)  # it takes as long as a step or two
                 for model in self._models:
                     if graph in model.signatures:
                         return model
@@ -132,8 +134,8 @@ class CompiledEngine:
 
     def close(self) -> None:
         self._closing = True
-        if self._background is not None:
-            self._background.join()
+        for thread in self._background:
+            thread.join()
         if self._next is not None:
             self._next.close()
         _close(self._models)
