@@ -15,6 +15,7 @@ runtime does next:
   as many bunches travel the route as it has machines. More would share no weights, fewer would
   leave machines idle; stages on one machine (or one alone) do best with a single bunch. Later
   stages get the bunches as they are.
+- A step that is asked for again right after it was computed is not computed again: what it gave is kept.
 - A frame runs only when the next stage has room for its result, so nothing piles up between stages.
 """
 
@@ -24,6 +25,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
@@ -79,6 +81,17 @@ class StageSession:
     """Position from which the hop log is being replayed to the next stage; nothing is computed meanwhile."""
     orphan_ns: int = 0
     """When its sender or its owner was lost; it waits for a later epoch, unless somebody needs the room."""
+    stepped: tuple[Frame, Any] | None = None
+    """Its last frame and what that gave, where it was a step and nothing was written to the session's KV cache since."""
+
+    def begin(self) -> tuple[Frame, Any]:
+        """The next frame, to be computed now; with what it gives where that is known: a recovery asks again for the step that
+        stages before the lost one, and standbys, have computed."""
+        frame, self.running = self.queue.popleft(), True
+        before, self.stepped = self.stepped, None
+        if before is None or not _same_step(before[0], frame):
+            return frame, None
+        return frame, before[1]
 
     @property
     def runnable(self) -> bool:
@@ -117,6 +130,8 @@ class Run:
     slot: int
     rows: tuple[tuple[StageSession, Frame] | None, ...]
     positions: tuple[int, ...]
+    known: Any = None
+    """What its only row gives, which need not be computed again."""
 
     @property
     def live(self) -> Iterator[tuple[int, StageSession, Frame]]:
@@ -394,8 +409,7 @@ class StageBook:
     def _chunk(self, chunks: list[StageSession]) -> Run:
         session = min(chunks, key=lambda s: s.queue[0].arrived_ns)
         self._decodes_since_prefill = 0
-        frame = session.queue.popleft()
-        session.running = True
+        frame, _ = session.begin()
         return Run(session.slot, ((session, frame),), (frame.position,))
 
     def _gather(self, ready: list[StageSession], now: int) -> int | None:
@@ -422,34 +436,35 @@ class StageBook:
     def _batch(self, sessions: list[StageSession]) -> Run:
         first, last = sessions[0].slot, sessions[-1].slot
         if first == last:
-            alone = sessions[0]
-            alone.running = True
-            frame = alone.queue.popleft()
-            return Run(first, ((alone, frame),), (frame.position,))
+            frame, known = sessions[0].begin()
+            return Run(first, ((sessions[0], frame),), (frame.position,), known)
         rows: list[tuple[StageSession, Frame] | None] = []
         positions = []
         chosen = {s.slot for s in sessions}
         for slot in range(first, last + 1):
             session = self._slots[slot]
             if slot in chosen and session is not None:
-                frame = session.queue.popleft()
-                session.running = True
+                frame, _ = session.begin()
                 rows.append((session, frame))
                 positions.append(frame.position)
             else:
                 # The row writes beyond all that the slot has or is to get: overwritten before it is read.
                 rows.append(None)
                 positions.append(min(session.queued_to, self.capacity) if session else 0)
+                if session is not None:
+                    session.stepped = None
         return Run(first, tuple(rows), tuple(positions))
 
-    def finished(self, session: StageSession, frame: Frame) -> bool:
-        """Note that a frame was computed; false if its session was closed or reopened meanwhile."""
+    def finished(self, session: StageSession, frame: Frame, output: Any = None) -> bool:
+        """Note that a frame was computed, and what it gave; false if its session was closed or reopened meanwhile."""
         current = self.sessions.get(frame.session)
         if current is not session or frame.epoch != session.order.epoch:
             return False
         session.running = False
         end = frame.position + frame.length
         session.position = end - len(frame.drafts)
+        if frame.length == 1 and not session.last and output is not None:
+            session.stepped = frame, output
         if not session.last and end > session.onward:
             session.credit -= 1
             session.unacknowledged.append(end)
@@ -485,6 +500,11 @@ class StageBook:
     def overdue(self, now: int) -> list[SessionId]:
         """Sessions whose deadline has passed."""
         return [i for i, s in self.sessions.items() if now >= s.deadline_ns]
+
+
+def _same_step(before: Frame, frame: Frame) -> bool:
+    same = frame.length == 1 and frame.position == before.position
+    return same and frame.payload.tobytes() == before.payload.tobytes()
 
 
 def _machines(order: Open) -> int:

@@ -167,7 +167,9 @@ class Replica:
                 self._timer = self._loop.call_later((until - now) / 1e9, self._gathered)
             return
         self._busy = True
-        if not self._brief(run):
+        if run.known is not None:
+            self._loop.call_soon(self._done, run, [run.known], now, now)
+        elif not self._brief(run):
             self.compute.submit(partial(self._attempt, run), partial(self._done, run))
         elif self._nested:
             # Two turns on: the token that led here is shown first, not a whole step later.
@@ -260,13 +262,13 @@ class Replica:
         compute_us = (ended - started) // 1000
         results = []
         for i, session, frame in run.live:
-            if not self.book.finished(session, frame):
+            output: Any = None if isinstance(outcome, Exception) else outcome[i]
+            if not self.book.finished(session, frame, output):
                 continue
             if isinstance(outcome, Exception):
                 log.error("run failed: %s", outcome, exc_info=outcome)
                 self._failed(session, Cause.RUNTIME, f"{type(outcome).__name__}: {outcome}")
                 continue
-            output = outcome[i]
             if session.last:
                 session.sampled.extend(t.token for t in output)
             queue_us = max(0, (started - frame.arrived_ns) // 1000)
@@ -278,7 +280,7 @@ class Replica:
 
     def _measured(self, run: Run, compute_us: int, started: int, ended: int) -> None:
         first = next(run.live)[2]
-        if first.drafts or first.steps:
+        if first.drafts or first.steps or run.known is not None:
             pass  # neither a step nor a chunk as sessions without guesses have them
         elif first.length > 1:
             self._speed.prefilled(first.length, compute_us, ended / 1e9, first.position)

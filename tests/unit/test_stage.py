@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -626,3 +627,69 @@ def test_a_row_that_nobody_reads_spares_guesses_that_came_true() -> None:
     run = b.next_run(10**9)
     assert run is not None
     assert run.positions == (4, 8, 4)
+
+
+def stepped(b: StageBook, position: int, value: float = 1.0, epoch: int = 1, i: int = 1) -> object:
+    """A frame of one position: what it was known to give, after it has given ``(position, epoch)``."""
+    payload = np.full((1, 4), value, dtype=np.float32)
+    b.accept(frame(position, session=name(i), epoch=Epoch(epoch, OWNER), payload=payload))
+    run = b.next_run(10**9)
+    assert run is not None
+    for _, session, each in run.live:
+        b.finished(session, each, (position, epoch))
+    return run.known
+
+
+def test_a_step_that_a_recovery_asks_for_again_gives_what_it_gave() -> None:
+    b = book(start=2, end=4)
+    opened(b, 1, window=64)
+    assert [stepped(b, position) for position in range(3)] == [None] * 3
+    reopened(b, 2, resume=name(1))
+    assert stepped(b, 2, epoch=2) == (2, 1)
+    assert stepped(b, 3, epoch=2) is None
+
+
+def test_a_step_is_computed_again_where_anything_is_not_as_it_was() -> None:
+    def recovered(start: int = 2, end: int = 4, position: int = 2) -> StageBook:
+        b = StageBook(shard(start, end), 4, 64, 10_000)
+        opened(b, 1, window=64)
+        for each in range(3):
+            stepped(b, each)
+        reopened(b, position, resume=name(1))
+        return b
+
+    assert stepped(recovered(), 2, value=2.0, epoch=2) is None, "it was given something else"
+    assert stepped(recovered(position=1), 1, epoch=2) is None, "the cache has what came after"
+    assert stepped(recovered(end=6), 2, epoch=2) is None, "the last stage samples"
+    b = recovered()
+    b.sessions[name(1)].queued_to = 3
+    payload = np.ones((2, 4), dtype=np.float32)
+    b.sessions[name(1)].queue.append(frame(2, 2, session=name(1), epoch=Epoch(2, OWNER), payload=payload))
+    run = b.next_run(10**9)
+    assert run is not None
+    assert run.known is None, "it is a chunk now"
+
+
+def test_a_step_is_computed_again_where_a_row_that_nobody_reads_was_written_over_it() -> None:
+    b = book(start=2, end=4)
+    for i in range(1, 4):
+        opened(b, i, window=64)
+        stepped(b, 0, i=i)
+    opened(b, 2, window=64, epoch=Epoch(2, OWNER), position=0, resume=name(2))
+    for i in (1, 3):
+        payload = np.ones((1, 4), dtype=np.float32)
+        b.accept(frame(1, session=name(i), payload=payload))
+    run = b.next_run(10**9)
+    assert run is not None
+    assert [row is None for row in run.rows] == [False, True, False]
+    computed(b, run)
+    assert stepped(b, 0, epoch=2, i=2) is None
+
+
+def test_a_step_that_failed_is_not_known() -> None:
+    b = book(start=2, end=4)
+    session = opened(b, 1, window=64)
+    b.accept(frame(0, session=name(1), payload=np.ones((1, 4), dtype=np.float32)))
+    run = b.next_run(10**9)
+    computed(b, run)
+    assert session.stepped is None

@@ -174,6 +174,34 @@ def test_replayed_steps_are_logged_and_sent_on_as_steps() -> None:
     run(story)
 
 
+def test_a_step_before_the_lost_stage_goes_on_again_without_being_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed = list[int]()
+
+    def decode(self: Echo, slot: int, positions: Any, inputs: Any, logits: bool = True) -> Any:
+        computed.extend(positions)
+        return inputs
+
+    monkeypatch.setattr(Echo, "decode", decode)
+
+    async def story(bench: Bench) -> None:
+        bench.open(0, Epoch(1, OWNER), window=64)
+        await bench.compute(1, 1, 1)
+        bench.sent.clear()
+        bench.open(2, SECOND, window=64, resume=SESSION)
+        payload = np.zeros((1, Echo.info.model.width), dtype=np.float32)
+        for position in (2, 3):
+            bench.host.received(bench, [frame(position, epoch=SECOND, payload=payload, stage=1)])
+            async with asyncio.timeout(5):
+                while bench.host.replicas[HERE.shard].working:
+                    await asyncio.sleep(0.001)
+        assert bench.replayed() == [(2, 1, False), (3, 1, False)]
+        assert computed == [0, 1, 2, 3]
+
+    run(story)
+
+
 def test_a_standby_sends_nothing_and_has_its_link_ready_for_when_it_will() -> None:
     async def story(bench: Bench) -> None:
         standbys = (None, HERE, None)
