@@ -1,7 +1,7 @@
 """Runtime over static graphs: one for each chunk length and context bucket, on whatever engine, with KV memory of ours.
 
-A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once. What a
-run computes for the cache comes out as new rows, which are written to their place here.
+A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once, over the
+last steps before. What a run computes for the cache comes out as new rows, which are written to their place here.
 """
 
 from __future__ import annotations
@@ -152,22 +152,62 @@ _MAKERS = {"run": _chunk_signature, "batch": _batch_signature, "steps": _steps_s
 
 
 class _Slot:
-    """KV memory of one session, in one bucket."""
+    """KV memory of one session, in one bucket. The next one's is filled an array a step as the end comes near: to move all of
+    them in one step takes as long as several steps."""
 
     def __init__(self, engine: Engine, manifest: ShardManifest, bucket: int) -> None:
-        self._engine, self.bucket = engine, bucket
-        shape = (1, manifest.kv_heads, bucket, manifest.head_dim)
-        self.memory = {f"{side}.{layer}": pages(shape) for layer in range(*manifest.layers) for side in "kv"}
-        self.bound = {k: engine.bind(v) for k, v in self.memory.items()}
+        self._engine, self._manifest, self.bucket = engine, manifest, bucket
+        self._shape = (1, manifest.kv_heads, bucket, manifest.head_dim)
+        self._names = [f"{side}.{layer}" for layer in range(*manifest.layers) for side in "kv"]
+        self.memory: dict[str, Array] = {}
+        self.bound: dict[str, Any] = {}
+        self._rows = dict.fromkeys(self._names, 0)
+        """Of each array, those that it has from the slot before."""
+        self._next: _Slot | None = None
 
-    def take(self, before: _Slot, positions: int) -> None:
-        """The rows of a smaller one, which is no more."""
-        for name, array in self.memory.items():
-            array[:, :, :positions] = before.memory[name][:, :, :positions]
-        before.close()
+    def begin(self) -> None:
+        """Of a session that has nothing."""
+        for name in self._names:
+            self._have(name)
+
+    def _have(self, name: str) -> Array:
+        if name not in self.memory:
+            self.memory[name] = pages(self._shape)
+            self.bound[name] = self._engine.bind(self.memory[name])
+        return self.memory[name]
+
+    def near(self, position: int, bucket: int) -> None:
+        """A step at ``position`` was written; ``bucket`` comes after this one."""
+        left = self.bucket - 1 - position
+        if 0 <= left < len(self._names):
+            self._next = self._next or _Slot(self._engine, self._manifest, bucket)
+            self._next._copy(self, self._names[left], position + 1)
+
+    def _copy(self, before: _Slot, name: str, positions: int) -> None:
+        array, rows = self._have(name), slice(self._rows[name], positions)
+        array[:, :, rows] = before.memory[name][:, :, rows]
+        self._rows[name] = positions
+
+    def grown(self, positions: int, bucket: int) -> _Slot:
+        """One for a larger bucket, with so many of these rows; this one is no more."""
+        after, self._next = self._next, None
+        if after is None or after.bucket != bucket:
+            if after is not None:
+                after.close()
+            after = _Slot(self._engine, self._manifest, bucket)
+        for name in self._names:
+            after._copy(self, name, positions)
+        self.close()
+        return after
+
+    def _written(self, position: int) -> None:
+        """Rows from ``position`` on are others now."""
+        if self._next is not None:
+            self._next._rows = {name: min(rows, position) for name, rows in self._next._rows.items()}
 
     def write(self, new: Mapping[str, Array], position: int, steps: int) -> None:
         """Rows of a chunk."""
+        self._written(position)
         for name, array in self.memory.items():
             array[:, :, position : position + steps] = new[name][:, :, :steps]
 
@@ -175,6 +215,8 @@ class _Slot:
         """Let go of the memory."""
         for bound in self.bound.values():
             self._engine.unbind(bound)
+        if self._next is not None:
+            self._next.close()
 
     def clear(self, position: int, steps: int) -> None:
         """Zeros, where rows of a chunk are to come."""
@@ -183,6 +225,7 @@ class _Slot:
 
     def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
         """One of a step of several sessions."""
+        self._written(position)
         for name, array in self.memory.items():
             array[0, :, position] = new[name][row]
 
@@ -228,6 +271,7 @@ class StaticShard:
         together = _BATCH_LEAST <= len(rows) <= self.batch
         if together and len({memory.bucket for _, _, memory in rows}) == 1:
             hidden = self._together(rows, inputs)
+            self._near(rows)
             if not self.info.last:
                 return hidden
             if not logits:
@@ -237,6 +281,7 @@ class StaticShard:
             self._chunk(at, position, inputs[i : i + 1], int(logits)).copy()
             for i, (at, position, _) in enumerate(rows)
         ]
+        self._near(rows)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _together(self, rows: list[tuple[int, int, _Slot]], inputs: NDArray[Any]) -> Array:
@@ -357,11 +402,19 @@ class StaticShard:
         held = self._held.get(slot)
         if held is None or held.bucket < position + steps:
             bucket = next(b for b in self._buckets if b >= position + steps)
-            grown = _Slot(self.engine, self.manifest, bucket)
-            if held is not None:
-                grown.take(held, min(position, held.bucket))
-            held = self._held[slot] = grown
+            if held is None:
+                held = _Slot(self.engine, self.manifest, bucket)
+                held.begin()
+            else:
+                held = held.grown(min(position, held.bucket), bucket)
+            self._held[slot] = held
         return held
+
+    def _near(self, rows: Sequence[tuple[int, int, _Slot]]) -> None:
+        for _, position, memory in rows:
+            after = next((b for b in self._buckets if b > memory.bucket), None)
+            if after is not None:
+                memory.near(position, after)
 
     def _signature(self, kind: str, size: int, bucket: int) -> _Signature:
         key = (kind, size, bucket)

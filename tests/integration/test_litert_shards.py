@@ -86,6 +86,28 @@ def test_a_session_moves_to_the_next_bucket_and_goes_on(tmp_path: Path) -> None:
     assert relative_error(stepped, whole) < 1e-4
 
 
+def test_a_session_that_goes_back_just_before_an_edge_has_what_it_wrote_then(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(600)
+
+    def steps(slot: int, start: int, end: int, given: Any) -> Any:
+        for i in range(start, end):
+            result = shard.decode(slot, [i], given[i : i + 1], logits=i == end - 1)
+        return result.copy()
+
+    shard.prefill(0, 0, tokens[:240])
+    whole = steps(0, 240, 258, tokens)
+    shard.prefill(1, 0, tokens[:240])
+    steps(1, 240, 256, tokens[::-1])
+    assert np.array_equal(steps(1, 240, 258, tokens), whole)
+    # One that has only begun to move goes on in chunks, over two edges.
+    shard.prefill(2, 0, tokens[:240])
+    steps(2, 240, 253, tokens)
+    shard.prefill(0, 258, tokens[258:])
+    ended = shard.decode(0, [600], np.array([5])).copy()
+    shard.prefill(2, 253, tokens[253:])
+    assert relative_error(shard.decode(2, [600], np.array([5])), ended) < 1e-4
+
+
 def test_sessions_beside_each_other_do_not_mix(tmp_path: Path) -> None:
     shard, tokens = load(tmp_path), text(40)
     shard.prefill(0, 0, tokens)
@@ -183,6 +205,9 @@ def test_memory_of_sessions_that_are_over_is_given_back(tmp_path: Path) -> None:
         for _ in range(count):
             shard.prefill(0, 0, text(20))
             shard.prefill(0, 20, text(250))  # into the next bucket
+            shard.release(0)
+            shard.prefill(0, 0, text(20))
+            shard.decode(0, [254], text(1), logits=False)  # on the way there
             shard.release(0)
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
