@@ -260,6 +260,7 @@ class Agent:
         self.view = ClusterView(self.membership, RecordStreams(config.cluster, profile))
         self.view.on_twin = self._told_of_twin
         self.view.on_record = self.driver.note_record
+        self.view.on_return = self.pool.dial_again
         self.view.on_suspicion = self.metrics.suspicions.labels(self.node_id).inc
         source = ShardLoader(config, self.store, lambda: self.own.capabilities, self.data_dir)
         self.replicas = ReplicaManager(

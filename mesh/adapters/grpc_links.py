@@ -140,12 +140,14 @@ class _Link:
         self.node: NodeId | None = None
         self.dropped = False
         self._pool, self._address = pool, address
+        self._patience_s = list(HANDSHAKE_TIMEOUTS_S)
+        self._handshake_by: asyncio.Timeout | None = None
         self.task = asyncio.create_task(self._run(), name=f"link to {address}")
 
     async def _run(self) -> None:
         reason = "closed"
         try:
-            for patience_s in HANDSHAKE_TIMEOUTS_S:
+            for patience_s in self._patience_s:
                 try:
                     reason = await self._dial(patience_s)
                     break
@@ -158,6 +160,13 @@ class _Link:
         finally:
             self.outbox.broken = True
             self._pool.ended(self._address, self, reason)
+
+    def dial_again(self) -> None:
+        """Where the peer has not answered yet, begin anew now; once, as a peer that is gone must be reported in time."""
+        by = self._handshake_by
+        if by is not None and not by.expired() and len(self._patience_s) == len(HANDSHAKE_TIMEOUTS_S):
+            self._patience_s.append(HANDSHAKE_TIMEOUTS_S[-1])
+            by.reschedule(asyncio.get_running_loop().time())
 
     async def _dial(self, patience_s: float) -> str:
         """Run one stream to its end.
@@ -172,8 +181,11 @@ class _Link:
         """
         async with grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS) as channel:
             call = rpc.PeerStub(channel).Link()
-            async with asyncio.timeout(patience_s):
-                await self._handshake(call)
+            try:
+                async with asyncio.timeout(patience_s) as self._handshake_by:
+                    await self._handshake(call)
+            finally:
+                self._handshake_by = None
             writer = asyncio.create_task(self.outbox.pump(call.write))
             try:
                 return await self._receive(call, writer)
@@ -253,6 +265,12 @@ class LinkPool:
             link.dropped = True
             link.outbox.broken = True
             link.task.cancel()
+
+    def dial_again(self) -> None:
+        """Somebody who was away is back, or we are: whatever was dialled meanwhile is dialled anew, as TCP waits ever longer before it
+        tries again."""
+        for link in list(self._links.values()):
+            link.dial_again()
 
     def ended(self, address: Address, link: _Link, reason: str) -> None:
         """A link's task is over."""

@@ -83,6 +83,7 @@ class ClusterView:
         driver.listen(self._judged, self._twin)
         self.on_twin: Callable[[Address], None] = lambda address: None
         self.on_suspicion: Callable[[], None] = lambda: None
+        self.on_return: Callable[[], None] = lambda: None
         self.on_record: Callable[[Node], None] = lambda node: None
 
     @property
@@ -122,9 +123,13 @@ class ClusterView:
             self.twins.pop(node, None)
             return
         state = member.fact.state
+        known = self.snapshot.nodes.get(node)
+        away = known is not None and known.state in (MemberState.SUSPECT, MemberState.DEAD)
         self.apply(NodeJudged(node, state, member.reachable, self._clock.monotonic(), member.broken))
         if state is MemberState.SUSPECT:
             self.on_suspicion()
+        elif away and state is MemberState.ALIVE:
+            self.on_return()
         log.log(
             logging.WARNING if state in (MemberState.SUSPECT, MemberState.DEAD) else logging.INFO,
             "%s at %s is %s%s",

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
+from mesh.adapters import grpc_links
 from mesh.adapters.codec import Decoder, encode
 from mesh.adapters.grpc_links import HANDSHAKE_TIMEOUTS_S, Identity, LinkPool, LinkServer
 from mesh.messages import Ack, Cause, Frame, HopLost, Message, Open, Opened, Refused, Sampled
@@ -251,6 +252,59 @@ def test_what_waits_on_a_half_open_stream_is_sent_on_a_new_one() -> None:
         assert (peer.streams, lost) == (2, [])
         await pool.close()
         await server.stop(None)
+
+    asyncio.run(story())
+
+
+def test_what_was_dialled_while_a_peer_was_away_is_dialled_anew_when_it_is_back() -> None:
+    async def story() -> None:
+        heard: asyncio.Queue[Message] = asyncio.Queue()
+        server = grpc.aio.server()
+        peer = HalfOpen(
+            Identity("local", OWNER), lambda _, message: heard.put_nowait(message), lambda _: None
+        )
+        rpc.add_PeerServicer_to_server(peer, server)
+        address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        pool = LinkPool(Identity("local", NodeId("n-us")), lambda *_: None, lambda *_: None)
+        pool.send(address, HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut"))
+        while peer.streams == 0:
+            await asyncio.sleep(0.01)
+        pool.dial_again()
+        await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2)
+        pool.dial_again()  # a link that is up stays as it is
+        pool.send(address, HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut"))
+        await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2)
+        assert peer.streams == 2
+        await pool.close()
+        await server.stop(None)
+
+    asyncio.run(story())
+
+
+def test_a_peer_that_is_gone_is_reported_however_many_others_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grpc_links, "HANDSHAKE_TIMEOUTS_S", (0.1, 0.2))
+
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            address = Address(f"127.0.0.1:{mute.getsockname()[1]}")
+            lost: asyncio.Queue[str] = asyncio.Queue()
+            pool = LinkPool(
+                Identity("local", NodeId("n-us")), lambda *_: None, lambda _, why: lost.put_nowait(why)
+            )
+            pool.dial(address)
+
+            async def others() -> None:
+                while True:
+                    await asyncio.sleep(0.02)
+                    pool.dial_again()
+
+            returning = asyncio.create_task(others())
+            assert await asyncio.wait_for(lost.get(), 2) == "no answer within 0.2 s"
+            returning.cancel()
+            await pool.close()
 
     asyncio.run(story())
 

@@ -172,3 +172,20 @@ def test_not_everybody_accuses_in_the_same_moment() -> None:
             await view.close()
 
     asyncio.run(story())
+
+
+def test_links_hear_of_those_who_are_back_and_of_nobody_else() -> None:
+    async def story() -> None:
+        view, driver, _ = await watching()
+        back = list[MemberState]()
+        view.on_return = lambda: back.append(view.snapshot.nodes[B].state)
+        c = Fact(NodeId("c"), Address("c:1"), 1)
+        driver.handle(SyncReceived(c, (c, Fact(B, Address("b:1"), 1, 0, MemberState.SUSPECT, by=c.node))))
+        assert view.snapshot.nodes[B].state is MemberState.SUSPECT
+        assert not back
+        refuted = Fact(B, Address("b:1"), 1, 1)
+        driver.handle(SyncReceived(refuted, (refuted,)))
+        assert back == [MemberState.ALIVE]
+        await view.close()
+
+    asyncio.run(story())
