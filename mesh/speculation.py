@@ -42,6 +42,7 @@ class Speculation:
         self._match = 0
         self._fed_ns: int | None = None
         self._single_ns = self._extra_ns = 0.0
+        self._doubted = False
         self._came = {n: (_HOPE_WEIGHT * hope, _HOPE_WEIGHT) for n, hope in _HOPE.items()}
         """Guesses that came true and that were put to the test, by match; earlier ones count less."""
         self.made = self.right = 0
@@ -123,8 +124,12 @@ class Speculation:
             self._came = {n: self._faded(n) for n in _MATCHES}
             return
         extra = max(0.0, min(took, _STEP_MAX * self._single_ns) - self._single_ns) / count
-        # Never nothing at all: 0 says that it is not known.
-        self._extra_ns += (_SMOOTHING if self._extra_ns else 1.0) * (max(extra, 1.0) - self._extra_ns)
+        if not self._extra_ns and not self._doubted and extra > _EXTRA_UNKNOWN * self._single_ns:
+            self._doubted = True  # what comes once may be in it, as a graph's first run: the next one decides
+        else:
+            # Never nothing at all: 0 says that it is not known.
+            weight = _SMOOTHING if self._extra_ns else 1.0
+            self._extra_ns += weight * (max(extra, 1.0) - self._extra_ns)
         came, tried = self._came[self._match]
         tested = min(self._right + 1, count)
         self._came[self._match] = (_KEPT * came + self._right, _KEPT * tried + tested)

@@ -71,6 +71,23 @@ def test_a_text_that_repeats_itself_is_several_times_as_fast() -> None:
     assert guesses.right > 0.9 * guesses.made
 
 
+@pytest.mark.parametrize(("slow", "goes_on"), [(0, True), (1, True), (2, False)])
+def test_a_first_step_with_guesses_that_takes_its_time_is_not_believed_alone(
+    slow: int, goes_on: bool
+) -> None:
+    """What it needs may be loaded then, once."""
+    guesses, now = Speculation([1, 2, 3, 4] * 3), 0
+    guesses.guess(1, now)
+    guesses.take(1, now := now + STEP)
+    for i in range(2):
+        guess = guesses.guess(1, now)
+        assert len(guess) == 1
+        now += (4 if i < slow else 1) * STEP
+        assert guesses.take(guess[0], now)
+        guesses.take(guess[0] % 4 + 1, now)
+    assert bool(guesses.guess(1, now)) is goes_on
+
+
 def test_what_does_not_come_true_is_guessed_ever_less() -> None:
     """A text of few words in no order: matches everywhere, and none of them tells anything."""
     rng = Random(3)
