@@ -43,6 +43,7 @@ class Speculation:
         self._fed_ns: int | None = None
         self._single_ns = self._extra_ns = 0.0
         self._doubted = False
+        """The first step with guesses took long, and was not believed."""
         self._came = {n: (_HOPE_WEIGHT * hope, _HOPE_WEIGHT) for n, hope in _HOPE.items()}
         """Guesses that came true and that were put to the test, by match; earlier ones count less."""
         self.made = self.right = 0

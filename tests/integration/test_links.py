@@ -233,51 +233,50 @@ class HalfOpen(LinkServer):
         await super().Link(request_iterator, context)
 
 
+@asynccontextmanager
+async def half_open() -> AsyncIterator[tuple[HalfOpen, Address, asyncio.Queue[Message]]]:
+    """It, where it listens, and what it hears."""
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    server = grpc.aio.server()
+    peer = HalfOpen(Identity("local", OWNER), lambda _, message: heard.put_nowait(message), lambda _: None)
+    rpc.add_PeerServicer_to_server(peer, server)
+    address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    yield peer, address, heard
+    await server.stop(None)
+
+
 def test_what_waits_on_a_half_open_stream_is_sent_on_a_new_one() -> None:
     async def story() -> None:
-        heard: asyncio.Queue[Message] = asyncio.Queue()
-        server = grpc.aio.server()
-        peer = HalfOpen(
-            Identity("local", OWNER), lambda _, message: heard.put_nowait(message), lambda _: None
-        )
-        rpc.add_PeerServicer_to_server(peer, server)
-        address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        lost: list[str] = []
-        us = Identity("local", NodeId("n-us"))
-        pool = LinkPool(us, lambda *_: None, lambda _, reason: lost.append(reason))
-        report = HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut")
-        pool.send(address, report)
-        assert await asyncio.wait_for(heard.get(), sum(HANDSHAKE_TIMEOUTS_S)) == report
-        assert (peer.streams, lost) == (2, [])
-        await pool.close()
-        await server.stop(None)
+        async with half_open() as (peer, address, heard):
+            lost: list[str] = []
+            us = Identity("local", NodeId("n-us"))
+            pool = LinkPool(us, lambda *_: None, lambda _, reason: lost.append(reason))
+            report = HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut")
+            pool.send(address, report)
+            assert await asyncio.wait_for(heard.get(), sum(HANDSHAKE_TIMEOUTS_S)) == report
+            assert (peer.streams, lost) == (2, [])
+            await pool.close()
 
     asyncio.run(story())
 
 
 def test_what_was_dialled_while_a_peer_was_away_is_dialled_anew_when_it_is_back() -> None:
     async def story() -> None:
-        heard: asyncio.Queue[Message] = asyncio.Queue()
-        server = grpc.aio.server()
-        peer = HalfOpen(
-            Identity("local", OWNER), lambda _, message: heard.put_nowait(message), lambda _: None
-        )
-        rpc.add_PeerServicer_to_server(peer, server)
-        address = Address(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        pool = LinkPool(Identity("local", NodeId("n-us")), lambda *_: None, lambda *_: None)
-        pool.send(address, HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut"))
-        while peer.streams == 0:
-            await asyncio.sleep(0.01)
-        pool.dial_again()
-        await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2)
-        pool.dial_again()  # a link that is up stays as it is
-        pool.send(address, HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut"))
-        await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2)
-        assert peer.streams == 2
-        await pool.close()
-        await server.stop(None)
+        async with half_open() as (peer, address, heard):
+            pool = LinkPool(Identity("local", NodeId("n-us")), lambda *_: None, lambda *_: None)
+            report = HopLost(SESSION, EPOCH, 0, Cause.STREAM_BROKEN, "cut")
+            pool.send(address, report)
+            async with asyncio.timeout(WAIT_S):
+                while peer.streams == 0:
+                    await asyncio.sleep(0.01)
+            pool.dial_again()
+            assert await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2) == report
+            pool.dial_again()  # a link that is up stays as it is
+            pool.send(address, report)
+            assert await asyncio.wait_for(heard.get(), HANDSHAKE_TIMEOUTS_S[0] / 2) == report
+            assert peer.streams == 2
+            await pool.close()
 
     asyncio.run(story())
 
