@@ -21,31 +21,31 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tests.lan import free_net, ip
+
 _ETHTOOL = 0x8946
 _OFFLOADS = (0x17, 0x1F, 0x24, 0x2C)
 """Transmit checksums, TCP segmentation, generic segmentation and receive: raw sockets need whole packets."""
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
-
-
 @dataclass
 class DelayedLan:
-    """Namespaces ``1`` to ``size``, addresses ``10.99.7.1`` on; we ourselves sit at port 0, undelayed."""
+    """Namespaces ``1`` to ``size``; we ourselves sit at port 0, undelayed."""
 
     name: str
     size: int
     delays_ms: dict[tuple[int, int], float] = field(default_factory=dict)
+    net: str = ""
     _switch: subprocess.Popen[bytes] | None = None
 
     def prefix(self, i: int) -> tuple[str, ...]:
         return ("ip", "netns", "exec", f"{self.name}-{i}")
 
     def address(self, i: int) -> str:
-        return f"10.99.7.{i or 200}"
+        return f"{self.net}.{i or 200}"
 
     def build(self) -> None:
+        self.net = free_net("10.99")
         hub = f"{self.name}-hub"
         ip("netns", "add", hub)
         for i in range(self.size + 1):

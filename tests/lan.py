@@ -16,8 +16,17 @@ _CUT_WITHIN_S = 3.0
 _SEEN_WITHIN_S = 0.1
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+def ip(*words: str) -> str:
+    """What the command of that name prints."""
+    return subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10, text=True).stdout
+
+
+def free_net(two: str) -> str:
+    """Three octets, beginning with ``two``, of a network that this namespace is not on yet: another run may be at work
+    beside us, and one that was killed leaves its switch, which would take all that we send."""
+    taken = ip("-o", "-4", "addr")
+    nets = (f"{two}.{i}" for i in range(1, 255))
+    return next(net for net in nets if f" {net}." not in taken)
 
 
 class Lan:
@@ -27,6 +36,7 @@ class Lan:
     def __init__(self, name: str, size: int, us: bool = False) -> None:
         self.name, self.size, self.us = name, size, us
         self.hub = f"{name}-hub"
+        self.net = ""
 
     def space(self, i: int) -> str:
         return f"{self.name}-{i}"
@@ -35,12 +45,13 @@ class Lan:
         return ("ip", "netns", "exec", self.space(i)) if i else ()
 
     def v4(self, i: int) -> str:
-        return f"10.98.7.{i or 254}"
+        return f"{self.net}.{i or 254}"
 
     def v6(self, i: int) -> str:
         return f"fd98::{i}"
 
     def build(self) -> None:
+        self.net = free_net("10.98")
         ip("netns", "add", self.hub)
         ip("-n", self.hub, "link", "add", "name", "br0", "type", "bridge", "mcast_snooping", "0")
         ip("-n", self.hub, "link", "set", "br0", "up")
@@ -85,8 +96,8 @@ def refused() -> str:
     try:
         probe.build()
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", b"") or b""
-        return f"no network namespaces here ({said.decode().strip() or error})"
+        said = getattr(error, "stderr", "") or ""
+        return f"no network namespaces here ({said.strip() or error})"
     finally:
         probe.remove()
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ def running(work: Path, home: Path, form: str) -> Iterator[str]:
     """The agents, each with its shard; yields the API's base of the first, where the first stage is."""
     delays = dict.fromkeys(itertools.permutations(range(1, AGENTS + 1), 2), DELAY_MS)
     with contextlib.ExitStack() as stack:
-        lan = stack.enter_context(DelayedLan("mbl", AGENTS, delays))
+        lan = stack.enter_context(DelayedLan(f"mbl{os.getpid()}", AGENTS, delays))
         first = ""
         for i, (start, end) in enumerate(cut(AGENTS), 1):
             host = lan.address(i)

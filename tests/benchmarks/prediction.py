@@ -149,7 +149,7 @@ class Mesh:
 def running(work: Path, home: Path) -> Iterator[Mesh]:
     """The agents, limited and delayed, knowing each other."""
     with contextlib.ExitStack() as stack:
-        lan = stack.enter_context(DelayedLan("mbp", len(SHARES), DELAYS_MS))
+        lan = stack.enter_context(DelayedLan(f"mbp{os.getpid()}", len(SHARES), DELAYS_MS))
         agents: list[AgentProcess] = []
         for i, share in enumerate(SHARES, 1):
             group = stack.enter_context(quota(share, f"mesh-bench-{os.getpid()}-{i}"))

@@ -103,21 +103,29 @@ class Fleet:
             total += sum(float(x.rsplit(" ", 1)[1]) for x in told)
         return int(total)
 
-    def whole(self) -> bool:
-        """Whether all ingresses see every replica serving on a node that answers."""
-        wanted = self.stages * REPLICAS
+    def missing(self) -> str:
+        """Empty when all ingresses see every replica serving on a node that answers; else who sees what."""
+        wanted, told = self.stages * REPLICAS, []
         for ingress in INGRESSES:
             try:
                 nodes = self.agents[ingress].report()["nodes"]
-            except OSError:
-                return False
+            except OSError as error:
+                told.append(f"{ingress} does not answer ({error})")
+                continue
             alive = [n for n in nodes if n["state"] == "alive" and n.get("reachable", True)]
-            if sum(r["state"] == "serving" for n in alive for r in n["replicas"]) != wanted:
-                return False
-        return True
+            serving = sum(r["state"] == "serving" for n in alive for r in n["replicas"])
+            if serving != wanted:
+                told.append(f"{ingress} sees {serving} replicas of {wanted} serving")
+        return "; ".join(told)
+
+    def whole(self) -> bool:
+        return not self.missing()
 
     def wait_whole(self) -> None:
-        until(self.whole, _BACK_S, "the fleet does not come back")
+        try:
+            until(self.whole, _BACK_S)
+        except AssertionError as late:
+            raise AssertionError(f"the fleet is not whole after {_BACK_S:g} s: {self.missing()}") from late
         time.sleep(0.3)
 
 
