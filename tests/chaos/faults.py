@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
+from tests.chaos.ballast import anonymous_bytes
 from tests.chaos.fleet import PORT, Fleet
 
 KINDS = ("kill", "freeze", "cut", "partition")
@@ -24,6 +25,7 @@ def victims(fleet: Fleet, ingress: str, session: str, victim: str) -> list[str]:
 
 def break_(fleet: Fleet, kind: str, names: list[str]) -> float:
     """Break agents; the instant when it was done."""
+    left = sum(anonymous_bytes(fleet.agents[name].process.pid) for name in names) if kind == "kill" else 0
     for name in names:
         agent = fleet.agents[name]
         match kind:
@@ -37,11 +39,13 @@ def break_(fleet: Fleet, kind: str, names: list[str]) -> float:
             case "cut":
                 assert fleet.lan is not None
                 fleet.lan.reset_streams(fleet.place(name), int(PORT))
+    fleet.ballast.hold(left)
     return time.monotonic()
 
 
 def mend(fleet: Fleet, kind: str, names: list[str]) -> None:
     """Bring them back, and wait until the fleet is whole."""
+    fleet.ballast.free()
     for name in names:
         agent = fleet.agents[name]
         match kind:

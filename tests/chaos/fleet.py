@@ -16,6 +16,7 @@ from typing import Any
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.shard_maker import make_shard
 from tests.agents import AgentProcess, start_agent, until
+from tests.chaos.ballast import Ballast
 from tests.chaos.client import MODEL
 from tests.lan import Lan, refused
 
@@ -46,6 +47,7 @@ class Fleet:
     threads: str = "2"
     settings: dict[str, str] = field(default_factory=dict)
     agents: dict[str, AgentProcess] = field(default_factory=dict)
+    ballast: Ballast = field(default_factory=Ballast)
 
     @property
     def names(self) -> list[str]:
