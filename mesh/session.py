@@ -254,8 +254,8 @@ class Session:
                 return self._lose(stage, _refusal(event, self.route), now)
             case HopLost(stage=stage):
                 return self._lose(stage, _loss(event, self.route), now, event.cause is Cause.SILENT)
-            case Rerouted(route=route):
-                return self._reroute(route, now)
+            case Rerouted(route=route, standbys=standbys):
+                return self._reroute(route, standbys, now)
             case Cancelled(finish=finish):
                 return self._finish(finish)
         raise InvalidTransition("session", self.state.value, repr(event), list(self._story))
@@ -295,19 +295,21 @@ class Session:
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         return self._open(now)
 
-    def _reroute(self, route: LayeredRoute, now: int) -> list[Effect]:
-        """Open the other route; stages that are on both in the same place go on there."""
+    def _reroute(self, route: LayeredRoute, standbys: Standbys, now: int) -> list[Effect]:
+        """Open the other route; stages that are on both in the same place go on there. So do standbys, and ``standbys``
+        stand by from here on where nobody has been fed more than the prompt, which all are fed anew."""
         left = {
             i: stage
             for i, stage in enumerate(self.route.stages)
             if i >= len(route.stages) or route.stages[i] != stage
         }
-        closing = [self._close_one(i, stage, "the session moved") for i, stage in left.items()]
         kept = tuple(
             s if s is not None and i < len(route.stages) and _stands_by(s, i, route, self._avoid) else None
             for i, s in enumerate(self.standbys)
         )
-        gone = [(i, s) for i, s in enumerate(self.standbys) if s and not kept[i] and s not in route.stages]
+        kept = kept if self.generated else standbys
+        closing = [self._close_one(i, s, "the session moved") for i, s in left.items() if s not in kept]
+        gone = [(i, s) for i, s in enumerate(self.standbys) if s and s not in kept and s not in route.stages]
         closing += [self._close_one(i, s, "the session moved") for i, s in gone]
         fed = {*self._proven, *self.standbys}
         self._new = sum(stage not in fed for stage in route.stages)

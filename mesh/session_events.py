@@ -18,6 +18,9 @@ class Finish(enum.Enum):
     CANCELLED = "cancelled"
 
 
+Standbys = tuple[Stage | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """The client left, or the text layer found a stop string (``finish`` says which)."""
@@ -45,9 +48,8 @@ class Rerouted:
     """Another route is there; also asked for while all is well, to leave a node that drains."""
 
     route: LayeredRoute
-
-
-Standbys = tuple[Stage | None, ...]
+    standbys: Standbys = ()
+    """For a session that has nothing yet: they are fed from the prompt on, like its stages."""
 
 
 Event = Opened | Refused | Ack | Sampled | HopLost | Cancelled | ClientBusy | ClientReady | Tick | Rerouted

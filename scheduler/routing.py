@@ -164,10 +164,12 @@ def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[Graph]:
     return [Graph(groups[key], ingress, request, snapshot.at_s) for key in sorted(groups)]
 
 
-def standbys_for(snapshot: ClusterSnapshot, route: LayeredRoute) -> tuple[Stage | None, ...]:
-    """For each stage another replica of its shard, on a node that is not in the route: the least busy, then the
-    fastest. ``None`` where there is none."""
-    taken = {stage.node for stage in route.stages}
+def standbys_for(
+    snapshot: ClusterSnapshot, route: LayeredRoute, avoid: frozenset[NodeId] = frozenset()
+) -> tuple[Stage | None, ...]:
+    """For each stage another replica of its shard, on a node that is not in the route, nor one to ``avoid``: the least busy, then
+    the fastest. ``None`` where there is none."""
+    taken = {stage.node for stage in route.stages} | avoid
     found: list[Stage | None] = []
     for stage in route.stages:
         spare = [

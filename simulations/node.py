@@ -383,9 +383,7 @@ class SimNode:
         self._wake()
         order = self._order(session, prompt, tokens)
         plan = self.planner.plan(model, order, draw=self.planner.draw())
-        standbys = self.planner.standbys(plan, ())
-        replan = self._replan(model)
-        return self.driver.start(order, plan, model, replan, standbys=standbys), plan.group
+        return self.driver.start(order, plan, model, self._replan(model)), plan.group
 
     async def resume(
         self, model: str, session: SessionId, tokens: int, group: Group | None, seen: int

@@ -115,8 +115,7 @@ class Generator:
                     self.driver.prefixes.take(kept[0].session)
                     cached += plan.resumed
                 replan = partial(self.planner.replan, name, rules)
-                standbys = self.planner.standbys(plan, rules)
-                handles.append(self.driver.start(order, plan, str(shape.ref), replan, standbys=standbys))
+                handles.append(self.driver.start(order, plan, str(shape.ref), replan))
         except MeshError:
             for handle in handles:
                 handle.stop()

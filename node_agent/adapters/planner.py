@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mesh.errors import NoRoute, RequestError
 from mesh.session import Session
-from mesh.session_events import SessionOrder, Standbys
+from mesh.session_events import SessionOrder
 from mesh.types import Digest, LayeredRoute, NodeId, Stage
 from node_agent.adapters.cold_loads import ColdLoads
 from node_agent.adapters.session_driver import SessionDriver
@@ -125,11 +126,10 @@ class RoutePlanner:
         found = self._router.plan(self._view(), request)
         if order is not None:
             self._cold.note(found.route)
-        return found
-
-    def standbys(self, plan: RoutePlan, rules: tuple[ClassPolicy, ...]) -> Standbys:
         hot = self._config.recovery == "hot" or any(r.recovery == "hot" for r in rules)
-        return standbys_for(self._view(), plan.route) if hot and not plan.resumed else ()
+        if hot and not found.resumed and not done:
+            return replace(found, standbys=standbys_for(self._view(), found.route, avoid))
+        return found
 
     def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]:
         """``/mesh/v1/route``: the route that a request would take now, with every term of its cost."""

@@ -34,7 +34,6 @@ from mesh.session_events import (
     SendFrame,
     SendOpen,
     SessionOrder,
-    Standbys,
     Tick,
 )
 from mesh.session_states import State
@@ -155,7 +154,6 @@ class SessionDriver:
         model: str,
         replan: Replan,
         taken: tuple[Epoch, tuple[Token, ...]] | None = None,
-        standbys: Standbys = (),
     ) -> SessionHandle:
         """Begin a session; raises ``Full`` when this ingress runs as many as it may. ``replan`` is asked when
         a stage is lost or should be left. ``taken``: go on with one that has these tokens, in that epoch."""
@@ -169,7 +167,7 @@ class SessionDriver:
         epoch, tokens = taken or (Epoch(1, self._host.node), ())
         order = replace(order, expires_ms=int((self._clock.time() + self._keep_s) * 1000))
         known = (epoch, tuple(t.token for t in tokens))
-        session = Session(order, route, self._host.node, self._host.address, now, known, standbys)
+        session = Session(order, route, self._host.node, self._host.address, now, known, plan.standbys)
         self._hold_to_features(session, route)
         trace = SessionTrace(
             order.session,
@@ -410,7 +408,7 @@ class SessionDriver:
         handle.trace.rerouted(plan.route)
         handle.trace.mixed = mixed(plan.group)
         self._hold_to_features(handle.session, plan.route)
-        self._step(handle, Rerouted(plan.route))
+        self._step(handle, Rerouted(plan.route, plan.standbys))
         self._choose_witness(handle)
         order, epoch = handle.session.order, handle.session.epoch
         try:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from pathlib import Path
 
 REPORTING = Path("/sys/module/page_reporting/parameters")
 _BLOCK = 2 << 20
 _PAGE = 4096
+_REPORTED_WITHIN_S, _QUIET_S = 2.3, 0.2
 _AFTER_S, _PACE_S = 0.3, 0.004
 """Not beside the takeover, and slowly: 300 MiB within a second, as the kernel waits for two."""
 
@@ -21,6 +23,21 @@ def anonymous_bytes(pid: int) -> int:
     """What a process leaves when it is killed."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next((int(x.split()[1]) for x in lines if x.startswith("RssAnon:")), 0)
+
+
+def settle() -> None:
+    """Wait until what was freed of late is given away: the machine is to stand now and not in the next answer."""
+    told = REPORTING / "reported_kib"
+    if not told.exists():
+        return
+    begin = last = time.monotonic()
+    first = before = told.read_text()
+    while (now := time.monotonic()) < begin + _REPORTED_WITHIN_S:
+        if before != (before := told.read_text()):
+            last = now
+        if before != first and now > last + _QUIET_S:
+            return
+        time.sleep(0.02)
 
 
 class Ballast:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from tests.chaos.ballast import anonymous_bytes
+from tests.chaos.ballast import anonymous_bytes, settle
 from tests.chaos.fleet import PORT, Fleet
 
 KINDS = ("kill", "freeze", "cut", "partition")
@@ -58,3 +58,5 @@ def mend(fleet: Fleet, kind: str, names: list[str]) -> None:
                 assert fleet.lan is not None
                 fleet.lan.heal(fleet.place(name))
     fleet.wait_whole()
+    if kind == "kill":
+        settle()

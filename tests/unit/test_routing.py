@@ -37,7 +37,7 @@ from scheduler.layer_speed import LayerSpeed
 from scheduler.learning import Learner
 from scheduler.policy import ClassPolicy
 from scheduler.route import Kept, RouteRequest, group_of
-from scheduler.routing import Router, find_route, mixed, troubled
+from scheduler.routing import Router, find_route, mixed, standbys_for, troubled
 from scheduler.speed import SpeedMeter, StageSpeed, guess, worth_telling
 from tests.builders import CAPABILITIES, SHAPE, cluster, node, shard
 
@@ -134,6 +134,17 @@ def test_who_stood_by_takes_a_stage_that_is_lost_and_no_other() -> None:
     assert {chosen(snapshot, draw=draw, avoid=lost, **told)[1] for draw in draws} == {"c"}
     faster = cluster(linked(a, b=link(1), c=link(1)), b, at_speed(node("c", shard(3, 6)), 0.5))
     assert chosen(faster, **told) == ["a", "c"]
+
+
+def test_who_stands_by_is_neither_in_the_route_nor_to_be_avoided() -> None:
+    snapshot = cluster(*(node(n, shard(0, 3)) for n in "abc"), *(node(n, shard(3, 6)) for n in "de"))
+    found = find_route(snapshot, RouteRequest("tiny", HERE))
+    first, last = (stage.node for stage in found.stages)
+    (spare,) = {"d", "e"} - {last}
+    left = sorted({"a", "b", "c"} - {first})
+    for avoid, names in ((left[0], (left[1], spare)), (spare, (left[0], None))):
+        stood = standbys_for(snapshot, found, frozenset({NodeId(avoid)}))
+        assert tuple(s and s.node for s in stood) == names
 
 
 def test_our_own_sessions_count_before_records_tell_them() -> None:

@@ -478,6 +478,23 @@ def test_r1_an_owner_that_was_replaced_ends_and_closes_nothing() -> None:
     assert session.state is State.FAILED
 
 
+def test_a_session_that_has_nothing_yet_gets_standbys_of_its_new_route() -> None:
+    stages = route(2, 4).stages
+    spare = tuple(
+        replace(s, node=NodeId(f"b{i}"), address=Address(f"10.1.0.{i}:1")) for i, s in enumerate(stages)
+    )
+    session = Session(order(**PATIENT), route(2, 4), OWNER, ADDRESS, 0, None, spare)
+    session.start(0)
+    session.handle(lost(0), 1)
+    there = LayeredRoute((spare[0], stages[1], spare[2]))
+    opening, *rest = session.handle(Rerouted(there, (None, spare[1], stages[2])), 2)
+    assert isinstance(opening, SendOpen)
+    assert (opening.order.position, opening.order.standbys) == (0, (None, spare[1], stages[2]))
+    # The last stage stands by now: it is not told to close.
+    assert [e.address for e in rest if isinstance(e, SendClose)] == [stages[0].address]
+    assert session.rung is Rung.INGRESS
+
+
 def test_a_standby_takes_its_stage_and_the_others_stand_by_on() -> None:
     spare = tuple(
         replace(s, node=NodeId(f"b{i}"), address=Address(f"10.1.0.{i}:1"))
