@@ -296,24 +296,26 @@ class Session:
         return self._open(now)
 
     def _reroute(self, route: LayeredRoute, standbys: Standbys, now: int) -> list[Effect]:
-        """Open the other route; stages that are on both in the same place go on there. So do standbys, and ``standbys``
-        stand by from here on where nobody has been fed more than the prompt, which all are fed anew."""
+        """Open the other route; stages that are on both in the same place go on there, and so do standbys. Only before the
+        first token others, ``standbys``, can take their places: all are fed the prompt anew then."""
         left = {
             i: stage
             for i, stage in enumerate(self.route.stages)
             if i >= len(route.stages) or route.stages[i] != stage
         }
-        kept = tuple(
-            s if s is not None and i < len(route.stages) and _stands_by(s, i, route, self._avoid) else None
-            for i, s in enumerate(self.standbys)
-        )
-        kept = kept if self.generated else standbys
-        closing = [self._close_one(i, s, "the session moved") for i, s in left.items() if s not in kept]
-        gone = [(i, s) for i, s in enumerate(self.standbys) if s and s not in kept and s not in route.stages]
+        if self.generated:
+            standbys = tuple(
+                s
+                if s is not None and i < len(route.stages) and _stands_by(s, i, route, self._avoid)
+                else None
+                for i, s in enumerate(self.standbys)
+            )
+        closing = [self._close_one(i, s, "the session moved") for i, s in left.items() if s not in standbys]
+        gone = [(i, s) for i, s in enumerate(self.standbys) if s and s not in (*standbys, *route.stages)]
         closing += [self._close_one(i, s, "the session moved") for i, s in gone]
         fed = {*self._proven, *self.standbys}
         self._new = sum(stage not in fed for stage in route.stages)
-        self.standbys = kept
+        self.standbys = standbys
         self._left, self.route = self.route, route
         self.epoch = Epoch(self.epoch.counter + 1, self.epoch.owner)
         self.replayed = 0
