@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from mesh.types import Address, Epoch, Route, Sampling, SessionId, Stage, Token
+from mesh.types import Address, Epoch, Route, Sampling, SessionId, Stage, Standbys, Token
 
 WIRE_VERSION = 1
 DRAFTS = 1
@@ -63,7 +63,7 @@ class Open:
     """For the last stage's token log: what another ingress needs to go on with the session (rule R6)."""
     expires_ms: int = 0
     """Of that log, milliseconds since the epoch."""
-    standbys: tuple[Stage | None, ...] = ()
+    standbys: Standbys = ()
     """Of each stage, a replica that is fed the same frames and sends nothing; empty: none at all."""
     standby: bool = False
     """The receiver is the standby of its stage."""

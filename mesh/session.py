@@ -40,12 +40,11 @@ from mesh.session_events import (
     SendFrame,
     SendOpen,
     SessionOrder,
-    Standbys,
     Tick,
 )
 from mesh.session_states import TRANSITIONS, Rung, State
 from mesh.speculation import Speculation
-from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId, Stage, Token
+from mesh.types import Address, Epoch, LayeredRoute, NodeId, SessionId, Stage, Standbys, Token
 
 _NATURAL = (Finish.STOP, Finish.LENGTH)
 _STORY_KEPT = 24

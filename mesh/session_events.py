@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mesh.errors import MeshError
 from mesh.messages import Ack, Close, HopLost, Open, Opened, Refused, Sampled
-from mesh.types import Address, LayeredRoute, NodeId, Sampling, SessionId, Stage, Token
+from mesh.types import Address, LayeredRoute, NodeId, Sampling, SessionId, Standbys, Token
 
 
 class Finish(enum.Enum):
@@ -16,9 +16,6 @@ class Finish(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
-
-
-Standbys = tuple[Stage | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,10 @@ class Stage:
     shard: Digest
 
 
+Standbys = tuple[Stage | None, ...]
+"""By place in a route, who is fed what its stage is fed, to take over at once; ``None`` where nobody is."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayeredRoute:
     """Stages in order; together they cover every layer once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mesh.types import Digest, LayeredRoute, NodeId, ShardInfo, Stage
+from mesh.types import Digest, LayeredRoute, NodeId, ShardInfo, Standbys
 from scheduler.cost import Percentile, Terms
 from scheduler.learning import NOTHING_LEARNED, Learned
 from scheduler.policy import ClassPolicy
@@ -87,7 +87,7 @@ class RoutePlan:
     group: Group | None = None
     resumed: int = 0
     """Positions of the prompt that need no prefill on this route."""
-    standbys: tuple[Stage | None, ...] = ()
+    standbys: Standbys = ()
     """By place, for a session that begins on it and is to be brought back at once."""
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import replace
 from mesh.errors import NoRoute
 from mesh.gossip import MemberState
 from mesh.messages import Cause
-from mesh.types import Digest, LayeredRoute, LayerRange, ModelShape, NodeId, Stage
+from mesh.types import Digest, LayeredRoute, LayerRange, ModelShape, NodeId, Stage, Standbys
 from scheduler.cluster import ClusterSnapshot, ReplicaState
 from scheduler.cost import speed_of
 from scheduler.policy import forbidden
@@ -166,7 +166,7 @@ def _graphs(snapshot: ClusterSnapshot, request: RouteRequest) -> list[Graph]:
 
 def standbys_for(
     snapshot: ClusterSnapshot, route: LayeredRoute, avoid: frozenset[NodeId] = frozenset()
-) -> tuple[Stage | None, ...]:
+) -> Standbys:
     """For each stage another replica of its shard, on a node that is not in the route, nor one to ``avoid``: the least busy, then
     the fastest. ``None`` where there is none."""
     taken = {stage.node for stage in route.stages} | avoid

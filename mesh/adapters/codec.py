@@ -37,6 +37,7 @@ from mesh.types import (
     Sampling,
     SessionId,
     Stage,
+    Standbys,
     Token,
     TokenLogprob,
 )
@@ -450,7 +451,7 @@ def _read_stage(s: pb.Stage) -> Stage:
     return Stage(NodeId(s.node), Address(s.address), layers, Digest(s.shard.hex()))
 
 
-def _read_standbys(stages: Iterable[pb.Stage]) -> tuple[Stage | None, ...]:
+def _read_standbys(stages: Iterable[pb.Stage]) -> Standbys:
     return tuple(_read_stage(s) if s.node else None for s in stages)
 
 

@@ -6,6 +6,7 @@ free. At times the machine then stands for about 200 ms: every process of it, wh
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import time
@@ -15,13 +16,17 @@ REPORTING = Path("/sys/module/page_reporting/parameters")
 _BLOCK = 2 << 20
 _PAGE = 4096
 _REPORTED_WITHIN_S, _QUIET_S = 2.3, 0.2
+"""The kernel begins two seconds after memory became free, and goes on in pieces some 20 ms apart."""
 _AFTER_S, _PACE_S = 0.3, 0.004
 """Not beside the takeover, and slowly: 300 MiB within a second, as the kernel waits for two."""
 
 
 def anonymous_bytes(pid: int) -> int:
-    """What a process leaves when it is killed."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """What a process leaves when it is killed; 0 where that is not known."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
     return 1024 * next((int(x.split()[1]) for x in lines if x.startswith("RssAnon:")), 0)
 
 
@@ -63,7 +68,8 @@ class Ballast:
     def _hold(self, size: int) -> None:
         blocks = -(-size // _BLOCK)
         with mmap.mmap(-1, blocks * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without huge pages gives away less
+                memory.madvise(mmap.MADV_HUGEPAGE)
             late = self._free.wait(_AFTER_S)
             for at in range(0, blocks * _BLOCK, _BLOCK):
                 if late:

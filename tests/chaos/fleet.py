@@ -149,6 +149,7 @@ def fleet(
         made.wait_whole()
         yield made
     finally:
+        made.ballast.free()
         for agent in made.agents.values():
             with suppress(ProcessLookupError):
                 agent.process.send_signal(signal.SIGCONT)
