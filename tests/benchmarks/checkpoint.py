@@ -22,7 +22,9 @@ from tests.benchmarks.common import MODEL, arguments, finish, median, prompt_ids
 MODES = ("off", "async", "sync")
 NODES = 3
 CONTEXT, TOKENS = 128, 96
-ROUNDS = 20
+WARM_UP, ROUNDS = 10, 40
+"""The first do not count: for most of a minute steps of a new mesh get quicker, and not of all three at the same time. A ratio of ten
+rounds is off by up to a tenth."""
 SESSIONS, STAGES = 1000, 2
 _WIDTH = 576
 _MIB = 1 << 20
@@ -42,13 +44,13 @@ async def tpot(rounds: int) -> dict[str, list[float]]:
             await meshes[mode].serve(MODEL)
             await asyncio.to_thread(stream, meshes[mode].endpoint, prompt, TOKENS)
         rng = Random(1)
-        for _ in range(rounds):
+        for _ in range(WARM_UP + rounds):
             order = list(MODES)
             rng.shuffle(order)
             for mode in order:
                 timing = await asyncio.to_thread(stream, meshes[mode].endpoint, prompt, TOKENS)
                 found[mode].append(timing.tpot)
-    return found
+    return {mode: times[WARM_UP:] for mode, times in found.items()}
 
 
 def folder_bytes(folder: Path) -> int:
@@ -114,7 +116,7 @@ def main() -> int:
     }
     rows = [
         ("time per token, log async over off", f"{ratios['async']:.3f}", "<= 1.03"),
-        ("time per token, log sync over off", f"{ratios['sync']:.3f}", ""),
+        ("time per token, log sync over off", f"{ratios['sync']:.3f}", "<= 1.03"),
         ("bytes per token and stage", f"{disk['bytes_per_token']:.0f}", ""),
         (f"disk while {SESSIONS} sessions come and go", f"{keys['disk_mib_most']} MiB", ""),
         ("disk afterwards", f"{keys['disk_mib_last']} MiB of {keys['written_mib']} written", ""),
