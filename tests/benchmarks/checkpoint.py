@@ -23,8 +23,8 @@ MODES = ("off", "async", "sync")
 NODES = 3
 CONTEXT, TOKENS = 128, 96
 WARM_UP, ROUNDS = 10, 40
-"""The first do not count: for most of a minute steps of a new mesh get quicker, and not of all three at the same time. A ratio of ten
-rounds is off by up to a tenth."""
+"""Rounds that do not count, and those that do: for most of a minute steps of a new mesh get quicker, and not of all three at the same
+time. A ratio of ten rounds is off by up to a tenth."""
 SESSIONS, STAGES = 1000, 2
 _WIDTH = 576
 _MIB = 1 << 20
