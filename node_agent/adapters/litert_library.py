@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mesh.errors import ConfigError, MeshError
+from node_agent.adapters.worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,6 +130,7 @@ class CompiledModel:
         """``data``: the file, mapped so that it could be written. ``packed``: file of packed weights, which is written where it
         is not. Raises ``LibraryError``."""
         self._model, self._compiled, self._data = c_void_p(), c_void_p(), data
+        self._workers = WorkerThreads()
         words = f"num_threads = {threads}\n"
         if packed is not None:
             words += f"weight_cache_file_path = {json.dumps(str(packed), ensure_ascii=False)}\n"
@@ -141,7 +143,8 @@ class CompiledModel:
             _call("AddOpaqueOptions", options, told)
             start = ctypes.addressof(ctypes.c_char.from_buffer(data))
             self._model = _made("CreateModelFromBuffer", _environment(), start, len(data))
-            self._compiled = _made("CreateCompiledModel", _environment(), self._model, options)
+            with self._workers.started():
+                self._compiled = _made("CreateCompiledModel", _environment(), self._model, options)
             self.signatures = _signatures(self._model)
         except LibraryError:
             self.close()
@@ -152,6 +155,7 @@ class CompiledModel:
     def run(self, number: int, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Compute a signature over bound memory. Raises ``LibraryError``."""
         given, wanted = (c_void_p * len(inputs))(*inputs), (c_void_p * len(outputs))(*outputs)
+        self._workers.make_room()
         _call("RunCompiledModel", self._compiled, number, len(given), given, len(wanted), wanted)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from mesh.errors import ConfigError
 from node_agent.adapters.pages import forget_pages, pages, trim_heap
+from node_agent.adapters.worker_threads import WorkerThreads
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.manifest import GRAPH_FILE, ShardManifest
 from node_agent.stage import BATCH_MAX
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BINDINGS_KEPT = 64
+_CPU = "CPUExecutionProvider"
 _QUIET = 3
 _PREFILL_STEPS_MAX = 4096
 
@@ -78,7 +80,11 @@ class OnnxShard:
     ) -> None:
         self.info = manifest.info
         self.slots, self.capacity = slots, capacity
-        self.session, self.provider = open_session(folder / GRAPH_FILE, options)
+        self._workers = WorkerThreads()
+        with self._workers.started():
+            self.session, self.provider = open_session(folder / GRAPH_FILE, options)
+        if not self.provider.startswith(_CPU):
+            self._workers = WorkerThreads()  # those of other providers know where to run
         start, end = manifest.layers
         shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
         self.cache = [(pages(shape), pages(shape)) for _ in range(end - start)]
@@ -95,6 +101,10 @@ class OnnxShard:
             self._bindings.move_to_end(key)
         return binding
 
+    def _run(self, binding: _Binding) -> None:
+        self._workers.make_room()
+        self.session.run_with_iobinding(binding.io)
+
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
     ) -> NDArray[Any]:
@@ -102,7 +112,7 @@ class OnnxShard:
         binding.seqlens[:] = positions
         binding.total[()] = max(positions) + 1
         binding.inputs[:, 0] = inputs
-        self.session.run_with_iobinding(binding.io)
+        self._run(binding)
         result: NDArray[Any] = binding.output[:, 0] if binding.output.shape[1] else binding.output
         return result
 
@@ -114,7 +124,7 @@ class OnnxShard:
         binding.seqlens[0] = position + steps - 1
         binding.total[()] = position + steps
         binding.inputs[0] = inputs
-        self.session.run_with_iobinding(binding.io)
+        self._run(binding)
         result: NDArray[Any] = binding.output[0]
         return result
 
@@ -159,7 +169,7 @@ def open_session(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSes
         if provider not in installed:
             reasons.append(f"{provider} is not in this build of ONNX Runtime")
             continue
-        chain = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        chain = [provider] if provider == _CPU else [provider, _CPU]
         try:
             session = ort.InferenceSession(str(graph), settings, providers=chain)
         except Exception as error:  # the library raises many kinds, none of them documented

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.static_engine import Ends
+from node_agent.adapters.worker_threads import WorkerThreads
 from node_agent.config import parse_delegate
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class InterpreterEngine:
         found = package()
         if found is None:
             raise ConfigError("there is no TFLite interpreter; 'pip install inference-mesh[litert]'")
-        delegates = []
+        delegates, self._workers = [], WorkerThreads()
         self.provider = f"XNNPACK in {found.__name__.split('.')[0].replace('_', '-')}"
         if delegate:
             path, options = parse_delegate(delegate)
@@ -54,9 +55,10 @@ class InterpreterEngine:
                 raise ShardError(f"it cannot be loaded: {error}") from None
             self.provider = Path(path).name
         try:
-            self._interpreter = found.Interpreter(
-                str(graph), num_threads=threads or None, experimental_delegates=delegates
-            )
+            with self._workers.started():
+                self._interpreter = found.Interpreter(
+                    str(graph), num_threads=threads or None, experimental_delegates=delegates
+                )
             self._runners: dict[str, Any] = {}
             signatures = self._interpreter.get_signature_list()
         except (ValueError, RuntimeError) as error:
@@ -82,6 +84,7 @@ class InterpreterEngine:
         if runner is None:
             runner = self._runners[graph] = self._interpreter.get_signature_runner(graph)
         ends = self._ends[graph]
+        self._workers.make_room()
         found = runner(**dict(zip(ends.inputs, inputs, strict=True)))
         for name, memory in zip(ends.outputs, outputs, strict=True):
             memory[:] = found[name].reshape(memory.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import socket
@@ -86,6 +87,14 @@ class Timing:
     first: float
     end: float
     id: str
+    came: tuple[tuple[float, int], ...]
+    """When something came, and how many events had come by then; the last says that it is over."""
+
+    def tokens_between(self, begin: float, end: float) -> float:
+        """Of those that came with an event of their own, as all but a few do."""
+        events = [count for when, count in self.came if begin < when <= end]
+        before = max((count for when, count in self.came if when <= begin), default=0)
+        return (max(events, default=before) - before) * self.tokens / (self.came[-1][1] - 1)
 
 
 def stream(base: str, prompt: list[int], tokens: int) -> Timing:
@@ -120,7 +129,11 @@ def stream(base: str, prompt: list[int], tokens: int) -> Timing:
     first, last = times[0], times[-1]
     answer = json.loads(events[0].split(b"\n")[0])
     assert "error" not in answer, answer
-    return Timing(first - begin, (last - first) / (tokens - 1), tokens, begin, first, last, answer["id"])
+    counts = itertools.accumulate(part.count(b"\n\n") for part in parts)
+    came = tuple(zip(times, counts, strict=True))
+    return Timing(
+        first - begin, (last - first) / (tokens - 1), tokens, begin, first, last, answer["id"], came
+    )
 
 
 def trace_of(base: str, timing: Timing) -> dict[str, Any]:

@@ -97,15 +97,16 @@ def _try_peer(home: Path) -> None:
     LlamaCpp(ModelStore(home)).run(list(range(100, 100 + CONTEXT)), 8)
 
 
-def together(base: str, prompt: list[int]) -> float:
-    """Tokens per second of several streams at once, over the time when all of them decode."""
+def together(base: str, prompt: list[int]) -> tuple[float, float]:
+    """Tokens per second of several streams at once: over the time when all of them decode, as the bare runtime's batches do,
+    and by how long each took from its first token on, in which the others' prompts are computed as well."""
     with ThreadPoolExecutor(STREAMS) as pool:
         timings: list[Timing] = list(
             pool.map(lambda i: stream(base, prompt[i:] + prompt[:i], TOKENS), range(STREAMS))
         )
-    begin, end = max(t.first for t in timings), max(t.end for t in timings)
-    done = sum((t.end - begin) / t.tpot for t in timings)
-    return done / (end - begin)
+    begin, end = max(t.first for t in timings), min(t.end for t in timings)
+    done = sum(t.tokens_between(begin, end) for t in timings)
+    return done / (end - begin), sum(1 / t.tpot for t in timings)
 
 
 async def measure(rounds: int) -> dict[str, Any]:
@@ -116,7 +117,7 @@ async def measure(rounds: int) -> dict[str, Any]:
     seen: dict[str, list[float]] = {
         k: []
         for k in (
-            *("0", "a", "b", "c", "08", "b8", "ttft", "p512", "o50", "o99"),
+            *("0", "a", "b", "c", "08", "b8", "b8whole", "ttft", "p512", "o50", "o99"),
             *("l128", "l512", "lp512", "c512", "cp512"),
         )
     }
@@ -141,7 +142,8 @@ async def measure(rounds: int) -> dict[str, Any]:
             if llama:
                 values["c"] = llama.run(prompt, TOKENS)[1]
             values["08"] = bare_decode(bare, prompt, TOKENS, STREAMS)[1] / STREAMS
-            values["b8"] = 1 / await asyncio.to_thread(together, three.endpoint, prompt)
+            rates = await asyncio.to_thread(together, three.endpoint, prompt)
+            values |= {"b8": 1 / rates[0], "b8whole": 1 / rates[1]}
             long = await asyncio.to_thread(stream, three.endpoint, long_prompt, 4)
             values["p512"] = long.ttft / len(long_prompt)
             values["l128"] = (await asyncio.to_thread(stream, lite.endpoint, prompt, TOKENS)).tpot
@@ -158,7 +160,7 @@ async def measure(rounds: int) -> dict[str, Any]:
 
 def report(seen: dict[str, list[float]]) -> dict[str, Any]:
     mid = {key: median(values) for key, values in seen.items() if values}
-    rate = {key: 1 / mid[key] for key in ("0", "a", "b", "c", "08", "b8", "p512") if key in mid}
+    rate = {key: 1 / mid[key] for key in ("0", "a", "b", "c", "08", "b8", "b8whole", "p512") if key in mid}
 
     def ratio(upper: str, lower: str) -> float | None:
         # Of the same round: the machine's mood cancels.
@@ -179,6 +181,7 @@ def report(seen: dict[str, list[float]]) -> dict[str, Any]:
         "hop_overhead_ms_p50": round(mid["o50"], 3),
         "hop_overhead_ms_p99": round(mid["o99"], 3),
         "batch8_tok_s": round(rate["b8"], 1),
+        "batch8_with_prefill_tok_s": round(rate["b8whole"], 1),
         "batch8_ratio": gain,
         "batch8_bare_ratio": bare_gain,
         "batch8_efficiency": round(gain / bare_gain, 4),

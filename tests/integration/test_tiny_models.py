@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,13 @@ def pulled(folder: Path, **shape: Any) -> ModelStore:
     return store
 
 
-def load(store: ModelStore, start: int, end: int, form: str = "fp32", slots: int = 2) -> Runtime:
+def load(
+    store: ModelStore, start: int, end: int, form: str = "fp32", slots: int = 2, threads: int = 1
+) -> Runtime:
     runtime, quantization = parse_form(form)
     folder = make_shard(store, "tiny", start, end, quantization, runtime=runtime)
-    return load_shard(folder, store.manifest(folder), slots=slots, capacity=64, options=OPTIONS)
+    options = RuntimeOptions(threads=threads)
+    return load_shard(folder, store.manifest(folder), slots=slots, capacity=64, options=options)
 
 
 def expected(store: ModelStore, name: str) -> Any:
@@ -259,3 +265,28 @@ def test_a_shard_with_nothing_to_do_leaves_the_processor_alone(tmp_path: Path, f
     begin = time.process_time()
     time.sleep(0.2)
     assert time.process_time() - begin < 0.05
+
+
+@pytest.mark.parametrize("form", ["int8", "litert-int8"])
+def test_the_threads_beside_a_caller_keep_off_its_processor(tmp_path: Path, form: str) -> None:
+    """However the engine starts them."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("one processor")
+    before = _threads()
+    shard = load(pulled(tmp_path), 0, 3, form, threads=2)
+    for position in range(8):
+        shard.decode(0, [position], np.array([position]))
+    # Graphs that come in the background have threads as well, which nothing has called yet.
+    assert 1 in {len(allowed - mask) for mask in _masks_of_workers(before)}
+
+
+def _masks_of_workers(before: set[Path]) -> Iterator[set[int]]:
+    for thread in _threads() - before:
+        with suppress(OSError):  # it has ended
+            if (thread / "comm").read_text().startswith("compute-"):
+                yield os.sched_getaffinity(int(thread.name))
+
+
+def _threads() -> set[Path]:
+    return set(Path("/proc/self/task").iterdir())
