@@ -105,6 +105,8 @@ class Membership:
         self._rumours = Rumours(NEWS_PER_PACKET)
         self._spread_due = 0
         self._sightings = Sightings(profile.probe_interval // 4)
+        self._knocking = False
+        """There is a timer for those whose turn has not come."""
         self._syncing: set[Address] = set()
         self._contested: set[NodeId] = set()
         """Nodes that spoke as another process: which of the two lives is being found out."""
@@ -114,7 +116,6 @@ class Membership:
         self._timers.after(self._share(profile.sync_interval), self._sync_next)
         self._timers.after(self._share(profile.dead_probe_interval), self._try_dead)
         self._timers.after(self._share(profile.train_interval), self._train_next)
-        self._timers.after(profile.probe_interval // 4, self._knock_again)
 
     # -- interface -----------------------------------------------------------------------------
 
@@ -560,6 +561,7 @@ class Membership:
                 member.sources.add(source)
                 return
         self._sightings.add(address, source, self._now)
+        self._knock_later()
         self._knock_next()
 
     def _gone(self, address: Address, source: str) -> None:
@@ -573,9 +575,15 @@ class Membership:
         for address in self._sightings.due(self._now, SYNCS_MAX - len(self._syncing)):
             self._start_sync(address)
 
+    def _knock_later(self) -> None:
+        if not self._knocking:
+            self._knocking = True
+            self._timers.after(self.profile.probe_interval // 4, self._knock_again)
+
     def _knock_again(self) -> None:
-        self._timers.after(self.profile.probe_interval // 4, self._knock_again)
+        self._knocking = False
         if self._sightings:
+            self._knock_later()
             self._knock_next()
 
     def _start_sync(self, address: Address) -> None:

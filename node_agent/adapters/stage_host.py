@@ -6,6 +6,7 @@ Also the place where "the next stage is on this node" is decided: such a hop is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -446,18 +447,26 @@ class StageHost:
         """Beacons while there is work, peers that owe a sign of life, and the end of sessions that are overdue."""
         tidied = 0
         while True:
-            if not (self._placed or self._owing() or any(r.book.kept for r in self.replicas.values())):
-                # A node without work sleeps: wake-ups cost a battery more than sessions that never come.
-                self._work.clear()
+            if self._placed or self._owing():
+                await asyncio.sleep(BEACON_INTERVAL_S)
+                self._beacon()
+                self._look(self._clock.monotonic_ns())
+            else:
                 self.watch.rest()
-                await self._work.wait()
-            await asyncio.sleep(BEACON_INTERVAL_S)
-            self._beacon()
+                await self._rest()
             now = self._clock.monotonic_ns()
-            self._look(now)
             if now - tidied >= _TIDY_NS:
                 tidied = now
                 self._tidy(now)
+
+    async def _rest(self) -> None:
+        """Until there is work: wake-ups cost a battery more than sessions that never come, and take processors from whoever else
+        computes there. What is kept of sessions that are over must be let go of in time."""
+        self._work.clear()
+        kept = any(replica.book.kept for replica in self.replicas.values())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TIDY_NS / 1e9 if kept else None):
+                await self._work.wait()
 
     def _beacon(self) -> None:
         busy: dict[int, tuple[Upstream, Replica]] = {}

@@ -373,7 +373,7 @@ LONG = """
 name = "long"
 time = "6m"
 [load]
-each = "exponential(15s)"
+each = "exponential(20s)"
 [[nodes]]
 kind = "n"
 count = 9

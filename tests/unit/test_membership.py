@@ -367,3 +367,20 @@ def test_virtual_runs_repeat() -> None:
 
     assert story(4) == story(4)
     assert story(4) != story(5)
+
+
+def test_who_waits_for_nobody_wakes_up_a_few_times_a_second() -> None:
+    """Wake-ups cost a battery. Somebody to knock at is another matter."""
+
+    def ticks(machine: Membership, begin: int) -> int:
+        count, now = 0, begin
+        while (due := machine.next_deadline()) is not None and due <= begin + 20 * S:
+            now = max(now, due)
+            machine.handle(Tick(), now)
+            count += 1
+        return count
+
+    machine = Membership(Fact(NodeId("n0"), Address("n0:1"), 1), LAN, Random(1), 0)
+    assert ticks(machine, 0) <= 2.2 * 20
+    machine.handle(Found(Address("n1:1"), "join"), 20 * S)
+    assert ticks(machine, 20 * S) >= 4 * 20

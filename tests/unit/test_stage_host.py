@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesh.messages import Cause, Frame, HopLost, Message, Opened
+from mesh.messages import Cause, Close, Frame, HopLost, Message, Opened
 from mesh.types import Address, Epoch
 from node_agent.adapters.memory_store import MemoryFrames
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
@@ -230,5 +230,36 @@ def test_a_stage_has_a_link_to_the_owner_ready_whose_loss_is_none_while_nothing_
         bench.sent.clear()
         bench.host.downstream_lost(ADDRESS, "reset")
         assert (ADDRESS, lost) in bench.sent
+
+    run(story)
+
+
+def test_a_node_that_only_keeps_what_is_over_rests_until_there_is_work() -> None:
+    async def story(bench: Bench) -> None:
+        looks = 0
+        look = bench.host.watch.look
+
+        def counted(*given: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return look(*given)
+
+        bench.host.watch.look = counted  # type: ignore[method-assign]
+        bench.open(0, Epoch(1, OWNER))
+        await bench.compute(4)
+        task = asyncio.create_task(bench.host.run())
+        await asyncio.sleep(0.2)
+        assert looks
+        bench.host.received(bench, Close(SESSION, Epoch(1, OWNER), "it is over", 1, keep=True))
+        await asyncio.sleep(0.05)
+        assert bench.host.replicas[HERE.shard].book.kept
+        looks = 0
+        await asyncio.sleep(0.2)
+        assert not looks
+        bench.open(0, SECOND)
+        async with asyncio.timeout(5):
+            while not looks:
+                await asyncio.sleep(0.01)
+        task.cancel()
 
     run(story)
