@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import Replica
 from node_agent.adapters.stage_host import StageHost
 from node_agent.hop_log import HopLog
+from node_agent.hop_watch import HopWatch
 from scheduler.speed import StageSpeed
 from tests.builders import ADDRESS, OWNER, SESSION, frame, opening, route, shard
 
@@ -234,31 +235,31 @@ def test_a_stage_has_a_link_to_the_owner_ready_whose_loss_is_none_while_nothing_
     run(story)
 
 
+class CountingWatch(HopWatch[Address]):
+    looks = 0
+
+    def look(self, outstanding: Iterable[Address], now: int, every_ns: int) -> list[tuple[Address, int]]:
+        self.looks += 1
+        return super().look(outstanding, now, every_ns)
+
+
 def test_a_node_that_only_keeps_what_is_over_rests_until_there_is_work() -> None:
     async def story(bench: Bench) -> None:
-        looks = 0
-        look = bench.host.watch.look
-
-        def counted(*given: Any) -> Any:
-            nonlocal looks
-            looks += 1
-            return look(*given)
-
-        bench.host.watch.look = counted  # type: ignore[method-assign]
+        watch = bench.host.watch = CountingWatch()
         bench.open(0, Epoch(1, OWNER))
         await bench.compute(4)
         task = asyncio.create_task(bench.host.run())
         await asyncio.sleep(0.2)
-        assert looks
+        assert watch.looks
         bench.host.received(bench, Close(SESSION, Epoch(1, OWNER), "it is over", 1, keep=True))
         await asyncio.sleep(0.05)
         assert bench.host.replicas[HERE.shard].book.kept
-        looks = 0
+        before = watch.looks
         await asyncio.sleep(0.2)
-        assert not looks
+        assert watch.looks == before
         bench.open(0, SECOND)
         async with asyncio.timeout(5):
-            while not looks:
+            while watch.looks == before:
                 await asyncio.sleep(0.01)
         task.cancel()
 
