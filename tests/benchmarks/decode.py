@@ -82,7 +82,11 @@ class LlamaCpp:
         trial.join(120)
         if trial.exitcode == 0:
             return cls(store)
-        print(f"llama.cpp ended with {trial.exitcode} when tried: rebuild llama-cpp-python", file=sys.stderr)
+        print(
+            f"llama.cpp ended with {trial.exitcode} when tried: rebuild llama-cpp-python, without what this machine only claims "
+            "to have (CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON' where tiles crash)",
+            file=sys.stderr,
+        )
         trial.kill()
         return None
 
