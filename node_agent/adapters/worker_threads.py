@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,17 +39,13 @@ class WorkerThreads:
         """Around what starts them. They are known by a name that threads have from whoever starts them, and that ``top -H``
         shows."""
         name = f"compute-{next(_numbers)}"
-        try:
-            before = _OWN_NAME.read_text().rstrip("\n")
-            _OWN_NAME.write_text(name)
-        except OSError:  # another system, or a sandbox that hides /proc
-            yield
-            return
+        before = _renamed(name)
         try:
             yield
         finally:
-            _OWN_NAME.write_text(before)
-            self.ids += _named(name)
+            if before:
+                self.ids += _named(name)
+                _renamed(before)
 
     def make_room(self) -> None:
         """The calling thread is about to compute."""
@@ -69,10 +66,21 @@ class WorkerThreads:
                 return
 
 
+def _renamed(name: str) -> str:
+    """What the calling thread was called; nothing where it cannot be: another system, or a sandbox that hides /proc."""
+    try:
+        before = _OWN_NAME.read_text().rstrip("\n")
+        _OWN_NAME.write_text(name)
+    except OSError:
+        return ""
+    return before
+
+
 def _named(name: str) -> list[int]:
-    found = []
+    """Threads of that name, but for the calling one."""
+    found, own = [], threading.get_native_id()
     for task in _TASKS.iterdir():
         with suppress(OSError):  # it has ended
-            if (task / "comm").read_text().strip() == name:
+            if int(task.name) != own and (task / "comm").read_text().strip() == name:
                 found.append(int(task.name))
     return found
