@@ -59,6 +59,8 @@ class InterpreterEngine:
                 self._interpreter = found.Interpreter(
                     str(graph), num_threads=threads or None, experimental_delegates=delegates
                 )
+            if delegate:
+                self._workers = WorkerThreads()  # those of a delegate know where to run
             self._runners: dict[str, Any] = {}
             signatures = self._interpreter.get_signature_list()
         except (ValueError, RuntimeError) as error:

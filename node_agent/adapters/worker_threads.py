@@ -19,7 +19,6 @@ _TASKS = Path("/proc/self/task")
 _OWN_NAME = Path("/proc/thread-self/comm")
 _numbers = itertools.count(1)
 
-
 # Under the interpreter's lock: to let go of it would cost more than the call.
 _PROCESSOR: Callable[[], int] | None = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
 
@@ -58,12 +57,13 @@ class WorkerThreads:
         others = os.sched_getaffinity(0) - {here}
         if not others:
             return
-        for thread in self.ids:
+        for thread in tuple(self.ids):
             try:
                 os.sched_setaffinity(thread, others)
-            except OSError:  # it has ended, or the operator moved all of us elsewhere just now
-                self.ids = [t for t in self.ids if (_TASKS / str(t)).exists()]
-                return
+            except ProcessLookupError:
+                self.ids.remove(thread)  # it has ended
+            except OSError:
+                return  # the operator moved all of us elsewhere just now
 
 
 def _renamed(name: str) -> str:
