@@ -8,10 +8,12 @@ with LiteRT shards against (c), after prompts of 128 and 512.
 from __future__ import annotations
 
 import asyncio
+import collections
 import importlib.util
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ CONTEXT = 128
 TOKENS = 128
 STREAMS = 8
 HOPS = 3
+LONG = 512
+SETTINGS = {"threads": str(THREADS)}
 
 
 class LlamaCpp:
@@ -113,29 +117,40 @@ def together(base: str, prompt: list[int]) -> tuple[float, float]:
     return done / (end - begin), sum(1 / t.tpot for t in timings)
 
 
+def each_round(rounds: int, seen: dict[str, list[float]], what: str) -> Iterator[dict[str, float]]:
+    """Values to fill in, once a round. The first round warms everything up and is not kept."""
+    for round_ in range(-1, rounds):
+        values: dict[str, float] = {}
+        yield values
+        if round_ >= 0:
+            for key, value in values.items():
+                seen[key].append(value)
+            print(f"{what}: round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
+
+
 async def measure(rounds: int) -> dict[str, Any]:
-    store = the_store()
-    prompt, long_prompt = prompt_ids(store, CONTEXT), prompt_ids(store, 512)
-    bare = load(store, 1, "int8", slots=STREAMS)
+    """Two tables one after the other: agents that a table does not compare are not up meanwhile, for idle ones take two
+    cores' time and cache too."""
+    store, seen = the_store(), collections.defaultdict[str, list[float]](list)
     llama = LlamaCpp.if_it_runs(store)
-    seen: dict[str, list[float]] = {
-        k: []
-        for k in (
-            *("0", "a", "b", "c", "08", "b8", "b8whole", "ttft", "p512", "o50", "o99"),
-            *("l128", "l512", "lp512", "c512", "cp512"),
-        )
-    }
-    settings = {"threads": str(THREADS)}
+    await measure_default(store, llama, each_round(rounds, seen, "default"))
+    await measure_litert(store, llama, each_round(rounds, seen, "LiteRT"))
+    return report(seen)
+
+
+async def measure_default(
+    store: ModelStore, llama: LlamaCpp | None, each: Iterator[dict[str, float]]
+) -> None:
+    """What agents load unless told otherwise: bare, in one agent, in three; the peer."""
+    prompt, long_prompt = prompt_ids(store, CONTEXT), prompt_ids(store, LONG)
+    bare = load(store, 1, "int8", slots=STREAMS)
     async with (
-        temporary_mesh(1, store.root.parent, settings) as one,
-        temporary_mesh(3, store.root.parent, settings) as three,
-        temporary_mesh(3, store.root.parent, settings) as lite,
+        temporary_mesh(1, store.root.parent, SETTINGS) as one,
+        temporary_mesh(3, store.root.parent, SETTINGS) as three,
     ):
         await one.serve(MODEL)
         await three.serve(MODEL)
-        await lite.serve(MODEL, "litert")
-        for round_ in range(-1, rounds):
-            values: dict[str, float] = {}
+        for values in each:
             values["0"] = bare_decode(bare, prompt, TOKENS)[1]
             values["a"] = (await asyncio.to_thread(stream, one.endpoint, prompt, TOKENS)).tpot
             b = await asyncio.to_thread(stream, three.endpoint, prompt, TOKENS)
@@ -149,17 +164,22 @@ async def measure(rounds: int) -> dict[str, Any]:
             rates = await asyncio.to_thread(together, three.endpoint, prompt)
             values |= {"b8": 1 / rates[0], "b8whole": 1 / rates[1]}
             long = await asyncio.to_thread(stream, three.endpoint, long_prompt, 4)
-            values["p512"] = long.ttft / len(long_prompt)
+            values["p512"] = long.ttft / LONG
+
+
+async def measure_litert(store: ModelStore, llama: LlamaCpp | None, each: Iterator[dict[str, float]]) -> None:
+    """Three agents with LiteRT shards; the peer."""
+    prompt, long_prompt = prompt_ids(store, CONTEXT), prompt_ids(store, LONG)
+    async with temporary_mesh(3, store.root.parent, SETTINGS) as lite:
+        await lite.serve(MODEL, "litert")
+        for values in each:
             values["l128"] = (await asyncio.to_thread(stream, lite.endpoint, prompt, TOKENS)).tpot
+            if llama:
+                values["c128"] = llama.run(prompt, TOKENS)[1]
             deep = await asyncio.to_thread(stream, lite.endpoint, long_prompt, TOKENS)
             values |= {"l512": deep.tpot, "lp512": deep.ttft}
             if llama:
                 values["cp512"], values["c512"] = llama.run(long_prompt, TOKENS)
-            if round_ >= 0:  # the first round warms everything up
-                for key, value in values.items():
-                    seen[key].append(value)
-                print(f"round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
-    return report(seen)
 
 
 def report(seen: dict[str, list[float]]) -> dict[str, Any]:
@@ -190,8 +210,8 @@ def report(seen: dict[str, list[float]]) -> dict[str, Any]:
         "batch8_bare_ratio": bare_gain,
         "batch8_efficiency": round(gain / bare_gain, 4),
         "litert_tok_s": round(1 / mid["l128"], 1),
-        "litert_ratio_onnx": ratio("l128", "b"),
-        "litert_ratio_llamacpp_ctx128": ratio("l128", "c"),
+        "litert_ratio_onnx": round(mid["b"] / mid["l128"], 4),
+        "litert_ratio_llamacpp_ctx128": ratio("l128", "c128"),
         "litert_ratio_llamacpp_ctx512": ratio("l512", "c512"),
         "litert_prefill512_ratio_llamacpp": ratio("lp512", "cp512"),
         "ttft_ms_p50": round(mid["ttft"] * 1000, 1),
