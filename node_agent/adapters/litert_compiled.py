@@ -12,13 +12,13 @@ import os
 import re
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mesh.errors import ShardError
-from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, unbound
+from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, tensor_buffers, unbound
 from node_agent.adapters.static_engine import Ends
 from node_agent.shards.static_names import by_bucket, needed_first
 from node_agent.shards.tflite_part import graph_names, keep_graphs
@@ -37,10 +37,18 @@ _STDERR = threading.Lock()
 """Shards are loaded on threads, and there is one stderr."""
 
 
+class _Wanted(NamedTuple):
+    """Graphs to be compiled into one model."""
+
+    names: Collection[str]
+    alone: bool
+    """Whether that model takes the place of all others."""
+
+
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, so those that the test vector needs come first, each
-    in a model of its own, and the smallest bucket's others in the background; one model of all that may be wanted then takes
-    their place."""
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the chunk that
+    begins the test vector comes first, the step while that is computed, then the smallest bucket's others, each in a model of
+    its own. One model of all that may be wanted then takes their place."""
 
     provider = "XNNPACK"
 
@@ -51,16 +59,19 @@ class CompiledEngine:
             self.names: Collection[str] = graph_names(data)
         # Without that file every model packs weights of its own: then there is but one.
         shared = packed is not None and packed.exists()
-        self._models = self._compile(needed_first(self.names) if shared else by_bucket(self.names)[:1])
+        first, *others = needed_first(self.names) if shared else by_bucket(self.names)[:1]
+        self._models = [self._compile(first)]
         self._changed = threading.Condition()
         """Guards what follows, and what is added to the models."""
         self._next: CompiledModel | None = None
-        self._coming = False
+        self._wanted: deque[_Wanted] = deque()
+        """What is being compiled in the background, and what is to be."""
         self._closing = False
         self._background: list[threading.Thread] = []
+        self._want([_Wanted(names, alone=False) for names in others])
 
-    def _compile(self, groups: Sequence[Collection[str]]) -> list[CompiledModel]:
-        return _compiled(self._graph, groups, self._threads, self._packed)
+    def _compile(self, names: Collection[str]) -> CompiledModel:
+        return _compiled(self._graph, names, self._threads, self._packed)
 
     @property
     def loaded(self) -> set[str]:
@@ -71,34 +82,40 @@ class CompiledEngine:
 
     def prepare(self, graphs: Sequence[str]) -> None:
         smallest, *larger = by_bucket(self.names)
-        rest = sorted({*smallest} - self.loaded)
+        with self._changed:
+            coming = {name for wanted in self._wanted for name in wanted.names}
+        rest = sorted({*smallest} - self.loaded - coming)
         wanted = [name for group in larger if not {*graphs}.isdisjoint(group) for name in group]
-        if rest or wanted:
-            halves = [half for half in (rest[::2], rest[1::2]) if half]
-            whole = [*smallest, *wanted] if wanted else []
-            self._coming = True
-            self._aside(self._prepare, halves, whole)
+        groups = [_Wanted(half, alone=False) for half in (rest[::2], rest[1::2]) if half]
+        self._want([*groups, *([_Wanted([*smallest, *wanted], alone=True)] if wanted else [])])
+
+    def _want(self, groups: Sequence[_Wanted]) -> None:
+        with self._changed:
+            idle = not self._wanted
+            self._wanted += groups
+            if idle and groups:
+                self._aside(self._work)
 
     def _aside(self, work: Callable[..., None], *given: Any) -> None:
         thread = threading.Thread(target=work, args=given, name="graphs", daemon=True)
         self._background = [*(t for t in self._background if t.is_alive()), thread]
         thread.start()
 
-    def _prepare(self, halves: Sequence[Collection[str]], whole: Collection[str]) -> None:
-        try:
-            added = self._compile(halves) if halves else []
+    def _work(self) -> None:
+        """Compile what is wanted, until nothing is."""
+        while self._wanted:
+            names, alone = self._wanted[0]
+            model = None
+            try:
+                model = None if self._closing else self._compile(names)
+            except (ShardError, OSError) as error:
+                log.warning("%s; it is tried again when a session needs it", error)
             with self._changed:
-                self._models = [*self._models, *added]
-                self._changed.notify_all()
-            if whole and not self._closing:
-                (model,) = self._compile([whole])
-                with self._changed:
+                self._wanted.popleft()
+                if model is not None and alone:
                     self._next = model
-        except (ShardError, OSError) as error:
-            log.warning("%s; it is tried again when a session needs it", error)
-        finally:
-            with self._changed:
-                self._coming = False
+                elif model is not None:
+                    self._models = [*self._models, model]
                 self._changed.notify_all()
 
     def _with(self, graph: str) -> CompiledModel:
@@ -113,10 +130,10 @@ class CompiledEngine:
                         return model
                 if graph not in self.names:
                     raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
-                if self._coming:
+                if self._wanted:
                     self._changed.wait()
                 else:
-                    (self._next,) = self._compile([self.names])
+                    self._next = self._compile(self.names)
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]
@@ -128,7 +145,10 @@ class CompiledEngine:
     def unbind(self, memory: Any) -> None:
         unbound(memory)
 
-    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def together(self, bound: Sequence[Any]) -> Any:
+        return tensor_buffers(bound)
+
+    def run(self, graph: str, inputs: Any, outputs: Any) -> None:
         model = self._with(graph)
         model.run(model.signatures[graph].number, inputs, outputs)
 
@@ -150,7 +170,7 @@ def pack(graph: Path, threads: int, packed: Path) -> None:
     """Compile all graphs once, and leave their packed weights in a file. Raises ``ShardError`` with what LiteRT said."""
     with _mapped(graph) as data:
         names = graph_names(data)
-    _close(_compiled(graph, [names], threads, packed))
+    _compiled(graph, names, threads, packed).close()
 
 
 @contextlib.contextmanager
@@ -164,30 +184,14 @@ def _mapped(graph: Path) -> Iterator[mmap.mmap]:
         raise ShardError(f"LiteRT cannot load {graph}: {error}; make the shard again") from None
 
 
-def _compiled(
-    graph: Path, groups: Sequence[Collection[str]], threads: int, packed: Path | None
-) -> list[CompiledModel]:
-    """A model for each group of graphs, compiled side by side."""
-    done: list[CompiledModel] = []
-
-    def compile_one(names: Collection[str], words: Callable[[], str]) -> None:
-        with _mapped(graph) as data:
-            keep_graphs(data, names)
-            try:
-                done.append(CompiledModel(data, threads, packed))
-            except LibraryError as error:
-                raise ShardError(" ".join(words().split()) or str(error)) from None
-
-    try:
-        with own_words() as words, ThreadPoolExecutor(len(groups), "graphs") as pool:
-            others = [pool.submit(compile_one, names, words) for names in groups[1:]]
-            compile_one(groups[0], words)
-            for each in others:
-                each.result()
-    except ShardError:
-        _close(done)
-        raise
-    return done
+def _compiled(graph: Path, names: Collection[str], threads: int, packed: Path | None) -> CompiledModel:
+    """A model of these graphs."""
+    with own_words() as words, _mapped(graph) as data:
+        keep_graphs(data, names)
+        try:
+            return CompiledModel(data, threads, packed)
+        except LibraryError as error:
+            raise ShardError(" ".join(words().split()) or str(error)) from None
 
 
 @contextlib.contextmanager

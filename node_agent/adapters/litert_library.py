@@ -152,11 +152,10 @@ class CompiledModel:
         finally:
             _library().LiteRtDestroyOptions(options)
 
-    def run(self, number: int, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Compute a signature over bound memory. Raises ``LibraryError``."""
-        given, wanted = (c_void_p * len(inputs))(*inputs), (c_void_p * len(outputs))(*outputs)
+    def run(self, number: int, inputs: Any, outputs: Any) -> None:
+        """Compute a signature over ``tensor_buffers``. Raises ``LibraryError``."""
         self._workers.make_room()
-        _call("RunCompiledModel", self._compiled, number, len(given), given, len(wanted), wanted)
+        _call("RunCompiledModel", self._compiled, number, len(inputs), inputs, len(outputs), outputs)
 
     def close(self) -> None:
         """Let go of weights and memory; again is nothing."""
@@ -201,6 +200,11 @@ def bound(array: NDArray[np.float32]) -> c_void_p:
         return _made("CreateTensorBufferFromHostMemory", byref(kind), array.ctypes.data, array.nbytes, None)
     except LibraryError as error:
         raise ConfigError(f"LiteRT does not take a tensor of the shape {array.shape}: {error}") from None
+
+
+def tensor_buffers(memories: Sequence[c_void_p]) -> Any:
+    """``bound`` memories, as a run takes them."""
+    return (c_void_p * len(memories))(*memories)
 
 
 def unbound(buffer: c_void_p) -> None:

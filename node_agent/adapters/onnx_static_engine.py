@@ -59,7 +59,10 @@ class OnnxStaticEngine:
     def unbind(self, bound: Any) -> None:
         pass
 
-    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def together(self, bound: Sequence[Any]) -> Any:
+        return tuple(bound)
+
+    def run(self, graph: str, inputs: Any, outputs: Any) -> None:
         session = self._open(graph)
         binding = session.io_binding()
         for end, memory in zip(session.get_inputs(), inputs, strict=True):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAGE = mmap.PAGESIZE
+_ALIGNMENT = 64
 _MAP_NORESERVE = 0x4000  # Linux; in the module from Python 3.13 on
 
 
@@ -21,6 +22,15 @@ def pages(shape: tuple[int, ...]) -> NDArray[np.float32]:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, max(1, count * 4), flags=flags)
     return np.frombuffer(memory, dtype=np.float32)[:count].reshape(shape)
+
+
+def arrays(count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """``[count, *shape]`` of such memory, each of the ``count`` contiguous and aligned as engines want it."""
+    size = int(np.prod(shape))
+    apart = -(-size * 4 // _ALIGNMENT) * _ALIGNMENT
+    memory = pages((count * apart // 4,))
+    inner = [int(np.prod(shape[i + 1 :])) * 4 for i in range(len(shape))]
+    return np.lib.stride_tricks.as_strided(memory, (count, *shape), (apart, *inner))
 
 
 def forget_pages(buffer: NDArray[np.float32], row: int) -> None:

@@ -40,7 +40,11 @@ class Engine(Protocol):
 
     def unbind(self, bound: Any) -> None: ...
 
-    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def together(self, bound: Sequence[Any]) -> Any:
+        """Several of them, as ``run`` takes them: worth keeping, where the same run comes again."""
+        ...
+
+    def run(self, graph: str, inputs: Any, outputs: Any) -> None:
         """Compute; the outputs are written to what is bound."""
         ...
 

@@ -43,13 +43,12 @@ CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 768, 1024, 2048)
 _CHUNKS, _BATCHES = (1, 16, 64), (4,)
+REVISION = 2
+"""Of the graphs that are made here: counts up where they compute something else than before."""
 STEPS = {"litert": STEPS_MAX}
 """By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""
 _ONNX_CHUNKS = (1, 64)
 """Providers compile each graph by itself, weights and all: fewer, then."""
-_ROUGH = 0.01
-"""A layer that loses more when the input of its last matrix is rounded to 8 bits keeps that matrix in float32: three of
-thirty, and half of what perplexity lost."""
 _OUTLIERS = 16
 """Columns of the head that stay in float32: a few channels before it are twenty times the others, and rounding to their
 range cost a third of what perplexity lost."""
@@ -65,7 +64,7 @@ def buckets_for(context: int) -> tuple[int, ...]:
 
 
 def static_demand(card: ModelCard, runtime: str, quantization: str, context: int) -> ModelDemand:
-    """What a model's parts weigh, from its shape alone: without the few matrices that ``_ROUGH`` keeps in float32."""
+    """What a model's parts weigh, from its shape alone."""
     spec = card.architecture
     heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     shapes = (
@@ -101,8 +100,8 @@ def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
 
 
 class StaticMaker:
-    """Of one GGUF file. ``down_error`` and ``states``: of its reference, what 8 bits cost each layer's last matrix, and
-    hidden states before the head."""
+    """Of one GGUF file. ``limits`` and ``states``: of its reference, where the input of each layer's last matrix is
+    parted, and hidden states before the head."""
 
     def __init__(
         self,
@@ -110,12 +109,12 @@ class StaticMaker:
         gguf: GgufFile,
         spec: Architecture,
         form: tuple[str, str],
-        down_error: NDArray[np.float64],
+        limits: NDArray[np.float64],
         states: NDArray[np.float32],
     ) -> None:
         self._data, self._gguf, self._spec = data, gguf, spec
         self._runtime, self._quantization = form
-        self._down_error, self._states = down_error, states
+        self._limits, self._states = limits, states
 
     def write(self, folder: Path, start: int, end: int, buckets: tuple[int, ...]) -> list[str]:
         """Graph and tables of the layers ``[start, end)``; names of the files."""
@@ -187,10 +186,10 @@ class StaticMaker:
             "qkv": _stacked([_ordered(q, order_q), _ordered(k, order_k), self._matrix(names["v"])]),
             "gate_up": _stacked([self._matrix(names["gate"]), self._matrix(names["up"])]),
             "o": self._matrix(names["o"]),
-            "down": self._values(names["down"])
-            if self._down_error[layer] > _ROUGH
-            else self._matrix(names["down"]),
+            "down": self._matrix(names["down"]),
         }
+        if self._quantization != "fp32" and np.isfinite(self._limits[layer]):
+            made["down.limit"] = float(self._limits[layer])
         if spec.qkv_bias:
             parts = (
                 self._values(names["q_bias"])[order_q],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mesh.errors import ShardError
-from node_agent.adapters.pages import pages, trim_heap
+from node_agent.adapters.pages import arrays, pages, trim_heap
 from node_agent.adapters.static_engine import Engine
 from node_agent.shards.manifest import ShardManifest
 from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
@@ -98,24 +98,34 @@ class _Signature:
         self.hidden = pages((rows, manifest.boundary.width))
         self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
         self.out = pages((rows, manifest.boundary.width))
-        self.new = {f"{side}.{layer}": pages(new) for layer in range(*manifest.layers) for side in "kv"}
+        names = _names(manifest)
+        self.new = arrays(len(names), new)
+        """The rows that a run adds to each array of KV memory."""
         given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
         given |= {k: m.array for k, m in following.items()}
         self._given = {k: engine.bind(v) for k, v in given.items()}
         self._inputs = inputs
-        results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in self.new.items()}}
-        self._results = [engine.bind(results[k]) for k in outputs]
+        results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in zip(names, self.new, strict=True)}}
+        self._given_back = [engine.bind(results[k]) for k in outputs]
+        self._results = engine.together(self._given_back)
 
     def close(self) -> None:
         """Let go of the memory."""
-        for bound in (*self._given.values(), *self._results):
+        for bound in (*self._given.values(), *self._given_back):
             self.engine.unbind(bound)
 
-    def run(self, memory: Mapping[str, Any]) -> None:
-        """``memory``: the inputs that are KV memory."""
+    def inputs(self, memory: Mapping[str, Any]) -> Any:
+        """All of them, as ``run`` takes them; ``memory``: those that are KV memory."""
         given = self._given
-        inputs = [given[k] if k in given else memory[k] for k in self._inputs]
+        return self.engine.together([given[k] if k in given else memory[k] for k in self._inputs])
+
+    def run(self, inputs: Any) -> None:
         self.engine.run(self.name, inputs, self._results)
+
+
+def _names(manifest: ShardManifest) -> list[str]:
+    """Of the arrays of KV memory."""
+    return [f"{side}.{layer}" for layer in range(*manifest.layers) for side in "kv"]
 
 
 def _chunk_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
@@ -157,36 +167,45 @@ class _Slot:
 
     def __init__(self, engine: Engine, manifest: ShardManifest, bucket: int) -> None:
         self._engine, self._manifest, self.bucket = engine, manifest, bucket
-        self._shape = (1, manifest.kv_heads, bucket, manifest.head_dim)
-        self._names = [f"{side}.{layer}" for layer in range(*manifest.layers) for side in "kv"]
-        self.memory: dict[str, Array] = {}
+        self._names = _names(manifest)
+        self.memory = arrays(len(self._names), (1, manifest.kv_heads, bucket, manifest.head_dim))
+        """By array as they are named, in one piece: a step's rows are written at once."""
         self.bound: dict[str, Any] = {}
-        self._rows = dict.fromkeys(self._names, 0)
+        self._inputs: dict[str, Any] = {}
+        """By graph, all that it is given."""
+        self._rows = [0] * len(self._names)
         """Of each array, those that it has from the slot before."""
         self._next: _Slot | None = None
 
     def begin(self) -> None:
         """Of a session that has nothing."""
-        for name in self._names:
-            self._have(name)
+        for number in range(len(self._names)):
+            self._bind(number)
 
-    def _have(self, name: str) -> Array:
-        if name not in self.memory:
-            self.memory[name] = pages(self._shape)
-            self.bound[name] = self._engine.bind(self.memory[name])
-        return self.memory[name]
+    def _bind(self, number: int) -> None:
+        name = self._names[number]
+        if name not in self.bound:
+            self.bound[name] = self._engine.bind(self.memory[number])
+
+    def run(self, signature: _Signature) -> None:
+        """Compute a graph over this memory."""
+        inputs = self._inputs.get(signature.name)
+        if inputs is None:
+            inputs = self._inputs[signature.name] = signature.inputs(self.bound)
+        signature.run(inputs)
 
     def near(self, position: int, bucket: int) -> None:
         """A step at ``position`` was written; ``bucket`` comes after this one."""
         left = self.bucket - 1 - position
         if 0 <= left < len(self._names):
             self._next = self._next or _Slot(self._engine, self._manifest, bucket)
-            self._next._copy(self, self._names[left], position + 1)
+            self._next._copy(self, left, position + 1)
 
-    def _copy(self, before: _Slot, name: str, positions: int) -> None:
-        array, rows = self._have(name), slice(self._rows[name], positions)
-        array[:, :, rows] = before.memory[name][:, :, rows]
-        self._rows[name] = positions
+    def _copy(self, before: _Slot, number: int, positions: int) -> None:
+        self._bind(number)
+        rows = slice(self._rows[number], positions)
+        self.memory[number, :, :, rows] = before.memory[number, :, :, rows]
+        self._rows[number] = positions
 
     def grown(self, positions: int, bucket: int) -> _Slot:
         """One for a larger bucket, with so many of these rows; this one is no more."""
@@ -195,21 +214,20 @@ class _Slot:
             if after is not None:
                 after.close()
             after = _Slot(self._engine, self._manifest, bucket)
-        for name in self._names:
-            after._copy(self, name, positions)
+        for number in range(len(self._names)):
+            after._copy(self, number, positions)
         self.close()
         return after
 
     def _written(self, position: int) -> None:
         """Rows from ``position`` on are others now."""
         if self._next is not None:
-            self._next._rows = {name: min(rows, position) for name, rows in self._next._rows.items()}
+            self._next._rows = [min(rows, position) for rows in self._next._rows]
 
-    def write(self, new: Mapping[str, Array], position: int, steps: int) -> None:
-        """Rows of a chunk."""
+    def write(self, new: Array, position: int, steps: int) -> None:
+        """Rows of a chunk, ``[arrays, 1, kv_heads, chunk, head_dim]``."""
         self._written(position)
-        for name, array in self.memory.items():
-            array[:, :, position : position + steps] = new[name][:, :, :steps]
+        self.memory[:, :, :, position : position + steps] = new[:, :, :, :steps]
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -220,14 +238,12 @@ class _Slot:
 
     def clear(self, position: int, steps: int) -> None:
         """Zeros, where rows of a chunk are to come."""
-        for array in self.memory.values():
-            array[:, :, position : position + steps] = 0.0
+        self.memory[:, :, :, position : position + steps] = 0.0
 
-    def write_row(self, new: Mapping[str, Array], position: int, row: int) -> None:
-        """One of a step of several sessions."""
+    def write_row(self, new: Array, position: int, row: int) -> None:
+        """One of a step of several sessions, ``[arrays, sessions, kv_heads, head_dim]``."""
         self._written(position)
-        for name, array in self.memory.items():
-            array[0, :, position] = new[name][row]
+        self.memory[:, 0, :, position] = new[:, row]
 
 
 class StaticShard:
@@ -260,7 +276,8 @@ class StaticShard:
         if self.info.last:
             self._last = pages((1, manifest.boundary.width))
             self._logits = pages((1, manifest.vocabulary))
-            self._head = (HEAD_NAME, [engine.bind(self._last)], [engine.bind(self._logits)])
+            ends = (engine.together([engine.bind(end)]) for end in (self._last, self._logits))
+            self._head = (HEAD_NAME, *ends)
 
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
@@ -299,7 +316,7 @@ class StaticShard:
             )
             signature.following[row].open_to(position)
             memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
-        signature.run(memory)
+        signature.run(signature.inputs(memory))
         for row, (_, position, slot) in enumerate(rows):
             slot.write_row(signature.new, position, row)
         return signature.out[:count]
@@ -364,7 +381,7 @@ class StaticShard:
         signature = self._signature("steps", self._steps, memory.bucket)
         self._place(signature, position, inputs)
         memory.clear(position, steps)
-        signature.run(memory.bound)
+        memory.run(signature)
         memory.write(signature.new, position, steps)
         return self._logits[:0] if self.info.last else signature.out[:steps].copy()
 
@@ -383,7 +400,7 @@ class StaticShard:
         memory = self._memory(slot, position, steps)
         signature = self._signature("run", next(c for c in self._chunks if c >= steps), memory.bucket)
         self._place(signature, position, inputs)
-        signature.run(memory.bound)
+        memory.run(signature)
         memory.write(signature.new, position, steps)
         if not self.info.last:
             return signature.out[:steps]

@@ -81,7 +81,10 @@ class InterpreterEngine:
     def unbind(self, bound: Any) -> None:
         pass
 
-    def run(self, graph: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def together(self, bound: Sequence[Any]) -> Any:
+        return tuple(bound)
+
+    def run(self, graph: str, inputs: Any, outputs: Any) -> None:
         runner = self._runners.get(graph)
         if runner is None:
             runner = self._runners[graph] = self._interpreter.get_signature_runner(graph)

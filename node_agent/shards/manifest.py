@@ -100,6 +100,8 @@ class ShardManifest(msgspec.Struct, frozen=True):
     """Contexts that a graph of static shapes was built for, positions; empty: any."""
     steps: int = 1
     """Steps that a graph replays at once, with the bits that they have one by one."""
+    revision: int = 1
+    """Of what made it: where a model is sharded again, one of an older revision is made anew."""
 
     @property
     def digest(self) -> Digest:

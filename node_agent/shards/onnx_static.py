@@ -105,6 +105,13 @@ class _Graph:
     def mul(self, a: int, b: int, out: str) -> int:
         return self._pair("Mul", a, b, out)
 
+    def sub(self, a: int, b: int, out: str) -> int:
+        return self._pair("Sub", a, b, out)
+
+    def clamp(self, x: int, limit: float, out: str) -> int:
+        edges = (self.constant(f"limit {e}", np.array(e, dtype=np.float32)) for e in (-limit, limit))
+        return self._op("Clip", [x, *edges], out, self.shapes[x])
+
     def logistic(self, x: int, out: str) -> int:
         return self._op("Sigmoid", [x], out, self.shapes[x])
 

@@ -13,7 +13,8 @@ where a row's position is; there the caches hold zeros.
 ``[rows, kv_heads, head_dim]``. A last shard has a graph ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
 
 ``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``, ``.gate_up``, ``.down`` (matrices ``[out, in]``, rows of Q and K
-in halves; ``.qkv.bias`` where the family has it), and of a last shard ``output_norm`` and ``output``.
+in halves; ``.qkv.bias`` where the family has it; ``.down.limit`` where its input peaks: what is within and what is beyond are multiplied apart),
+and of a last shard ``output_norm`` and ``output``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,13 @@ class Graph(Protocol):
 
     def add(self, a: int, b: int, out: str) -> int: ...
 
+    def sub(self, a: int, b: int, out: str) -> int: ...
+
     def mul(self, a: int, b: int, out: str) -> int: ...
+
+    def clamp(self, x: int, limit: float, out: str) -> int:
+        """Kept from ``-limit`` to ``limit``."""
+        ...
 
     def logistic(self, x: int, out: str) -> int: ...
 
@@ -185,7 +192,14 @@ def _feed_forward(
     up = graph.part(both, 1, spec.feed_forward, spec.feed_forward, f"{p}up")
     half = graph.logistic(gate, f"{p}logistic")
     inner = graph.mul(graph.mul(gate, half, f"{p}silu"), up, f"{p}inner")
-    return graph.add(middle, graph.linear(inner, f"{p}down", weights[f"{p}down"], f"{p}down_out"), out)
+    matrix, limit = weights[f"{p}down"], weights.get(f"{p}down.limit")
+    if limit is not None:
+        # Rounded over one range, the few that peak would take the others' digits.
+        within = graph.clamp(inner, limit, f"{p}within")
+        beyond = graph.sub(inner, within, f"{p}beyond")
+        middle = graph.add(middle, graph.linear(beyond, f"{p}down", matrix, f"{p}down_beyond"), f"{p}peaks")
+        inner = within
+    return graph.add(middle, graph.linear(inner, f"{p}down", matrix, f"{p}down_out"), out)
 
 
 def _attention(

@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
-from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8
+from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8, quantize_channels
 from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
 from node_agent.shards.static_network import build_head, build_run
 
@@ -140,8 +140,20 @@ class _Subgraph:
     def mul(self, a: int, b: int, out: str) -> int:
         return self._pair(fb.BuiltinOperator.MUL, fb.BuiltinOptions.MulOptions, fb.MulOptionsT(), a, b, out)
 
+    def sub(self, a: int, b: int, out: str) -> int:
+        return self._pair(fb.BuiltinOperator.SUB, fb.BuiltinOptions.SubOptions, fb.SubOptionsT(), a, b, out)
+
     def div(self, a: int, b: int, out: str) -> int:
         return self._pair(fb.BuiltinOperator.DIV, fb.BuiltinOptions.DivOptions, fb.DivOptionsT(), a, b, out)
+
+    def clamp(self, x: int, limit: float, out: str) -> int:
+        """Kept from ``-limit`` to ``limit``."""
+        top, low = (
+            self.constant(f"limit {edge}", np.array([edge], dtype=np.float32)) for edge in (limit, -limit)
+        )
+        kind, options = fb.BuiltinOptions.MaximumMinimumOptions, fb.MaximumMinimumOptionsT()
+        below = self._pair(fb.BuiltinOperator.MINIMUM, kind, options, x, top, f"{out}.below")
+        return self._pair(fb.BuiltinOperator.MAXIMUM, kind, options, below, low, out)
 
     def reshape(self, x: int, shape: Sequence[int], out: str) -> int:
         options = fb.ReshapeOptionsT()
@@ -245,7 +257,8 @@ class _Subgraph:
             options,
         )
         if isinstance(weights, BlockedInt4):
-            correction = self.linear(self._block_sums(x), f"{name}.offsets", weights.offsets, f"{out}.offset")
+            offsets = quantize_channels(weights.offsets)
+            correction = self.linear(self._block_sums(x), f"{name}.offsets", offsets, f"{out}.offset")
             made = self.add(made, correction, f"{out}.whole")
         return made
 

@@ -37,7 +37,8 @@ def begun(engine: Any, bucket: int = 16) -> _Slot:
 
 def wrote(slot: _Slot, position: int, value: float, steps: int = 1) -> None:
     """Every array gets rows of its own."""
-    rows = {name: np.full((1, 2, steps, 3), value + i / 8, dtype=np.float32) for i, name in enumerate(ARRAYS)}
+    rows = np.zeros((len(ARRAYS), 1, 2, steps, 3), dtype=np.float32)
+    rows += value + np.arange(len(ARRAYS), dtype=np.float32)[:, None, None, None, None] / 8
     slot.write(rows, position, steps)
 
 
@@ -60,8 +61,8 @@ def test_memory_that_came_for_another_bucket_is_let_go_of() -> None:
     wrote(slot, 15, 15.0)
     slot.near(15, 32)
     grown = slot.grown(16, 48)
-    assert grown.memory["v.5"].shape == (1, 2, 48, 3)
-    assert grown.memory["v.5"][0, 0, 15, 0] == 15 + 3 / 8
+    assert grown.memory.shape == (len(ARRAYS), 1, 2, 48, 3)
+    assert grown.memory[-1, 0, 0, 15, 0] == 15 + 3 / 8
     assert engine.bound == len(ARRAYS)
 
 
@@ -77,6 +78,6 @@ def test_rows_are_what_was_written_last_however_the_session_went_back(
         if stepped:
             slot.near(position, 32)
     grown = slot.grown(16, 32)
-    for i, name in enumerate(ARRAYS):
-        rows = grown.memory[name][0, 1, :16, 2]
+    for i in range(len(ARRAYS)):
+        rows = grown.memory[i, 0, 1, :16, 2]
         assert np.array_equal(rows[expected > 0], expected[expected > 0] + i / 8)
