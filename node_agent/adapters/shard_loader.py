@@ -113,7 +113,11 @@ def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> NDA
     with np.load(folder / manifest.test_vector.file) as vector:
         inputs: NDArray[Any] = vector["input"]
         expected = vector["expected"]
-    error = relative_error(_computed(shard, inputs), expected)
+    computed = _computed(shard, inputs)
+    if shard.info.last:
+        # What all logits have in common no softmax sees: it may be most of them, or next to nothing, by the text.
+        computed, expected = computed - computed.mean(), expected - expected.mean()
+    error = relative_error(computed, expected)
     shard.release(0)
     if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
         raise ShardError(
