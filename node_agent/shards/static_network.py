@@ -195,9 +195,9 @@ def _feed_forward(
     matrix, limit = weights[f"{p}down"], weights.get(f"{p}down.limit")
     if limit is not None:
         # Rounded over one range, the few that peak would take the others' digits.
-        within = graph.clamp(inner, limit, f"{p}within")
-        beyond = graph.sub(inner, within, f"{p}beyond")
-        middle = graph.add(middle, graph.linear(beyond, f"{p}down", matrix, f"{p}down_beyond"), f"{p}peaks")
+        within = graph.clamp(inner, limit, f"{p}down_within")
+        beyond = graph.sub(inner, within, f"{p}down_beyond")
+        middle = graph.add(middle, graph.linear(beyond, f"{p}down", matrix, f"{p}down_peaks"), f"{p}peaks")
         inner = within
     return graph.add(middle, graph.linear(inner, f"{p}down", matrix, f"{p}down_out"), out)
 

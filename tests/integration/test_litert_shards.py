@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mesh.errors import ShardError
+from mesh.forms import parse_form
 from node_agent.adapters.litert_compiled import CompiledEngine, pack
 from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
@@ -189,10 +190,11 @@ def test_chunks_that_round_otherwise_than_steps_are_not_used_for_them(tmp_path: 
     assert set(runs) == {"run_1_256"}
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_peaks_of_an_input_do_not_cost_the_others_their_digits(store: ModelStore, quantization: str) -> None:
+@pytest.mark.parametrize("form", ["litert-int8", "litert-int4", "onnxstd-int8"])
+def test_peaks_of_an_input_do_not_cost_the_others_their_digits(store: ModelStore, form: str) -> None:
     """The first layer of the real model has such an input; rounded over one range, it loses 0.029."""
-    made = make_shard(store, MODEL, 0, 1, quantization, runtime="litert")
+    runtime, quantization = parse_form(form)
+    made = make_shard(store, MODEL, 0, 1, quantization, runtime=runtime)
     manifest = store.manifest(made)
     shard = load_shard(made, manifest, slots=1, capacity=300, options=OPTIONS)
     with np.load(made / manifest.test_vector.file) as vector:
