@@ -47,7 +47,8 @@ def forget_pages(buffer: NDArray[np.float32], row: int) -> None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can: it keeps most of what a shard took that was unloaded."""
+    """Give freed memory back to the system, where the C library can: it keeps most of what a shard took that was unloaded,
+    and of what was needed to read a tokenizer."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

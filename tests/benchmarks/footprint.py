@@ -25,14 +25,19 @@ def resident_bytes(pid: int) -> int:
     return int(match[1]) * 1024
 
 
-def link_bytes(mesh: LocalMesh) -> float:
-    """Bytes that all agents have put on links so far."""
+def told(mesh: LocalMesh, metric: str) -> float:
+    """Sum of a metric over all agents."""
     total = 0.0
     for agent in mesh.agents:
         with urllib.request.urlopen(f"http://{agent.api_address}/metrics", timeout=5) as answer:
             text = answer.read().decode()
-        total += sum(float(v) for v in re.findall(r"^mesh_link_sent_bytes\{.*\} (\S+)$", text, re.MULTILINE))
+        total += sum(float(v) for v in re.findall(rf"^{metric}\{{.*\}} (\S+)$", text, re.MULTILINE))
     return total
+
+
+def link_bytes(mesh: LocalMesh) -> float:
+    """Bytes that all agents have put on links so far."""
+    return told(mesh, "mesh_link_sent_bytes")
 
 
 async def measure() -> dict[str, float]:
@@ -55,7 +60,7 @@ async def measure() -> dict[str, float]:
             after = link_bytes(mesh)
             # All that goes over links, tokens and acknowledgements too, by hops that carry activations.
             per_hop.append((after - before - 2 * prefill) / TOKENS / (NODES - 1))
-            kv = (CONTEXT + TOKENS + 2) * 30 * 1536
+            kv = told(mesh, "mesh_kv_reserved_bytes")  # of sessions that are over, too, while there is room
             manifests = {m.info.layers: m for _, m in store.shards(MODEL) if m.quantization == "int8"}
             weights = sum(m.weight_bytes for r, m in manifests.items() if len(r) == 30 // NODES)
             resident = sum(resident_bytes(a.process.pid) for a in mesh.agents)
