@@ -46,8 +46,8 @@ class _Wanted(NamedTuple):
 
 
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the chunk that
-    begins the test vector comes first, the step while that is computed, then the smallest bucket's others, each in a model of
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the step that
+    begins the test vector comes first, then the chunk that goes on with it, then the smallest bucket's others, each in a model of
     its own. One model of all that may be wanted then takes their place."""
 
     provider = "XNNPACK"

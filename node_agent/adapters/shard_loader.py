@@ -128,9 +128,12 @@ def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> NDA
 
 
 def _computed(shard: Runtime, inputs: NDArray[Any]) -> NDArray[Any]:
-    """As in a session: chunks, and then a step."""
-    last = len(inputs) - 1
-    parts = [shard.prefill(0, 0, inputs[:last], 0).copy()] if last else []
+    """As in a session: a chunk reads what a step wrote, and a step what both did."""
+    last, parts = len(inputs) - 1, []
+    if last > 0:
+        parts.append(shard.decode(0, [0], inputs[:1], False).copy())
+    if last > 1:
+        parts.append(shard.prefill(0, 1, inputs[1:last], 0).copy())
     parts.append(shard.decode(0, [last], inputs[last:]).copy())
     return parts[-1][0] if shard.info.last else np.concatenate(parts)
 

@@ -72,7 +72,8 @@ RUNTIME = "onnx"
 _ALIGNMENT = 64
 _CHECK_TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon, far away from home."
 _CHECK_TOKENS_MAX = 33
-"""Two of the shortest chunks and a step, where graphs are static."""
+CHECK_POSITIONS = 18
+"""Of these, how many are a test vector: a step, the shortest chunk of static graphs, and a step that reads what both wrote."""
 _TOLERANCE = {"fp32": 1e-3, "int8": 0.15, "int4": 0.25}
 """Relative RMS error allowed on a test vector; int8 rounds activations as well as weights."""
 _INDEX_FILE = "index.json"
@@ -261,8 +262,8 @@ def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
 
 
 def reference(store: ModelStore, name: str, progress: Progress = no_progress) -> Path:
-    """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: what every shard
-    is held to; and ``limits``: by layer, where the input of its last matrix is to be parted because rounding it to 8 bits at once
+    """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: its first
+    ``CHECK_POSITIONS``, of which the last has the logits, are what every shard is held to; and ``limits``: by layer, where the input of its last matrix is to be parted because rounding it to 8 bits at once
     would lose too much, infinite where it is not. Made once for a model's file."""
     card = store.card(name)
     spec = card.architecture
@@ -290,7 +291,8 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
         limit = peak_limit(inner, weights["down"], states[-1]) if loss > _ROUGH else np.inf
         limits.append(limit)
     output = embedding if spec.head_tied else values("output.weight")
-    logits = rms_norm(states[-1][-1], values("output_norm.weight"), spec.norm_epsilon) @ output.T
+    last = states[-1][:CHECK_POSITIONS][-1]
+    logits = rms_norm(last, values("output_norm.weight"), spec.norm_epsilon) @ output.T
     with new_file(path) as file:
         np.savez(file, tokens=tokens, states=np.stack(states), logits=logits, limits=np.array(limits))
     progress(what, total, total)
@@ -343,8 +345,8 @@ def make_shard(
             files, weight_bytes = _onnx_files(store, card, (start, end), quantization, temporary, progress)
         np.savez(
             temporary / CHECK_FILE,
-            input=found["tokens"] if start == 0 else found["states"][start],
-            expected=found["logits"] if end == spec.layers else found["states"][end],
+            input=(found["tokens"] if start == 0 else found["states"][start])[:CHECK_POSITIONS],
+            expected=found["logits"] if end == spec.layers else found["states"][end][:CHECK_POSITIONS],
         )
         files[CHECK_FILE] = stored_file(temporary / CHECK_FILE)
         manifest = ShardManifest(

@@ -24,12 +24,12 @@ HEAD_NAME = "head"
 
 
 def needed_first(names: Collection[str]) -> list[list[str]]:
-    """What a shard is held to its test vector with, in the order in which it is needed: the smallest bucket's shortest chunk, then
-    its step, and the head."""
+    """What a shard is held to its test vector with, in the order in which it is needed: the smallest bucket's step, and the head;
+    then its shortest chunk."""
     smallest = by_bucket(names)[0]
     lengths = sorted(int(name.split("_")[1]) for name in smallest if name.startswith("run_"))[:2]
-    groups = [[n for n in smallest if n.startswith(f"run_{length}_")] for length in reversed(lengths)] or [[]]
-    groups[-1] += [name for name in smallest if name == HEAD_NAME]
+    groups = [[n for n in smallest if n.startswith(f"run_{length}_")] for length in lengths] or [[]]
+    groups[0] += [name for name in smallest if name == HEAD_NAME]
     return groups
 
 
