@@ -102,21 +102,25 @@ class CompiledEngine:
         thread.start()
 
     def _work(self) -> None:
-        """Compile what is wanted, until nothing is."""
-        while self._wanted:
+        """Compile what is wanted, until nothing is; whoever wants something then starts another thread."""
+        more = True
+        while more:
             names, alone = self._wanted[0]
             model = None
             try:
-                model = None if self._closing else self._compile(names)
+                if not self._closing:
+                    model = self._compile(names)
             except (ShardError, OSError) as error:
                 log.warning("%s; it is tried again when a session needs it", error)
-            with self._changed:
-                self._wanted.popleft()
-                if model is not None and alone:
-                    self._next = model
-                elif model is not None:
-                    self._models = [*self._models, model]
-                self._changed.notify_all()
+            finally:
+                with self._changed:
+                    self._wanted.popleft()
+                    more = bool(self._wanted)
+                    if model is not None and alone:
+                        self._next = model
+                    elif model is not None:
+                        self._models = [*self._models, model]
+                    self._changed.notify_all()
 
     def _with(self, graph: str) -> CompiledModel:
         """The model in use that has the graph."""

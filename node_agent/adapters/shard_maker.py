@@ -70,7 +70,9 @@ if TYPE_CHECKING:
 
 RUNTIME = "onnx"
 _ALIGNMENT = 64
-_CHECK_TEXT = "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon, far away from home."
+_CHECK_TEXT = (
+    "The quick brown fox jumps over the lazy dog. In 1969, people walked on the Moon, far away from home."
+)
 _CHECK_TOKENS_MAX = 33
 CHECK_POSITIONS = 18
 """Of these, how many are a test vector: a step, the shortest chunk of static graphs, and a step that reads what both wrote."""

@@ -92,7 +92,7 @@ def static_demand(card: ModelCard, runtime: str, quantization: str, context: int
 def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
     match quantization:
         case "int4":
-            return rows * (columns // 2 + columns // BLOCK * 6)
+            return rows * (columns // 2 + columns // BLOCK * 3 + 4)
         case "int8":
             return rows * (columns + 4)
         case _:

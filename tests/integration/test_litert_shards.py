@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import pytest
 
 from mesh.errors import ShardError
 from mesh.forms import parse_form
-from node_agent.adapters.litert_compiled import CompiledEngine, pack
+from node_agent.adapters.litert_compiled import CompiledEngine, _Wanted, pack
 from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard, relative_error
 from node_agent.adapters.shard_maker import make_shard
@@ -291,6 +292,37 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     few.prepare(["run_1_256"])
     until(lambda: set(few.loaded) == smallest, 30)
     few.close()
+
+
+def test_graphs_that_are_wanted_as_the_last_ones_come_are_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = pulled(tmp_path, context=256)
+    graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=256) / LITERT_GRAPH_FILE
+    engine, compiled = CompiledEngine(graph, 1), list[str]()
+
+    def compile_(names: Any) -> Any:
+        time.sleep(0.1)
+        compiled.extend(names)
+        return SimpleNamespace(signatures={}, close=lambda: None)
+
+    class Held(threading.Condition):
+        """Whoever compiles loses the processor just after it has said that nothing more is wanted."""
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if threading.current_thread().name == "graphs":
+                time.sleep(0.05)
+
+    monkeypatch.setattr(engine, "_compile", compile_)
+    monkeypatch.setattr(engine, "_changed", Held())
+    wanted = [str(i) for i in range(4)]
+    for name in wanted:
+        engine._want([_Wanted([name], alone=False)])
+        while engine._wanted:
+            time.sleep(0.001)
+    engine.close()
+    assert compiled == wanted
 
 
 def test_an_engine_is_closed_while_graphs_are_on_their_way(tmp_path: Path) -> None:
