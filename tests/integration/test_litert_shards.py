@@ -232,8 +232,12 @@ def test_memory_of_sessions_that_are_over_is_given_back(tmp_path: Path) -> None:
             shard.release(0)
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
-    before = sessions(50)
-    assert sessions(1000) - before < 2000, "kB more after a thousand sessions"
+    before, grown = sessions(50), list[int]()
+    for _ in range(3):  # what leaks does so each time; the allocator may take a piece once
+        after = sessions(500)
+        grown.append(after - before)
+        before = after
+    assert min(grown) < 1000, "kB more after five hundred sessions"
 
 
 def test_no_head_is_computed_where_nobody_samples(tmp_path: Path) -> None:
