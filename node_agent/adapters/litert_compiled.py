@@ -85,8 +85,10 @@ class CompiledEngine:
         with self._changed:
             coming = {name for wanted in self._wanted for name in wanted.names}
         rest = sorted({*smallest} - self.loaded - coming)
+        chunks = [name for name in rest if name.startswith("run_")]  # a prompt wants them first
+        others = [name for name in rest if name not in chunks]
+        groups = [_Wanted(names, alone=False) for names in (chunks, others) if names]
         wanted = [name for group in larger if not {*graphs}.isdisjoint(group) for name in group]
-        groups = [_Wanted(half, alone=False) for half in (rest[::2], rest[1::2]) if half]
         self._want([*groups, *([_Wanted([*smallest, *wanted], alone=True)] if wanted else [])])
 
     def _want(self, groups: Sequence[_Wanted]) -> None:

@@ -210,7 +210,7 @@ def report(seen: dict[str, list[float]]) -> dict[str, Any]:
         "batch8_bare_ratio": bare_gain,
         "batch8_efficiency": round(gain / bare_gain, 4),
         "litert_tok_s": round(1 / mid["l128"], 1),
-        "litert_ratio_onnx": round(mid["b"] / mid["l128"], 4),
+        "litert_ratio_onnx": round(mid["b"] / mid["l128"], 4),  # of two tables: the mood does not cancel
         "litert_ratio_llamacpp_ctx128": ratio("l128", "c128"),
         "litert_ratio_llamacpp_ctx512": ratio("l512", "c512"),
         "litert_prefill512_ratio_llamacpp": ratio("lp512", "cp512"),

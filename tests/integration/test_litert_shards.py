@@ -232,12 +232,9 @@ def test_memory_of_sessions_that_are_over_is_given_back(tmp_path: Path) -> None:
             shard.release(0)
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
-    before, grown = sessions(50), list[int]()
-    for _ in range(3):  # what leaks does so each time; the allocator may take a piece once
-        after = sessions(500)
-        grown.append(after - before)
-        before = after
-    assert min(grown) < 1000, "kB more after five hundred sessions"
+    before = sessions(50)
+    # 2 kB a session, over so many that a piece of 4 MB which the allocator took once is no leak.
+    assert sessions(2500) - before < 5000, "kB more after 2,500 sessions"
 
 
 def test_no_head_is_computed_where_nobody_samples(tmp_path: Path) -> None:
@@ -284,6 +281,7 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     assert engine.loaded == {"head", "run_1_256", "run_16_256"}
     engine.prepare(["run_1_256", "run_1_512", "run_1_768"])
     assert "new_k.0" in engine.ends("run_64_256").outputs  # the next to come
+    assert "new_k.0" in engine.ends("steps_16_256").outputs  # and then what replays and batches want
     assert smallest <= set(engine.loaded)
     until(lambda: "run_64_768" in engine.loaded, 30)
     assert smallest < set(engine.loaded)
