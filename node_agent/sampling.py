@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOGPROBS_MAX = 20
+_FIRST_DEPTH, _DEEPER = 4.0, 1.25
+_WEIGHTLESS = 746.0
+"""A float64's exponential is zero below minus this."""
+_SUMS_DIFFER = 1e-9
+"""More than sums of a vocabulary's weights in different orders do."""
 
 
 class WrongResult(MeshError):
@@ -66,19 +71,36 @@ def sample(
 
 def _draw(scores: NDArray[np.float32], how: Sampling, position: int) -> int:
     scaled = scores.astype(np.float64) / how.temperature
+    scaled -= scaled.max()
+    weights = np.exp(scaled)
+    total, chance = weights.sum(), uniform(how.seed, how.choice, position)
     if 0 < how.top_k < len(scaled):
-        candidates = np.argpartition(-scaled, how.top_k - 1)[: how.top_k]
+        order = _likeliest(scaled, weights, how.top_k, 0.0)[: how.top_k]
+        cumulative = np.cumsum(weights[order])
+        total = cumulative[-1]
     else:
-        candidates = np.arange(len(scaled))
-    # By likelihood, then by token, so that the order does not depend on the partition.
-    order = candidates[np.lexsort((candidates, -scaled[candidates]))]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    cumulative = np.cumsum(weights)
+        order = _likeliest(scaled, weights, 1, total * (how.top_p if how.top_p < 1.0 else chance))
+        cumulative = np.cumsum(weights[order])
     if how.top_p < 1.0:
-        kept = int(np.searchsorted(cumulative, how.top_p * cumulative[-1])) + 1
-        order, cumulative = order[:kept], cumulative[:kept]
-    target = uniform(how.seed, how.choice, position) * cumulative[-1]
-    return int(order[min(int(np.searchsorted(cumulative, target, side="right")), len(order) - 1)])
+        order = order[: int(np.searchsorted(cumulative, how.top_p * total)) + 1]
+        total = cumulative[len(order) - 1]
+    return int(order[min(int(np.searchsorted(cumulative, chance * total, side="right")), len(order) - 1)])
+
+
+def _likeliest(
+    scaled: NDArray[np.float64], weights: NDArray[np.float64], count: int, mass: float
+) -> NDArray[np.int64]:
+    """Tokens by likelihood, then by number, down to some likelihood: at least ``count``, which weigh more than ``mass`` together; all
+    if need be. To sort a whole vocabulary takes half as long as a decode step. ``scaled``: logarithms of ``weights``, the largest 0."""
+    depth = _FIRST_DEPTH
+    while True:
+        found = np.flatnonzero(scaled >= -depth)
+        enough = len(found) >= count and weights[found].sum() > mass * (1.0 + _SUMS_DIFFER)
+        if enough or depth > _WEIGHTLESS:
+            break
+        depth *= _DEEPER
+    order: NDArray[np.int64] = found[np.lexsort((found, -scaled[found]))]
+    return order
 
 
 def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -97,7 +97,7 @@ class Timing:
         return (max(events, default=before) - before) * self.tokens / (self.came[-1][1] - 1)
 
 
-def stream(base: str, prompt: list[int], tokens: int) -> Timing:
+def stream(base: str, prompt: list[int], tokens: int, temperature: float = 0.0) -> Timing:
     """Stream a completion of exactly ``tokens`` tokens and time it.
 
     A bare socket that only notes when something came: on two cores every microsecond of the
@@ -109,7 +109,8 @@ def stream(base: str, prompt: list[int], tokens: int) -> Timing:
             "model": MODEL,
             "prompt": prompt,
             "max_tokens": tokens,
-            "temperature": 0,
+            "temperature": temperature,
+            "seed": 1,
             "stream": True,
             "logit_bias": {str(END_OF_TEXT): -100},
         }

@@ -1,8 +1,8 @@
 """One stream through the mesh against the bare runtime and llama.cpp, interleaved in one run.
 
 (0) the runtime in a loop, (a) one agent with one shard, (b) three agents over gRPC, (c) llama.cpp
-through llama-cpp-python on the same GGUF; 128 tokens after a prompt of 128, greedy, 2 threads each. And three agents
-with LiteRT shards against (c), after prompts of 128 and 512.
+through llama-cpp-python on the same GGUF; 128 tokens after a prompt of 128, greedy, 2 threads each. And (b) at temperature 1, which
+clients get who ask for nothing else; and three agents with LiteRT shards against (c), after prompts of 128 and 512.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ async def measure_default(
             values |= {"b": b.tpot, "ttft": b.ttft}
             values["o50"] = trace["overhead_ms_p50"] / HOPS
             values["o99"] = trace["overhead_ms_p99"] / HOPS
+            values["b1"] = (await asyncio.to_thread(stream, three.endpoint, prompt, TOKENS, 1.0)).tpot
             if llama:
                 values["c"] = llama.run(prompt, TOKENS)[1]
             values["08"] = bare_decode(bare, prompt, TOKENS, STREAMS)[1] / STREAMS
@@ -202,6 +203,7 @@ def report(seen: dict[str, list[float]]) -> dict[str, Any]:
         "ratio_single_bare": ratio("a", "0"),
         "ratio_sharded_single": ratio("b", "a"),
         "ratio_sharded_llamacpp": ratio("b", "c"),
+        "ratio_sampled_greedy": ratio("b1", "b"),
         "hop_overhead_ms_p50": round(mid["o50"], 3),
         "hop_overhead_ms_p99": round(mid["o99"], 3),
         "batch8_tok_s": round(rate["b8"], 1),

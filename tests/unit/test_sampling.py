@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,29 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert set(draws(replace(HOT, top_k=2), values)) == {2, 3}
     assert set(draws(replace(HOT, top_p=0.5), values)) == {3}
     assert set(draws(replace(HOT, top_p=0.0), values)) == {3}
+
+
+def drawn_from_all(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], how: Sampling, at: int) -> int:
+    """What a draw is by definition: all tokens sorted, and cut."""
+    scaled = values.astype(np.float64) / how.temperature
+    order = np.lexsort((np.arange(len(scaled)), -scaled))[: how.top_k or None]
+    cumulative = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
+    kept = np.searchsorted(cumulative, how.top_p * cumulative[-1]) + 1 if how.top_p < 1 else len(order)
+    target = uniform(how.seed, how.choice, at) * cumulative[kept - 1]
+    return int(order[np.searchsorted(cumulative[:kept], target, side="right")])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 3.0, 300.0])
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 7, "top_p": 0.5}]
+)
+def test_a_draw_is_the_one_from_all_tokens_though_few_are_sorted(spread: float, cut: dict[str, Any]) -> None:
+    numbers = np.random.default_rng(5)
+    for at in range(60):
+        values = (numbers.standard_normal(3000) * spread).astype(np.float32)
+        values[:50] = -np.inf
+        how = replace(HOT, temperature=0.3 + at % 5 / 2, **cut)
+        assert sample(values.copy(), how, (), at)[0] == drawn_from_all(values, how, at)
 
 
 def test_temperature_sharpens() -> None:
