@@ -1,7 +1,8 @@
 """Runtime over static graphs: one for each chunk length and context bucket, on whatever engine, with KV memory of ours.
 
-A slot begins with the smallest bucket and moves to the next when its session outgrows it: its rows are copied, once, over the
-last steps before. What a run computes for the cache comes out as new rows, which are written to their place here.
+A slot is in the smallest bucket that holds its session, and moves to the next as that grows: its rows are copied, once, over the
+last steps before. One that goes back moves back: a bucket is paid for in full, and rounds otherwise than another. What a run computes for
+the cache comes out as new rows, which are written to their place here.
 """
 
 from __future__ import annotations
@@ -175,6 +176,8 @@ class _Slot:
         """By graph, all that it is given."""
         self._rows = [0] * len(self._names)
         """Of each array, those that it has from the slot before."""
+        self.filled = 0
+        """Positions that its session has, as of the last run."""
         self._next: _Slot | None = None
 
     def begin(self) -> None:
@@ -207,8 +210,8 @@ class _Slot:
         self.memory[number, :, :, rows] = before.memory[number, :, :, rows]
         self._rows[number] = positions
 
-    def grown(self, positions: int, bucket: int) -> _Slot:
-        """One for a larger bucket, with so many of these rows; this one is no more."""
+    def moved(self, positions: int, bucket: int) -> _Slot:
+        """One for another bucket, with so many of these rows; this one is no more."""
         after, self._next = self._next, None
         if after is None or after.bucket != bucket:
             if after is not None:
@@ -216,17 +219,20 @@ class _Slot:
             after = _Slot(self._engine, self._manifest, bucket)
         for number in range(len(self._names)):
             after._copy(self, number, positions)
+        after.filled = min(self.filled, positions)
         self.close()
         return after
 
-    def _written(self, position: int) -> None:
+    def _written(self, position: int, steps: int) -> None:
         """Rows from ``position`` on are others now."""
+        if position <= self.filled:  # else it is a row that nobody reads
+            self.filled = position + steps
         if self._next is not None:
             self._next._rows = [min(rows, position) for rows in self._next._rows]
 
     def write(self, new: Array, position: int, steps: int) -> None:
         """Rows of a chunk, ``[arrays, 1, kv_heads, chunk, head_dim]``."""
-        self._written(position)
+        self._written(position, steps)
         self.memory[:, :, :, position : position + steps] = new[:, :, :, :steps]
 
     def close(self) -> None:
@@ -242,7 +248,7 @@ class _Slot:
 
     def write_row(self, new: Array, position: int, row: int) -> None:
         """One of a step of several sessions, ``[arrays, sessions, kv_heads, head_dim]``."""
-        self._written(position)
+        self._written(position, 1)
         self.memory[:, 0, :, position] = new[:, row]
 
 
@@ -415,16 +421,14 @@ class StaticShard:
         return self._logits
 
     def _memory(self, slot: int, position: int, steps: int) -> _Slot:
-        """A slot's memory, with room for what comes."""
+        """A slot's memory, in the bucket for what comes."""
         held = self._held.get(slot)
-        if held is None or held.bucket < position + steps:
-            bucket = next(b for b in self._buckets if b >= position + steps)
-            if held is None:
-                held = _Slot(self.engine, self.manifest, bucket)
-                held.begin()
-            else:
-                held = held.grown(min(position, held.bucket), bucket)
-            self._held[slot] = held
+        bucket = next(b for b in self._buckets if b >= position + steps)
+        if held is None:
+            held = self._held[slot] = _Slot(self.engine, self.manifest, bucket)
+            held.begin()
+        elif held.bucket < bucket or (held.bucket > bucket and position <= held.filled):
+            held = self._held[slot] = held.moved(min(position, held.bucket), bucket)
         return held
 
     def _near(self, rows: Sequence[tuple[int, int, _Slot]]) -> None:

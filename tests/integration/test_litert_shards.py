@@ -53,6 +53,19 @@ def text(count: int) -> Any:
     return (np.arange(count, dtype=np.int64) * 7 + 3) % 90
 
 
+def noted_runs(shard: Any) -> list[str]:
+    """Names of the graphs that it runs from now on."""
+    runs: list[str] = []
+    run = shard.engine.run
+
+    def noted(name: str, *ends: Any) -> None:
+        runs.append(name)
+        run(name, *ends)
+
+    shard.engine.run = noted
+    return runs
+
+
 def test_buckets_are_close_up_to_1k_and_double_beyond_until_a_context_fits() -> None:
     assert buckets_for(100) == (256,)
     assert buckets_for(256) == (256,)
@@ -108,6 +121,34 @@ def test_a_session_that_goes_back_just_before_an_edge_has_what_it_wrote_then(tmp
     ended = shard.decode(0, [600], np.array([5])).copy()
     shard.prefill(2, 253, tokens[253:])
     assert relative_error(shard.decode(2, [600], np.array([5])), ended) < 1e-4
+
+
+def test_a_session_that_goes_far_back_steps_in_the_bucket_of_its_length(tmp_path: Path) -> None:
+    """One that goes on from a long one that is over, or was replayed."""
+    shard, tokens = load(tmp_path), text(600)
+    ran = noted_runs(shard)
+
+    def answered(slot: int) -> Any:
+        shard.prefill(slot, 20, text(40))
+        return shard.decode(slot, [60], np.array([5])).copy()
+
+    shard.prefill(0, 0, tokens[:20])
+    fresh = answered(0)
+    shard.prefill(1, 0, tokens[:20])
+    shard.prefill(1, 20, tokens[20:])
+    ran.clear()
+    assert np.array_equal(answered(1), fresh)
+    assert {name.rpartition("_")[2] for name in ran} <= {"256", "head"}
+
+
+def test_a_row_that_nobody_reads_leaves_its_session_as_it_is(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(40)
+    for slot in (0, 1, 2):
+        shard.prefill(slot, 0, tokens)
+    wanted = shard.decode(0, [40], np.array([5])).copy()
+    # The middle one still has to compute what is before 300.
+    shard.decode(0, [41, 300, 41], np.array([5, 6, 7]))
+    assert np.array_equal(shard.decode(1, [40], np.array([5])), wanted)
 
 
 def test_sessions_beside_each_other_do_not_mix(tmp_path: Path) -> None:
@@ -179,14 +220,7 @@ def test_chunks_that_round_otherwise_than_steps_are_not_used_for_them(tmp_path: 
     shard._place = off
     assert not shard.hold_to_steps(text(8))
     shard._place = place
-    runs: list[str] = []
-    run = shard.engine.run
-
-    def noted(name: str, *ends: Any) -> None:
-        runs.append(name)
-        run(name, *ends)
-
-    shard.engine.run = noted
+    runs = noted_runs(shard)
     shard.replay(0, 0, text(20))
     assert set(runs) == {"run_1_256"}
 

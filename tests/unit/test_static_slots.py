@@ -60,7 +60,7 @@ def test_memory_that_came_for_another_bucket_is_let_go_of() -> None:
     slot = begun(engine)
     wrote(slot, 15, 15.0)
     slot.near(15, 32)
-    grown = slot.grown(16, 48)
+    grown = slot.moved(16, 48)
     assert grown.memory.shape == (len(ARRAYS), 1, 2, 48, 3)
     assert grown.memory[-1, 0, 0, 15, 0] == 15 + 3 / 8
     assert engine.bound == len(ARRAYS)
@@ -77,7 +77,7 @@ def test_rows_are_what_was_written_last_however_the_session_went_back(
         expected[position : position + length] = at + 1
         if stepped:
             slot.near(position, 32)
-    grown = slot.grown(16, 32)
+    grown = slot.moved(16, 32)
     for i in range(len(ARRAYS)):
         rows = grown.memory[i, 0, 1, :16, 2]
         assert np.array_equal(rows[expected > 0], expected[expected > 0] + i / 8)
