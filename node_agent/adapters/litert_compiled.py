@@ -46,9 +46,9 @@ class _Wanted(NamedTuple):
 
 
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the step that
-    begins the test vector comes first, then the chunk that goes on with it, then the smallest bucket's others, each in a model of
-    its own. One model of all that may be wanted then takes their place."""
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: those that the
+    test vector needs come first, then the smallest bucket's others, in models of their own. One model of all that may be wanted
+    then takes their place."""
 
     provider = "XNNPACK"
 
@@ -59,8 +59,7 @@ class CompiledEngine:
             self.names: Collection[str] = graph_names(data)
         # Without that file every model packs weights of its own: then there is but one.
         shared = packed is not None and packed.exists()
-        first, *others = needed_first(self.names) if shared else by_bucket(self.names)[:1]
-        self._models = [self._compile(first)]
+        self._models = [self._compile(needed_first(self.names) if shared else by_bucket(self.names)[0])]
         self._changed = threading.Condition()
         """Guards what follows, and what is added to the models."""
         self._next: CompiledModel | None = None
@@ -68,7 +67,6 @@ class CompiledEngine:
         """What is being compiled in the background, and what is to be."""
         self._closing = False
         self._background: list[threading.Thread] = []
-        self._want([_Wanted(names, alone=False) for names in others])
 
     def _compile(self, names: Collection[str]) -> CompiledModel:
         return _compiled(self._graph, names, self._threads, self._packed)

@@ -23,14 +23,12 @@ def batch_name(rows: int, bucket: int) -> str:
 HEAD_NAME = "head"
 
 
-def needed_first(names: Collection[str]) -> list[list[str]]:
-    """What a shard is held to its test vector with, in the order in which it is needed: the smallest bucket's step, and the head;
-    then its shortest chunk."""
+def needed_first(names: Collection[str]) -> list[str]:
+    """What a shard is held to its test vector with: the smallest bucket's step and shortest chunk, and the head."""
     smallest = by_bucket(names)[0]
     lengths = sorted(int(name.split("_")[1]) for name in smallest if name.startswith("run_"))[:2]
-    groups = [[n for n in smallest if n.startswith(f"run_{length}_")] for length in lengths] or [[]]
-    groups[0] += [name for name in smallest if name == HEAD_NAME]
-    return groups
+    wanted = tuple(f"run_{length}_" for length in lengths)
+    return [name for name in smallest if name.startswith(wanted) or name == HEAD_NAME]
 
 
 def by_bucket(names: Collection[str]) -> list[list[str]]:

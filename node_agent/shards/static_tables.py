@@ -57,7 +57,7 @@ def table_files(
 
 def read_tables(files: Collection[str], read: Callable[[str], NDArray[Any]]) -> Tables:
     """``files``: of the shard; ``read`` gives the array in one of them, mapped: only the rows that are used are read."""
-    cos, sin = np.array(read(_ROPE))
+    cos, sin = np.asarray(read(_ROPE))
     embedding: Array | QuantizedMatrix | None = None
     if _EMBEDDING in files:
         embedding = read(_EMBEDDING)
