@@ -43,7 +43,7 @@ CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 768, 1024, 2048)
 _CHUNKS, _BATCHES = (1, 16, 64), (4,)
-REVISION = 2
+REVISION = 3
 """Of the graphs that are made here: counts up where they compute something else than before."""
 STEPS = {"litert": STEPS_MAX}
 """By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""

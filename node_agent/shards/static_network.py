@@ -2,8 +2,8 @@
 
 A static context is paid for in full, so there is a graph for each *bucket* (positions of KV memory that it reads) and
 each *chunk* (positions that it computes). Inputs of ``run_{chunk}_{bucket}``: ``hidden`` float32 ``[chunk, width]``; ``cos``
-and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the sine of the first one negated); ``mask``
-float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
+and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head, times ``head_dim ** -0.25``, which scales scores; the
+sine of the first half negated); ``mask`` float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
 ``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
 rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
 ``steps_{chunk}_{bucket}`` gives a chunk the bits that its positions have one step at a time, for replays: ``mask`` is
@@ -217,10 +217,7 @@ def _attention(
     dim, kv = spec.head_dim, spec.kv_heads
     q, k, v = _turned(graph, spec, p, qkv, turns)
     if len(pasts) == 1:
-        attended, new = _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], order)
-        return attended, [
-            graph.reshape(x, [1, kv, rows, dim], f"new_{s}.{layer}") for x, s in zip(new, "kv", strict=True)
-        ]
+        return _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], order)
     parts = []
     for row, past in enumerate(pasts):
         own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
@@ -230,20 +227,18 @@ def _attention(
 
 
 def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]) -> tuple[int, int, int]:
-    """Queries, scaled, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
+    """Queries, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
     rows, dim, kv = graph.shapes[qkv][0], spec.head_dim, spec.kv_heads
     turned = spec.heads + kv
-    qk = graph.part(qkv, 1, 0, turned * dim, f"{p}qk")
-    qk = graph.reshape(qk, [rows, turned, dim], f"{p}qk_heads")
+    qkv = graph.reshape(qkv, [rows, turned + kv, dim], f"{p}qkv_heads")
+    qk = graph.part(qkv, 1, 0, turned, f"{p}qk")
     first = graph.part(qk, 2, 0, dim // 2, f"{p}first")
     second = graph.part(qk, 2, dim // 2, dim // 2, f"{p}second")
     swapped = graph.joined([second, first], 2, f"{p}swapped")
     qk = graph.add(graph.mul(qk, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}rotated")
-    scale = graph.constant("scale", np.array([dim**-0.5], dtype=np.float32))
-    q = graph.mul(graph.part(qk, 1, 0, spec.heads, f"{p}q"), scale, f"{p}q_scaled")
+    q = graph.part(qk, 1, 0, spec.heads, f"{p}q")
     k = graph.part(qk, 1, spec.heads, kv, f"{p}k_rows")
-    v = graph.part(qkv, 1, turned * dim, kv * dim, f"{p}v_flat")
-    return q, k, graph.reshape(v, [rows, kv, dim], f"{p}v_rows")
+    return q, k, graph.part(qkv, 1, turned, kv, f"{p}v_rows")
 
 
 def _attend(
@@ -263,7 +258,7 @@ def _attend(
         k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
         v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
     q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
-    new = [graph.reshape(x, [1, kv, chunk, dim], f"{p}{side}_new") for side, x in (("k", k), ("v", v))]
+    new = [graph.reshape(x, [1, kv, chunk, dim], f"new_{side}.{p[:-1]}") for side, x in (("k", k), ("v", v))]
     if order is None:
         attended = _over_both(graph, p, q, new, mask, past)
     else:
