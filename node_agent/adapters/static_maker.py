@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 768, 1024, 2048)
-_CHUNKS, _BATCHES = (1, 16, 64), (4,)
+_CHUNKS, _BATCHES, _HEADS = (1, 16, 64), (4, 8), (1, 8)
 REVISION = 3
-"""Of the graphs that are made here: counts up where they compute something else than before."""
+"""Of the graphs that are made here: counts up where they compute something else than before, or there are more."""
 STEPS = {"litert": STEPS_MAX}
 """By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""
 _ONNX_CHUNKS = (1, 64)
@@ -142,7 +142,7 @@ class StaticMaker:
             from node_agent.shards.tflite_graph import build_model
 
             model = build_model(
-                self._spec, start, end, weights, buckets, _CHUNKS, _BATCHES, (STEPS["litert"],)
+                self._spec, start, end, weights, buckets, _CHUNKS, _BATCHES, (STEPS["litert"],), _HEADS
             )
             (folder / LITERT_GRAPH_FILE).write_bytes(model)
             return [LITERT_GRAPH_FILE]

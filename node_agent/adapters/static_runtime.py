@@ -8,18 +8,22 @@ the cache comes out as new rows, which are written to their place here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mesh.errors import ShardError
-from node_agent.adapters.pages import arrays, pages, trim_heap
+from node_agent.adapters.pages import trim_heap
 from node_agent.adapters.static_engine import Engine
+from node_agent.adapters.static_graphs import BoundGraph, Head, bound_graph
+from node_agent.adapters.static_slots import Slot
+from node_agent.bunches import Bunches
 from node_agent.shards.manifest import ShardManifest
-from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
+from node_agent.shards.static_names import run_name
 from node_agent.shards.static_tables import read_tables
 
 if TYPE_CHECKING:
@@ -28,228 +32,17 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 _RUN = re.compile(r"(run|batch|steps)_(\d+)_(\d+)")
-_BATCH_LEAST = 3
-"""Fewer sessions are computed one after the other: a batch costs what it is made for, as 2.3 single steps of four."""
+_HEAD = re.compile(r"head(?:_(\d+))?")
 _STEPS_LEAST = 4
 """Fewer steps are replayed one by one: a chunk that stands for steps costs what it is made for."""
-_MASKED = np.float32(-1e9)
 
 
-class _Mask:
-    """What is added to a row's scores. ``shape`` ends in ``bucket`` positions before the chunk and the chunk itself."""
+class _Row(NamedTuple):
+    """Of a step of several sessions."""
 
-    def __init__(self, shape: tuple[int, ...], bucket: int) -> None:
-        self.array = pages(shape)
-        self.array[..., :bucket] = _MASKED
-        self._open = 0
-        """Positions before the chunk that are seen."""
-
-    def open_to(self, position: int) -> None:
-        if position > self._open:
-            self.array[..., self._open : position] = 0.0
-        else:
-            self.array[..., position : self._open] = _MASKED
-        self._open = position
-
-
-class _OwnMask:
-    """What is added to the scores of rows that stand for steps: each sees what is before it, and itself."""
-
-    def __init__(self, shape: tuple[int, ...], chunk: int) -> None:
-        self.array = pages(shape)
-        self._by_row = self.array[0, 0, :, :-1].reshape(-1, chunk, shape[-1] - 1)
-
-    def open_to(self, position: int) -> None:
-        for row in range(self._by_row.shape[1]):
-            self._by_row[:, row, : position + row] = 0.0
-            self._by_row[:, row, position + row :] = _MASKED
-
-
-class _Places:
-    """Where in the cache a chunk's rows stand: ``[1, kv_heads, chunk, bucket]``, a one each."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.array = pages(shape)
-
-    def open_to(self, position: int) -> None:
-        self.array[:] = 0.0
-        _, _, chunk, bucket = self.array.shape
-        for row in range(min(chunk, bucket - position)):
-            self.array[:, :, row, position + row] = 1.0
-
-
-class _Given(Protocol):
-    """An input that follows the position."""
-
-    array: Array
-
-    def open_to(self, position: int) -> None: ...
-
-
-class _Signature:
-    """Everything bound for one graph, but for the KV memory of slots."""
-
-    def __init__(
-        self, shard: StaticShard, name: str, rows: int, following: Mapping[str, _Given], new: tuple[int, ...]
-    ) -> None:
-        engine, manifest = shard.engine, shard.manifest
-        self.name, self.engine = name, engine
-        inputs, outputs = engine.ends(name)
-        self.following = list(following.values())
-        self.hidden = pages((rows, manifest.boundary.width))
-        self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
-        self.out = pages((rows, manifest.boundary.width))
-        names = _names(manifest)
-        self.new = arrays(len(names), new)
-        """The rows that a run adds to each array of KV memory."""
-        given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
-        given |= {k: m.array for k, m in following.items()}
-        self._given = {k: engine.bind(v) for k, v in given.items()}
-        self._inputs = inputs
-        results = {"hidden_out": self.out, **{f"new_{k}": v for k, v in zip(names, self.new, strict=True)}}
-        self._given_back = [engine.bind(results[k]) for k in outputs]
-        self._results = engine.together(self._given_back)
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        for bound in (*self._given.values(), *self._given_back):
-            self.engine.unbind(bound)
-
-    def inputs(self, memory: Mapping[str, Any]) -> Any:
-        """All of them, as ``run`` takes them; ``memory``: those that are KV memory."""
-        given = self._given
-        return self.engine.together([given[k] if k in given else memory[k] for k in self._inputs])
-
-    def run(self, inputs: Any) -> None:
-        self.engine.run(self.name, inputs, self._results)
-
-
-def _names(manifest: ShardManifest) -> list[str]:
-    """Of the arrays of KV memory."""
-    return [f"{side}.{layer}" for layer in range(*manifest.layers) for side in "kv"]
-
-
-def _chunk_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
-    manifest = shard.manifest
-    rows = 1 if chunk == 1 else manifest.heads // manifest.kv_heads * chunk
-    mask = _Mask((1, 1, rows, bucket + chunk), bucket)
-    if chunk > 1:
-        within = np.tril(np.ones((chunk, chunk), dtype=bool))
-        by_group = mask.array[0, 0, :, bucket:].reshape(-1, chunk, chunk)
-        by_group[:] = np.where(within, np.float32(0.0), _MASKED)
-    new = (1, manifest.kv_heads, chunk, manifest.head_dim)
-    return _Signature(shard, run_name(chunk, bucket), chunk, {"mask": mask}, new)
-
-
-def _steps_signature(shard: StaticShard, chunk: int, bucket: int) -> _Signature:
-    manifest = shard.manifest
-    rows = manifest.heads // manifest.kv_heads * chunk
-    given: dict[str, _Given] = {
-        "mask": _OwnMask((1, 1, rows, bucket + 1), chunk),
-        "places": _Places((1, manifest.kv_heads, chunk, bucket)),
-    }
-    new = (1, manifest.kv_heads, chunk, manifest.head_dim)
-    return _Signature(shard, steps_name(chunk, bucket), chunk, given, new)
-
-
-def _batch_signature(shard: StaticShard, rows: int, bucket: int) -> _Signature:
-    manifest = shard.manifest
-    masks = {f"mask.{row}": _Mask((1, 1, 1, bucket + 1), bucket) for row in range(rows)}
-    new = (rows, manifest.kv_heads, manifest.head_dim)
-    return _Signature(shard, batch_name(rows, bucket), rows, masks, new)
-
-
-_MAKERS = {"run": _chunk_signature, "batch": _batch_signature, "steps": _steps_signature}
-
-
-class _Slot:
-    """KV memory of one session, in one bucket. The next one's is filled an array a step as the end comes near: to move all of
-    them in one step takes as long as several steps."""
-
-    def __init__(self, engine: Engine, manifest: ShardManifest, bucket: int) -> None:
-        self._engine, self._manifest, self.bucket = engine, manifest, bucket
-        self._names = _names(manifest)
-        self.memory = arrays(len(self._names), (1, manifest.kv_heads, bucket, manifest.head_dim))
-        """By array as they are named, in one piece: a step's rows are written at once."""
-        self.bound: dict[str, Any] = {}
-        self._inputs: dict[str, Any] = {}
-        """By graph, all that it is given."""
-        self._rows = [0] * len(self._names)
-        """Of each array, those that it has from the slot before."""
-        self.filled = 0
-        """Positions that its session has, as of the last run."""
-        self._next: _Slot | None = None
-
-    def begin(self) -> None:
-        """Of a session that has nothing."""
-        for number in range(len(self._names)):
-            self._bind(number)
-
-    def _bind(self, number: int) -> None:
-        name = self._names[number]
-        if name not in self.bound:
-            self.bound[name] = self._engine.bind(self.memory[number])
-
-    def run(self, signature: _Signature) -> None:
-        """Compute a graph over this memory."""
-        inputs = self._inputs.get(signature.name)
-        if inputs is None:
-            inputs = self._inputs[signature.name] = signature.inputs(self.bound)
-        signature.run(inputs)
-
-    def near(self, position: int, bucket: int) -> None:
-        """A step at ``position`` was written; ``bucket`` comes after this one."""
-        left = self.bucket - 1 - position
-        if 0 <= left < len(self._names):
-            self._next = self._next or _Slot(self._engine, self._manifest, bucket)
-            self._next._copy(self, left, position + 1)
-
-    def _copy(self, before: _Slot, number: int, positions: int) -> None:
-        self._bind(number)
-        rows = slice(self._rows[number], positions)
-        self.memory[number, :, :, rows] = before.memory[number, :, :, rows]
-        self._rows[number] = positions
-
-    def moved(self, positions: int, bucket: int) -> _Slot:
-        """One for another bucket, with so many of these rows; this one is no more."""
-        after, self._next = self._next, None
-        if after is None or after.bucket != bucket:
-            if after is not None:
-                after.close()
-            after = _Slot(self._engine, self._manifest, bucket)
-        for number in range(len(self._names)):
-            after._copy(self, number, positions)
-        after.filled = min(self.filled, positions)
-        self.close()
-        return after
-
-    def _written(self, position: int, steps: int) -> None:
-        """Rows from ``position`` on are others now."""
-        if position <= self.filled:  # else it is a row that nobody reads
-            self.filled = position + steps
-        if self._next is not None:
-            self._next._rows = [min(rows, position) for rows in self._next._rows]
-
-    def write(self, new: Array, position: int, steps: int) -> None:
-        """Rows of a chunk, ``[arrays, 1, kv_heads, chunk, head_dim]``."""
-        self._written(position, steps)
-        self.memory[:, :, :, position : position + steps] = new[:, :, :, :steps]
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        for bound in self.bound.values():
-            self._engine.unbind(bound)
-        if self._next is not None:
-            self._next.close()
-
-    def clear(self, position: int, steps: int) -> None:
-        """Zeros, where rows of a chunk are to come."""
-        self.memory[:, :, :, position : position + steps] = 0.0
-
-    def write_row(self, new: Array, position: int, row: int) -> None:
-        """One of a step of several sessions, ``[arrays, sessions, kv_heads, head_dim]``."""
-        self._written(position, 1)
-        self.memory[:, 0, :, position] = new[:, row]
+    number: int
+    position: int
+    memory: Slot
 
 
 class StaticShard:
@@ -266,7 +59,8 @@ class StaticShard:
         found = [m.groups() for m in map(_RUN.fullmatch, engine.names) if m]
         self._chunks = sorted({int(n) for kind, n, _ in found if kind == "run"})
         self._steps = max((int(n) for kind, n, _ in found if kind == "steps"), default=1)
-        self.batch = max((int(n) for kind, n, _ in found if kind == "batch"), default=1)
+        self._batches = sorted({int(n) for kind, n, _ in found if kind == "batch"})
+        self.batch = max(self._batches, default=1)
         # One position of a capacity is for rows that nobody reads; there are none here.
         wanted = capacity - 1
         buckets = sorted({int(bucket) for _, _, bucket in found})
@@ -277,55 +71,68 @@ class StaticShard:
             )
         self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
         self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
-        self._signatures: dict[tuple[str, int, int], _Signature] = {}
-        self._held: dict[int, _Slot] = {}
-        if self.info.last:
-            self._last = pages((1, manifest.boundary.width))
-            self._logits = pages((1, manifest.vocabulary))
-            ends = (engine.together([engine.bind(end)]) for end in (self._last, self._logits))
-            self._head = (HEAD_NAME, *ends)
+        self._graphs: dict[tuple[str, int, int], BoundGraph] = {}
+        self._held: dict[int, Slot] = {}
+        self._bunches: dict[int, Bunches] = {}
+        """By bucket."""
+        heads = sorted(int(m[1] or 1) for m in map(_HEAD.fullmatch, engine.names) if m)
+        self._heads = {rows: Head(engine, manifest, rows) for rows in heads}
+        self._no_logits: Array = np.empty((0, manifest.vocabulary), dtype=np.float32)
 
     def decode(
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
     ) -> NDArray[Any]:
-        rows = [
-            (slot + i, position, self._memory(slot + i, position, 1)) for i, position in enumerate(positions)
-        ]
-        together = _BATCH_LEAST <= len(rows) <= self.batch
-        if together and len({memory.bucket for _, _, memory in rows}) == 1:
-            hidden = self._together(rows, inputs)
-            self._near(rows)
-            if not self.info.last:
-                return hidden
-            if not logits:
-                return self._logits[:0]
-            return np.concatenate([self._logits_of(row).copy() for row in hidden])
-        found = [
-            self._chunk(at, position, inputs[i : i + 1], int(logits)).copy()
-            for i, (at, position, _) in enumerate(rows)
-        ]
-        self._near(rows)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        if len(positions) == 1:
+            found = self._chunk(slot, positions[0], inputs, int(logits))
+            self._near(slot, positions[0])
+            return found
+        rows = [_Row(i, p, self._memory(slot + i, p, 1)) for i, p in enumerate(positions)]
+        hidden = np.empty((len(rows), self.manifest.boundary.width), dtype=np.float32)
+        for bucket in sorted({row.memory.bucket for row in rows}):
+            beside = [row for row in rows if row.memory.bucket == bucket]
+            bunches = self._bunches.setdefault(bucket, Bunches([1, *self._batches]))
+            for size in bunches.plan(len(beside)):
+                bunch, beside = beside[:size], beside[size:]
+                begun = time.perf_counter_ns()
+                self._step(size, bunch, inputs, hidden)
+                bunches.took(size, time.perf_counter_ns() - begun)
+        for row in rows:
+            self._near(slot + row.number, row.position)
+        if not self.info.last:
+            return hidden
+        return self._logits_of(hidden) if logits else self._no_logits
 
-    def _together(self, rows: list[tuple[int, int, _Slot]], inputs: NDArray[Any]) -> Array:
-        """A step of several sessions in one run: activations ``[rows, width]``."""
-        count, bucket = len(rows), rows[0][2].bucket
-        signature = self._signature("batch", self.batch, bucket)
-        signature.hidden[:count] = self._tables.embed(inputs) if self.info.first else inputs
+    def _step(self, size: int, bunch: list[_Row], inputs: NDArray[Any], hidden: Array) -> None:
+        """A step of a bunch, in a run made for ``size``; activations go to each one's row of ``hidden``."""
+        numbers = [row.number for row in bunch]
+        if size == 1:
+            (row,) = bunch
+            graph = self._graph("run", 1, row.memory.bucket)
+            self._place(graph, row.position, inputs[numbers])
+            row.memory.run(graph)
+            row.memory.write(graph.new, row.position, 1)
+        else:
+            graph = self._together(size, bunch, inputs[numbers])
+        hidden[numbers] = graph.out[: len(bunch)]
+
+    def _together(self, size: int, bunch: list[_Row], inputs: NDArray[Any]) -> BoundGraph:
+        """A step of several sessions in one run."""
+        graph = self._graph("batch", size, bunch[0].memory.bucket)
+        graph.hidden[: len(bunch)] = self._tables.embed(inputs) if self.info.first else inputs
         memory: dict[str, Any] = {}
-        for row in range(self.batch):
+        for i in range(size):
             # Rows past the last are computed over its memory, for nobody.
-            _, position, slot = rows[min(row, count - 1)]
-            signature.cos[row, 0], signature.sin[row, 0] = (
-                self._tables.cos[position],
-                self._tables.sin[position],
+            row = bunch[min(i, len(bunch) - 1)]
+            graph.cos[i, 0], graph.sin[i, 0] = (
+                self._tables.cos[row.position],
+                self._tables.sin[row.position],
             )
-            signature.following[row].open_to(position)
-            memory |= {f"{name}.{row}": buffer for name, buffer in slot.bound.items()}
-        signature.run(signature.inputs(memory))
-        for row, (_, position, slot) in enumerate(rows):
-            slot.write_row(signature.new, position, row)
-        return signature.out[:count]
+            graph.following[i].open_to(row.position)
+            memory |= {f"{name}.{i}": buffer for name, buffer in row.memory.bound.items()}
+        graph.run(graph.inputs(memory))
+        for i, row in enumerate(bunch):
+            row.memory.write_row(graph.new, row.position, i)
+        return graph
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
         steps = self._fitting(position, inputs)
@@ -356,9 +163,9 @@ class StaticShard:
         bucket, singly = self._buckets[0], []
         for i in range(len(few)):
             self._chunk(0, i, few[i : i + 1], 0)
-            singly.append(self._signature("run", 1, bucket).out[0].copy())
+            singly.append(self._graph("run", 1, bucket).out[0].copy())
         self._at_once(0, 0, few)
-        same = np.array_equal(singly, self._signature("steps", self._steps, bucket).out[: len(few)])
+        same = np.array_equal(singly, self._graph("steps", self._steps, bucket).out[: len(few)])
         self.release(0)
         if not same:
             self._steps = 1
@@ -384,64 +191,70 @@ class StaticShard:
     def _at_once(self, slot: int, position: int, inputs: NDArray[Any]) -> Array:
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
-        signature = self._signature("steps", self._steps, memory.bucket)
-        self._place(signature, position, inputs)
+        graph = self._graph("steps", self._steps, memory.bucket)
+        self._place(graph, position, inputs)
         memory.clear(position, steps)
-        memory.run(signature)
-        memory.write(signature.new, position, steps)
-        return self._logits[:0] if self.info.last else signature.out[:steps].copy()
+        memory.run(graph)
+        memory.write(graph.new, position, steps)
+        return self._no_logits if self.info.last else graph.out[:steps].copy()
 
-    def _place(self, signature: _Signature, position: int, inputs: NDArray[Any]) -> None:
+    def _place(self, graph: BoundGraph, position: int, inputs: NDArray[Any]) -> None:
         """What a chunk is given. Rows past its steps are computed for nobody."""
         steps = len(inputs)
-        signature.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
-        signature.cos[:steps, 0] = self._tables.cos[position : position + steps]
-        signature.sin[:steps, 0] = self._tables.sin[position : position + steps]
-        for given in signature.following:
+        graph.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
+        graph.cos[:steps, 0] = self._tables.cos[position : position + steps]
+        graph.sin[:steps, 0] = self._tables.sin[position : position + steps]
+        for given in graph.following:
             given.open_to(position)
 
     def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: int) -> Array:
         """One run: activations ``[steps, width]``, or of a last shard ``[logits, vocabulary]``."""
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
-        signature = self._signature("run", next(c for c in self._chunks if c >= steps), memory.bucket)
-        self._place(signature, position, inputs)
-        memory.run(signature)
-        memory.write(signature.new, position, steps)
+        graph = self._graph("run", next(c for c in self._chunks if c >= steps), memory.bucket)
+        self._place(graph, position, inputs)
+        memory.run(graph)
+        memory.write(graph.new, position, steps)
         if not self.info.last:
-            return signature.out[:steps]
-        if logits == 1:
-            return self._logits_of(signature.out[steps - 1])
-        rows = [self._logits_of(hidden).copy() for hidden in signature.out[steps - logits : steps]]
-        return np.concatenate(rows) if rows else self._logits[:0]
+            return graph.out[:steps]
+        return self._logits_of(graph.out[steps - logits : steps]) if logits else self._no_logits
 
     def _logits_of(self, hidden: Array) -> Array:
-        self._last[0] = hidden
-        self.engine.run(*self._head)
-        return self._logits
+        """``[rows, vocabulary]`` of ``[rows, width]``; of a single row until the next run."""
+        if len(hidden) == 1:
+            return self._heads[1].run(hidden)
+        found = np.empty((len(hidden), self.manifest.vocabulary), dtype=np.float32)
+        done = 0
+        while done < len(hidden):
+            left = len(hidden) - done
+            size = next((n for n in self._heads if n >= left), max(self._heads))
+            end = done + min(size, left)
+            found[done:end] = self._heads[size].run(hidden[done:end])
+            done = end
+        return found
 
-    def _memory(self, slot: int, position: int, steps: int) -> _Slot:
+    def _memory(self, slot: int, position: int, steps: int) -> Slot:
         """A slot's memory, in the bucket for what comes."""
         held = self._held.get(slot)
         bucket = next(b for b in self._buckets if b >= position + steps)
         if held is None:
-            held = self._held[slot] = _Slot(self.engine, self.manifest, bucket)
+            held = self._held[slot] = Slot(self.engine, self.manifest, bucket)
             held.begin()
         elif held.bucket < bucket or (held.bucket > bucket and position <= held.filled):
             held = self._held[slot] = held.moved(min(position, held.bucket), bucket)
         return held
 
-    def _near(self, rows: Sequence[tuple[int, int, _Slot]]) -> None:
-        for _, position, memory in rows:
-            after = next((b for b in self._buckets if b > memory.bucket), None)
-            if after is not None:
-                memory.near(position, after)
+    def _near(self, slot: int, position: int) -> None:
+        memory = self._held[slot]
+        after = next((b for b in self._buckets if b > memory.bucket), None)
+        if after is not None:
+            memory.near(position, after)
 
-    def _signature(self, kind: str, size: int, bucket: int) -> _Signature:
+    def _graph(self, kind: str, size: int, bucket: int) -> BoundGraph:
         key = (kind, size, bucket)
-        if key not in self._signatures:
-            self._signatures[key] = _MAKERS[kind](self, size, bucket)
-        return self._signatures[key]
+        if key not in self._graphs:
+            self._graphs[key] = bound_graph(self.engine, self.manifest, kind, size, bucket)
+        return self._graphs[key]
 
     def release(self, slot: int) -> None:
         held = self._held.pop(slot, None)
@@ -451,9 +264,12 @@ class StaticShard:
     def close(self) -> None:
         for slot in list(self._held):
             self.release(slot)
-        for signature in self._signatures.values():
-            signature.close()
-        self._signatures.clear()
+        for graph in self._graphs.values():
+            graph.close()
+        for head in self._heads.values():
+            head.close()
+        self._graphs.clear()
+        self._heads.clear()
         self.engine.close()
         trim_heap()
 

@@ -23,6 +23,15 @@ def batch_name(rows: int, bucket: int) -> str:
 HEAD_NAME = "head"
 
 
+def head_name(rows: int) -> str:
+    """Of the head, of a last shard."""
+    return HEAD_NAME if rows == 1 else f"{HEAD_NAME}_{rows}"
+
+
+def _of_head(name: str) -> bool:
+    return name.partition("_")[0] == HEAD_NAME
+
+
 def needed_first(names: Collection[str]) -> list[str]:
     """What a shard is held to its test vector with: the smallest bucket's step and shortest chunk, and the head."""
     smallest = by_bucket(names)[0]
@@ -36,8 +45,8 @@ def by_bucket(names: Collection[str]) -> list[list[str]]:
     the others are wanted when it outgrows them."""
     buckets: dict[int, list[str]] = {}
     for name in names:
-        if name != HEAD_NAME:
+        if not _of_head(name):
             buckets.setdefault(int(name.rpartition("_")[2]), []).append(name)
     groups = [buckets[b] for b in sorted(buckets)] or [[]]
-    groups[0] += [name for name in names if name == HEAD_NAME]
+    groups[0] += [name for name in names if _of_head(name)]
     return groups

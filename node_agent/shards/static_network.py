@@ -2,15 +2,16 @@
 
 A static context is paid for in full, so there is a graph for each *bucket* (positions of KV memory that it reads) and
 each *chunk* (positions that it computes). Inputs of ``run_{chunk}_{bucket}``: ``hidden`` float32 ``[chunk, width]``; ``cos``
-and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head, times ``head_dim ** -0.25``, which scales scores; the
-sine of the first half negated); ``mask`` float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
+and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the sine of the first one negated); ``mask``
+float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
 ``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
 rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
 ``steps_{chunk}_{bucket}`` gives a chunk the bits that its positions have one step at a time, for replays: ``mask`` is
 ``[1, 1, rows, bucket + 1]``, for each row what is before it and itself, and ``places`` float32 ``[1, kv_heads, chunk, bucket]`` has a one
 where a row's position is; there the caches hold zeros.
 ``batch_{rows}_{bucket}`` is a step of several sessions: ``mask.r``, ``k.i.r`` and ``v.i.r`` of each, and new rows
-``[rows, kv_heads, head_dim]``. A last shard has a graph ``head`` as well: ``last`` ``[1, width]`` to ``logits`` ``[1, vocabulary]``.
+``[rows, kv_heads, head_dim]``. A last shard has ``head`` as well, and ``head_{rows}`` for several rows: ``last`` ``[rows, width]`` to
+``logits`` ``[rows, vocabulary]``.
 
 ``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``, ``.gate_up``, ``.down`` (matrices ``[out, in]``, rows of Q and K
 in halves; ``.qkv.bias`` where the family has it; ``.down.limit`` where its input peaks: what is within and what is beyond are multiplied apart),
@@ -82,9 +83,9 @@ class Graph(Protocol):
         ...
 
 
-def build_head(graph: Graph, spec: Architecture, weights: Mapping[str, Any]) -> None:
+def build_head(graph: Graph, spec: Architecture, weights: Mapping[str, Any], rows: int = 1) -> None:
     """Of a last shard."""
-    x = graph.given("last", [1, spec.width])
+    x = graph.given("last", [rows, spec.width])
     norm, output = weights["output_norm"], weights["output"]
     if not isinstance(output, SplitInt8):
         normed = graph.norm(x, norm, "output_norm", spec.norm_epsilon, "output_normed")
@@ -227,7 +228,7 @@ def _attention(
 
 
 def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]) -> tuple[int, int, int]:
-    """Queries, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
+    """Queries, scaled, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
     rows, dim, kv = graph.shapes[qkv][0], spec.head_dim, spec.kv_heads
     turned = spec.heads + kv
     qkv = graph.reshape(qkv, [rows, turned + kv, dim], f"{p}qkv_heads")
@@ -236,7 +237,8 @@ def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]
     second = graph.part(qk, 2, dim // 2, dim // 2, f"{p}second")
     swapped = graph.joined([second, first], 2, f"{p}swapped")
     qk = graph.add(graph.mul(qk, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}rotated")
-    q = graph.part(qk, 1, 0, spec.heads, f"{p}q")
+    scale = graph.constant("scale", np.array([dim**-0.5], dtype=np.float32))
+    q = graph.mul(graph.part(qk, 1, 0, spec.heads, f"{p}q"), scale, f"{p}q_scaled")
     k = graph.part(qk, 1, spec.heads, kv, f"{p}k_rows")
     return q, k, graph.part(qkv, 1, turned, kv, f"{p}v_rows")
 

@@ -47,9 +47,7 @@ def table_files(
     cos: Array, sin: Array, embedding: Array | QuantizedMatrix | None
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Files by name; ``cos`` and ``sin`` as ``architecture.rope_tables`` makes them."""
-    # Scores are products of two that are turned by them: each brings half of the scale.
-    scale = np.float32((2 * cos.shape[1]) ** -0.25)
-    yield _ROPE, scale * np.stack([np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)])
+    yield _ROPE, np.stack([np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)])
     if isinstance(embedding, QuantizedMatrix):
         for part, file in _BLOCKS.items():
             yield file, getattr(embedding, part)

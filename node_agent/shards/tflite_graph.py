@@ -14,7 +14,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
 from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8, quantize_channels
-from node_agent.shards.static_names import HEAD_NAME, batch_name, run_name, steps_name
+from node_agent.shards.static_names import batch_name, head_name, run_name, steps_name
 from node_agent.shards.static_network import build_head, build_run
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ def build_model(
     chunks: Sequence[int],
     batches: Sequence[int] = (),
     steps: Sequence[int] = (),
+    heads: Sequence[int] = (1,),
 ) -> bytes:
     """Serialized model of layers ``[start, end)``; ``weights`` as ``static_network`` wants them."""
     file, model = _File(), fb.ModelT()
@@ -317,9 +318,10 @@ def build_model(
             name = batch_name(rows, bucket)
             graphs.append((name, _Subgraph(file, name)))
             build_run(graphs[-1][1], spec, (start, end), weights, (rows, bucket), rows)
-    if end == spec.layers:
-        graphs.append((HEAD_NAME, _Subgraph(file, HEAD_NAME)))
-        build_head(graphs[-1][1], spec, weights)
+    for rows in heads if end == spec.layers else ():
+        name = head_name(rows)
+        graphs.append((name, _Subgraph(file, name)))
+        build_head(graphs[-1][1], spec, weights, rows)
     model.version, model.description = _VERSION, f"layers {start}-{end}"
     model.subgraphs = [graph.graph for _, graph in graphs]
     model.signatureDefs = [_signature(name, i, graph.graph) for i, (name, graph) in enumerate(graphs)]

@@ -162,20 +162,40 @@ def test_sessions_beside_each_other_do_not_mix(tmp_path: Path) -> None:
     assert both.shape == (3, alone.shape[1])
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
 def test_a_step_of_several_sessions_is_theirs_alone(tmp_path: Path, count: int) -> None:
-    shard = load(tmp_path, slots=4)
+    shard = load(tmp_path, slots=8)
     positions = [20 + 9 * i for i in range(count)]
     for slot, position in enumerate(positions):
         shard.prefill(slot, 0, text(position + slot)[slot:])
     tokens = np.arange(5, 5 + count)
     alone = [shard.decode(i, [p], tokens[i : i + 1])[0].copy() for i, p in enumerate(positions)]
-    for _ in range(2):  # again, over what the first time wrote
+    for _ in range(6):  # again, over what the first time wrote, in runs of all sizes
         together = shard.decode(0, positions, tokens)
         for row, wanted in zip(together, alone, strict=True):
             assert relative_error(row, wanted) < 1e-5
     following = [p + 1 for p in positions]
     assert shard.decode(0, following, tokens).shape == (count, together.shape[1])
+
+
+def test_sessions_of_different_lengths_step_with_those_of_their_bucket(tmp_path: Path) -> None:
+    shard: Any = load(tmp_path, slots=6)
+    positions = [20, 300, 30, 310, 40, 600]
+    for slot, position in enumerate(positions):
+        shard.prefill(slot, 0, text(position + slot)[slot:])
+    tokens = np.arange(5, 11)
+    alone = [shard.decode(i, [p], tokens[i : i + 1])[0].copy() for i, p in enumerate(positions)]
+    ran = noted_runs(shard)
+    for row, wanted in zip(shard.decode(0, positions, tokens), alone, strict=True):
+        assert relative_error(row, wanted) < 1e-5
+    assert ran == ["batch_4_256", "batch_4_512", "run_1_768", "head_8"]
+
+
+def test_a_head_of_several_rows_gives_what_it_gives_one(tmp_path: Path) -> None:
+    shard, tokens = load(tmp_path), text(40)
+    one = [shard.prefill(0, 0, tokens[: i + 1])[0].copy() for i in range(21, 40)]
+    several = shard.prefill(1, 0, tokens, 19)
+    assert relative_error(several, np.stack(one)) < 1e-4
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
@@ -304,7 +324,8 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     store = pulled(tmp_path, context=1024)
     graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=1024) / LITERT_GRAPH_FILE
     engine = CompiledEngine(graph, 1)
-    smallest = {"head", "run_1_256", "run_16_256", "run_64_256", "steps_16_256", "batch_4_256"}
+    smallest = {"head", "head_8", "run_1_256", "run_16_256", "run_64_256", "steps_16_256"}
+    smallest |= {"batch_4_256", "batch_8_256"}
     assert engine.loaded == smallest  # weights are packed for one model
     engine.close()
     packed = tmp_path / "weights.xnnpack"

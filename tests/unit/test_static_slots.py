@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent.adapters.static_runtime import _Slot
+from node_agent.adapters.static_slots import Slot
 
 MANIFEST: Any = SimpleNamespace(kv_heads=2, head_dim=3, layers=(4, 6))
 ARRAYS = ("k.4", "v.4", "k.5", "v.5")
@@ -29,13 +29,13 @@ class Engine:
         self.bound -= 1
 
 
-def begun(engine: Any, bucket: int = 16) -> _Slot:
-    slot = _Slot(engine, MANIFEST, bucket)
+def begun(engine: Any, bucket: int = 16) -> Slot:
+    slot = Slot(engine, MANIFEST, bucket)
     slot.begin()
     return slot
 
 
-def wrote(slot: _Slot, position: int, value: float, steps: int = 1) -> None:
+def wrote(slot: Slot, position: int, value: float, steps: int = 1) -> None:
     """Every array gets rows of its own."""
     rows = np.zeros((len(ARRAYS), 1, 2, steps, 3), dtype=np.float32)
     rows += value + np.arange(len(ARRAYS), dtype=np.float32)[:, None, None, None, None] / 8
