@@ -70,8 +70,11 @@ def sample(
 
 
 def _draw(scores: NDArray[np.float32], how: Sampling, position: int) -> int:
-    scaled = scores.astype(np.float64) / how.temperature
-    scaled -= scaled.max()
+    scaled = scores.astype(np.float64) - float(scores.max())
+    with np.errstate(
+        over="ignore"
+    ):  # there are temperatures by which all but the likeliest are infinitely far off
+        scaled /= how.temperature
     weights = np.exp(scaled)
     total, chance = weights.sum(), uniform(how.seed, how.choice, position)
     if 0 < how.top_k < len(scaled):

@@ -110,7 +110,6 @@ def stream(base: str, prompt: list[int], tokens: int, temperature: float = 0.0) 
             "prompt": prompt,
             "max_tokens": tokens,
             "temperature": temperature,
-            "seed": 1,
             "stream": True,
             "logit_bias": {str(END_OF_TEXT): -100},
         }

@@ -71,6 +71,10 @@ def test_a_draw_is_the_one_from_all_tokens_though_few_are_sorted(spread: float, 
         assert sample(values.copy(), how, (), at)[0] == drawn_from_all(values, how, at)
 
 
+def test_the_least_temperature_there_is_takes_the_likeliest() -> None:
+    assert set(draws(replace(HOT, temperature=5e-324), (1.0, 90.0, -90.0), 20)) == {1}
+
+
 def test_temperature_sharpens() -> None:
     assert draws(replace(HOT, temperature=0.1), (0.0, 1.0))[1] > draws(HOT, (0.0, 1.0))[1]
 
