@@ -80,9 +80,7 @@ class CompiledEngine:
 
     def prepare(self, graphs: Sequence[str]) -> None:
         smallest, *larger = by_bucket(self.names)
-        with self._changed:
-            coming = {name for wanted in self._wanted for name in wanted.names}
-        rest = sorted({*smallest} - self.loaded - coming)
+        rest = sorted({*smallest} - self.loaded)
         chunks = [name for name in rest if name.startswith("run_")]  # a prompt wants them first
         others = [name for name in rest if name not in chunks]
         groups = [_Wanted(names, alone=False) for names in (chunks, others) if names]

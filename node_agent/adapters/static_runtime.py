@@ -106,11 +106,7 @@ class StaticShard:
         """A step of a bunch, in a run made for ``size``; activations go to each one's row of ``hidden``."""
         numbers = [row.number for row in bunch]
         if size == 1:
-            (row,) = bunch
-            graph = self._graph("run", 1, row.memory.bucket)
-            self._place(graph, row.position, inputs[numbers])
-            row.memory.run(graph)
-            row.memory.write(graph.new, row.position, 1)
+            graph = self._ran("run", 1, bunch[0].memory, bunch[0].position, inputs[numbers])
         else:
             graph = self._together(size, bunch, inputs[numbers])
         hidden[numbers] = graph.out[: len(bunch)]
@@ -191,12 +187,17 @@ class StaticShard:
     def _at_once(self, slot: int, position: int, inputs: NDArray[Any]) -> Array:
         steps = len(inputs)
         memory = self._memory(slot, position, steps)
-        graph = self._graph("steps", self._steps, memory.bucket)
-        self._place(graph, position, inputs)
         memory.clear(position, steps)
-        memory.run(graph)
-        memory.write(graph.new, position, steps)
+        graph = self._ran("steps", self._steps, memory, position, inputs)
         return self._no_logits if self.info.last else graph.out[:steps].copy()
+
+    def _ran(self, kind: str, size: int, memory: Slot, position: int, inputs: NDArray[Any]) -> BoundGraph:
+        """A graph that computed ``inputs`` of one session, whose new rows are in its memory."""
+        graph = self._graph(kind, size, memory.bucket)
+        self._place(graph, position, inputs)
+        memory.run(graph)
+        memory.write(graph.new, position, len(inputs))
+        return graph
 
     def _place(self, graph: BoundGraph, position: int, inputs: NDArray[Any]) -> None:
         """What a chunk is given. Rows past its steps are computed for nobody."""
@@ -210,11 +211,8 @@ class StaticShard:
     def _chunk(self, slot: int, position: int, inputs: NDArray[Any], logits: int) -> Array:
         """One run: activations ``[steps, width]``, or of a last shard ``[logits, vocabulary]``."""
         steps = len(inputs)
-        memory = self._memory(slot, position, steps)
-        graph = self._graph("run", next(c for c in self._chunks if c >= steps), memory.bucket)
-        self._place(graph, position, inputs)
-        memory.run(graph)
-        memory.write(graph.new, position, steps)
+        size = next(c for c in self._chunks if c >= steps)
+        graph = self._ran("run", size, self._memory(slot, position, steps), position, inputs)
         if not self.info.last:
             return graph.out[:steps]
         return self._logits_of(graph.out[steps - logits : steps]) if logits else self._no_logits

@@ -260,6 +260,7 @@ def _attend(
         k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
         v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
     q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
+    # Of one session these are what the graph gives; a step of several gives them in one piece for each side.
     new = [graph.reshape(x, [1, kv, chunk, dim], f"new_{side}.{p[:-1]}") for side, x in (("k", k), ("v", v))]
     if order is None:
         attended = _over_both(graph, p, q, new, mask, past)
