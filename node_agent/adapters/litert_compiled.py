@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mesh.errors import ShardError
 from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, tensor_buffers, unbound
 from node_agent.adapters.static_engine import Ends
-from node_agent.shards.static_names import by_bucket, needed_first
+from node_agent.shards.static_names import by_bucket, in_order, needed_first
 from node_agent.shards.tflite_part import graph_names, keep_graphs
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class _Wanted(NamedTuple):
 
 
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: those that the
-    test vector needs come first, then the smallest bucket's others, in models of their own. One model of all that may be wanted
-    then takes their place."""
+    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the step
+    comes first, then the smallest bucket's others, in models of their own, and before others what somebody waits for. One model
+    of all that may be wanted then takes their place."""
 
     provider = "XNNPACK"
 
@@ -80,12 +80,10 @@ class CompiledEngine:
 
     def prepare(self, graphs: Sequence[str]) -> None:
         smallest, *larger = by_bucket(self.names)
-        rest = sorted({*smallest} - self.loaded)
-        chunks = [name for name in rest if name.startswith("run_")]  # a prompt wants them first
-        others = [name for name in rest if name not in chunks]
-        groups = [_Wanted(names, alone=False) for names in (chunks, others) if names]
+        rest = in_order({*smallest} - self.loaded)
         wanted = [name for group in larger if not {*graphs}.isdisjoint(group) for name in group]
-        self._want([*groups, *([_Wanted([*smallest, *wanted], alone=True)] if wanted else [])])
+        everything = [_Wanted([*smallest, *wanted], alone=True)] if wanted else []
+        self._want([*(_Wanted([name], alone=False) for name in rest), *everything])
 
     def _want(self, groups: Sequence[_Wanted]) -> None:
         with self._changed:
@@ -133,9 +131,18 @@ class CompiledEngine:
                 if graph not in self.names:
                     raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
                 if self._wanted:
+                    self._hurry(graph)
                     self._changed.wait()
                 else:
                     self._next = self._compile(self.names)
+
+    def _hurry(self, graph: str) -> None:
+        """What is wanted for one graph comes after what is being compiled."""
+        for number, wanted in enumerate(self._wanted):
+            if number > 1 and graph in wanted.names and not wanted.alone:
+                del self._wanted[number]
+                self._wanted.insert(1, wanted)
+                return
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]

@@ -1,8 +1,8 @@
 """What a shard has proved on this machine, so that its next load need not prove it again.
 
 A file's SHA-256 is half of what a load takes. One that was read whole and right is known again by size, inode and times, as git
-knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. Numbers are held to the test
-vector at every load.
+knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. And what was held to its test
+vector in all ways that a session computes is known again by the bits of a few steps.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _File(msgspec.Struct, frozen=True):
 
 class _Record(msgspec.Struct, frozen=True):
     files: dict[str, _File] = {}
-    steps: str = ""
-    """With what chunks that stand for steps had their bits: machine, packages, threads, and who computed."""
+    held: str = ""
+    """With what the shard was held to its test vector: machine, packages, threads, and who computed which bits."""
 
 
 class Proven:
@@ -54,7 +54,7 @@ class Proven:
                 pass
             except (OSError, msgspec.MsgspecError) as error:
                 log.warning("%s is not read, the shard is verified anew: %s", path, error)
-        self._files, self._steps = self._kept.files, self._kept.steps
+        self._files, self._held = self._kept.files, self._kept.held
 
     def verify(self, folder: Path, files: dict[str, StoredFile]) -> None:
         """Raise ``ShardError`` unless every file is there with its size and SHA-256; what was read before and has not changed is
@@ -65,17 +65,20 @@ class Proven:
         settled = time.time_ns() - SETTLED_S * 1_000_000_000
         self._files = {n: s for n, s in found.items() if s is not None and s.ctime_ns < settled}
 
-    def steps_held(self, provider: str) -> bool:
-        """Whether chunks that stand for steps had their bits here, computed by ``provider``."""
-        return self._steps == f"{self._here}, {provider}"
+    def held(self, provider: str, bits: str) -> bool:
+        """Whether the shard was held to its test vector here, computed by ``provider``, and had these ``bits``."""
+        return self._held == self._what(provider, bits)
 
-    def note_steps(self, provider: str, held: bool) -> None:
-        """Whether they had."""
-        self._steps = f"{self._here}, {provider}" if held else ""
+    def note(self, provider: str, bits: str) -> None:
+        """That it was, and had."""
+        self._held = self._what(provider, bits)
+
+    def _what(self, provider: str, bits: str) -> str:
+        return f"{self._here}, {provider}, {bits}"
 
     def keep(self) -> None:
         """For the next load; where it cannot be written that one proves all anew."""
-        record = _Record(self._files, self._steps)
+        record = _Record(self._files, self._held)
         if self._path is None or record == self._kept:
             return
         try:

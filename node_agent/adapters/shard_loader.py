@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from node_agent.adapters.proven import Proven
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime, RuntimeOptions
+from node_agent.shards.deviation import deviation, logits_deviation
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, ShardManifest
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from node_agent.adapters.static_engine import Engine
 
 log = logging.getLogger(__name__)
+
+_STEPS = 2
+"""Of a test vector, those that are computed at every load."""
 
 
 class ShardLoader:
@@ -90,52 +95,82 @@ class ShardLoader:
 def load_shard(
     folder: Path, manifest: ShardManifest, *, slots: int, capacity: int, options: RuntimeOptions
 ) -> Runtime:
-    """Verify a shard's files, load it, and hold it to its test vector; raises ``ShardError`` or ``ConfigError``."""
+    """Verify a shard's files, load it, and hold it to its test vector: where it was held to it here before, it has to have the
+    bits again that it had then, in a few steps. Raises ``ShardError`` or ``ConfigError``."""
     path = Path(options.cache) / f"{manifest.digest[:16]}.json" if options.cache else None
     proven = Proven(path, options.threads)
     proven.verify(folder, manifest.files)
+    vector = _vector(folder, manifest)
     shard = _open(folder, manifest, slots, capacity, options)
-    inputs = hold_to_vector(shard, folder, manifest)
-    shard.prepare()
-    if not proven.steps_held(shard.provider):
-        held = shard.hold_to_steps(inputs)
-        proven.note_steps(shard.provider, held)
-        if not held:
-            log.info(
-                "%s replays steps one by one: in chunks they round otherwise on %s", folder, shard.provider
-            )
+    try:
+        bits = _bits(shard, vector.inputs)
+        shard.prepare()
+        if not proven.held(shard.provider, bits):
+            hold_to_vector(shard, folder, manifest)
+            if shard.hold_to_steps(vector.inputs):
+                proven.note(shard.provider, bits)
+            else:
+                log.info(
+                    "%s replays steps one by one: in chunks they round otherwise on %s",
+                    folder,
+                    shard.provider,
+                )
+    except BaseException:
+        shard.close()
+        raise
     proven.keep()
     return shard
 
 
-def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> NDArray[Any]:
-    """The test vector's input; raises ``ShardError`` where the shard does not compute from it what the vector wants."""
+class _Vector(NamedTuple):
+    """A shard's test vector."""
+
+    inputs: NDArray[Any]
+    expected: NDArray[Any]
+    """Activations of all positions, or of a last shard logits after the last few."""
+
+
+def _vector(folder: Path, manifest: ShardManifest) -> _Vector:
     with np.load(folder / manifest.test_vector.file) as vector:
-        inputs: NDArray[Any] = vector["input"]
-        expected = vector["expected"]
-    computed = _computed(shard, inputs)
-    if shard.info.last:
-        # What all logits have in common no softmax sees: it may be most of them, or next to nothing, by the text.
-        computed, expected = computed - computed.mean(), expected - expected.mean()
-    error = relative_error(computed, expected)
+        expected: NDArray[Any] = vector["expected"]
+        return _Vector(vector["input"], np.atleast_2d(expected))
+
+
+def _bits(shard: Runtime, inputs: NDArray[Any]) -> str:
+    """A digest of what the first steps of a test vector compute, of which each reads what those before it wrote."""
+    digest, last = hashlib.sha256(), min(len(inputs), _STEPS) - 1
+    for i in range(last + 1):
+        digest.update(shard.decode(0, [i], inputs[i : i + 1], i == last).tobytes())
     shard.release(0)
+    return digest.hexdigest()
+
+
+def hold_to_vector(shard: Runtime, folder: Path, manifest: ShardManifest) -> None:
+    """Raises ``ShardError`` where the shard does not compute what its test vector wants."""
+    inputs, expected = _vector(folder, manifest)
+    computed = _computed(shard, inputs)
+    shard.release(0)
+    if shard.info.last:
+        error = logits_deviation(computed[-len(expected) :], expected)
+    else:
+        error = deviation(inputs, computed, expected)
     if not error <= manifest.test_vector.tolerance:  # a NaN is refused as well
         raise ShardError(
             f"{folder} computes wrong results on {shard.provider}: relative error {error:.3g} on its test "
             f"vector, allowed is {manifest.test_vector.tolerance:.3g}"
         )
-    return inputs
 
 
 def _computed(shard: Runtime, inputs: NDArray[Any]) -> NDArray[Any]:
-    """As in a session: a chunk reads what a step wrote, and a step what both did."""
+    """As in a session: a chunk reads what a step wrote, and a step what both did. Activations of all positions, or of a last
+    shard logits after each of the three."""
     last, parts = len(inputs) - 1, []
     if last > 0:
-        parts.append(shard.decode(0, [0], inputs[:1], False).copy())
+        parts.append(shard.decode(0, [0], inputs[:1]).copy())
     if last > 1:
-        parts.append(shard.prefill(0, 1, inputs[1:last], 0).copy())
+        parts.append(shard.prefill(0, 1, inputs[1:last]).copy())
     parts.append(shard.decode(0, [last], inputs[last:]).copy())
-    return parts[-1][0] if shard.info.last else np.concatenate(parts)
+    return np.concatenate(parts)
 
 
 def _open(
@@ -156,10 +191,3 @@ def _open(
 
         engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
     return StaticShard(folder, manifest, engine, slots=slots, capacity=capacity)
-
-
-def relative_error(result: NDArray[Any], expected: NDArray[Any]) -> float:
-    """RMS of the difference over RMS of what was expected; infinite where shapes differ."""
-    if result.shape != expected.shape:
-        return float("inf")
-    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))

@@ -76,13 +76,15 @@ _CHECK_TEXT = (
 _CHECK_TOKENS_MAX = 33
 CHECK_POSITIONS = 18
 """Of these, how many are a test vector: a step, the shortest chunk of static graphs, and a step that reads what both wrote."""
+_LOGITS = 2
+"""Positions with logits, at the end: the chunk's last and the last step's."""
 _TOLERANCE = {"fp32": 1e-3, "int8": 0.15, "int4": 0.25}
 """Relative RMS error allowed on a test vector; int8 rounds activations as well as weights."""
 _INDEX_FILE = "index.json"
 _ROUGH = 0.01
 """A layer that loses more when the input of its last matrix is rounded to 8 bits has it parted: three of thirty, and half of what
 perplexity lost."""
-_REFERENCE = 2
+_REFERENCE = 3
 """Of what a reference holds: one of another number is made anew."""
 
 
@@ -265,7 +267,7 @@ def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
 
 def reference(store: ModelStore, name: str, progress: Progress = no_progress) -> Path:
     """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: its first
-    ``CHECK_POSITIONS``, of which the last has the logits, are what every shard is held to; and ``limits``: by layer, where the input of its last matrix is to be parted because rounding it to 8 bits at once
+    ``CHECK_POSITIONS``, of which the last few have logits, are what every shard is held to; and ``limits``: by layer, where the input of its last matrix is to be parted because rounding it to 8 bits at once
     would lose too much, infinite where it is not. Made once for a model's file."""
     card = store.card(name)
     spec = card.architecture
@@ -293,7 +295,7 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
         limit = peak_limit(inner, weights["down"], states[-1]) if loss > _ROUGH else np.inf
         limits.append(limit)
     output = embedding if spec.head_tied else values("output.weight")
-    last = states[-1][:CHECK_POSITIONS][-1]
+    last = states[-1][:CHECK_POSITIONS][-_LOGITS:]
     logits = rms_norm(last, values("output_norm.weight"), spec.norm_epsilon) @ output.T
     with new_file(path) as file:
         np.savez(file, tokens=tokens, states=np.stack(states), logits=logits, limits=np.array(limits))

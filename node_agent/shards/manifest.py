@@ -68,7 +68,7 @@ class Boundary(msgspec.Struct, frozen=True):
 
 
 class TestVector(msgspec.Struct, frozen=True):
-    """``file`` holds ``input`` and ``expected``; ``tolerance`` bounds their relative RMS error."""
+    """``file`` holds ``input`` and ``expected``; ``tolerance`` bounds how far from it a shard may compute (``shards.deviation``)."""
 
     __test__ = False
 

@@ -33,11 +33,20 @@ def _of_head(name: str) -> bool:
 
 
 def needed_first(names: Collection[str]) -> list[str]:
-    """What a shard is held to its test vector with: the smallest bucket's step and shortest chunk, and the head."""
-    smallest = by_bucket(names)[0]
-    lengths = sorted(int(name.split("_")[1]) for name in smallest if name.startswith("run_"))[:2]
-    wanted = tuple(f"run_{length}_" for length in lengths)
-    return [name for name in smallest if name.startswith(wanted) or name == HEAD_NAME]
+    """What a shard that is known here computes at a load: the smallest bucket's step, and the head."""
+    return [name for name in by_bucket(names)[0] if name.startswith("run_1_") or name == HEAD_NAME]
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Of one bucket, as sessions want them: what a prompt takes, from the shortest chunk, what replays take, and then batches."""
+    kinds = ("run", "steps")
+
+    def rank(name: str) -> tuple[int, int, str]:
+        kind, _, rest = name.partition("_")
+        known = kind in kinds
+        return kinds.index(kind) if known else len(kinds), int(rest.split("_")[0]) if known else 0, name
+
+    return sorted(names, key=rank)
 
 
 def by_bucket(names: Collection[str]) -> list[list[str]]:

@@ -1,5 +1,5 @@
-"""How long a shard of ten layers takes from disk until it has computed its test vector, where it was loaded here before; and then
-until it has answered a chunk of 64 positions and a step, for which it may still have to compile graphs.
+"""How long a shard of ten layers takes from disk until it serves, where it was held to its test vector before; and then until it
+has answered a chunk of 64 positions and a step, for which it may still have to compile graphs.
 
 Forms take turns. The files are in the page cache, packed weights and what the shard proved are kept in a folder.
 """

@@ -19,11 +19,12 @@ from mesh.errors import ShardError
 from mesh.forms import parse_form
 from node_agent.adapters.litert_compiled import CompiledEngine, _Wanted, pack
 from node_agent.adapters.model_store import ModelStore, sha256_of
-from node_agent.adapters.shard_loader import load_shard, relative_error
+from node_agent.adapters.shard_loader import load_shard
 from node_agent.adapters.shard_maker import make_shard
 from node_agent.adapters.static_maker import buckets_for
 from node_agent.adapters.static_runtime import pieces
 from node_agent.ports import Runtime, RuntimeOptions
+from node_agent.shards.deviation import relative_error
 from node_agent.shards.manifest import LITERT_GRAPH_FILE, MANIFEST_FILE, StoredFile, write_document
 from tests.agents import until
 from tests.conftest import MODEL
@@ -320,7 +321,7 @@ def test_the_graph_of_another_model_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_path: Path) -> None:
+def test_graphs_that_no_load_needs_come_in_the_background(tmp_path: Path) -> None:
     store = pulled(tmp_path, context=1024)
     graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=1024) / LITERT_GRAPH_FILE
     engine = CompiledEngine(graph, 1)
@@ -331,13 +332,10 @@ def test_graphs_that_the_test_vector_does_not_need_come_in_the_background(tmp_pa
     packed = tmp_path / "weights.xnnpack"
     pack(graph, 1, packed)
     engine = CompiledEngine(graph, 1, packed)
-    assert {"run_1_256", "head"} <= engine.loaded  # the test vector begins with them
-    assert "new_k.0" in engine.ends("run_16_256").outputs  # and goes on with this
-    assert engine.loaded == {"head", "run_1_256", "run_16_256"}
+    assert engine.loaded == {"run_1_256", "head"}  # a shard that is known here is known again by them
     engine.prepare(["run_1_256", "run_1_512", "run_1_768"])
-    assert "new_k.0" in engine.ends("run_64_256").outputs  # the next to come
-    assert "new_k.0" in engine.ends("steps_16_256").outputs  # and then what replays and batches want
-    assert smallest <= set(engine.loaded)
+    assert "new_k.0" in engine.ends("run_16_256").outputs  # the next to come
+    assert "new_k.0" in engine.ends("steps_16_256").outputs
     until(lambda: "run_64_768" in engine.loaded, 30)
     assert smallest < set(engine.loaded)
     assert "run_1_1024" not in engine.loaded
@@ -380,6 +378,36 @@ def test_graphs_that_are_wanted_as_the_last_ones_come_are_compiled_once(
             time.sleep(0.001)
     engine.close()
     assert compiled == wanted
+
+
+def test_the_graph_that_somebody_waits_for_comes_before_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = pulled(tmp_path, context=256)
+    graph = make_shard(store, "tiny", 0, 3, "int8", runtime="litert", context=256) / LITERT_GRAPH_FILE
+    packed = tmp_path / "weights.xnnpack"
+    pack(graph, 1, packed)
+    engine, order = CompiledEngine(graph, 1, packed), list[str]()
+    compiled, begun, waited_for = engine._compile, threading.Event(), threading.Event()
+
+    def compile_(names: Any) -> Any:
+        order.extend(names)
+        begun.set()
+        waited_for.wait(10)
+        return compiled(names)
+
+    monkeypatch.setattr(engine, "_compile", compile_)
+    engine.prepare(["run_1_256"])
+    assert begun.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(engine.ends, "batch_8_256")
+        until(lambda: "batch_8_256" in engine._wanted[1].names, 10)
+        waited_for.set()
+        assert "new_k.0" in found.result(30).outputs
+    assert order[:2] == ["run_16_256", "batch_8_256"]
+    until(lambda: set(engine.loaded) == set(engine.names), 30)
+    assert order[2:] == ["run_64_256", "steps_16_256", "batch_4_256", "head_8"]
+    engine.close()
 
 
 def test_an_engine_is_closed_while_graphs_are_on_their_way(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from node_agent.adapters.shard_loader import load_shard, relative_error
+from node_agent.adapters.shard_loader import load_shard
 from node_agent.adapters.shard_maker import make_shard
 from node_agent.ports import RuntimeOptions
+from node_agent.shards.deviation import relative_error
 from node_agent.shards.manifest import GRAPH_FILE
 from tests.integration.test_litert_shards import text
 from tests.integration.test_tiny_models import pulled

@@ -106,21 +106,22 @@ def test_where_nothing_can_be_written_a_shard_loads_all_the_same(tmp_path: Path,
     files, blocked = shard(tmp_path), tmp_path / "graph" / "kept.json"
     proven = Proven(blocked, 2)
     proven.verify(tmp_path, files)
-    proven.note_steps("XNNPACK", True)
+    proven.note("XNNPACK", "a0")
     proven.keep()
     assert reads == ["graph", "check"]
 
 
-def test_steps_held_where_machine_packages_threads_and_provider_are_the_same(
+def test_a_shard_was_held_where_machine_packages_threads_provider_and_bits_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "kept.json"
     proven = Proven(kept, 2)
-    assert not proven.steps_held("XNNPACK")
-    proven.note_steps("XNNPACK", True)
+    assert not proven.held("XNNPACK", "a0")
+    proven.note("XNNPACK", "a0")
     proven.keep()
-    assert Proven(kept, 2).steps_held("XNNPACK")
-    assert not Proven(kept, 2).steps_held("libedgetpu.so.1")
-    assert not Proven(kept, 1).steps_held("XNNPACK")
+    assert Proven(kept, 2).held("XNNPACK", "a0")
+    assert not Proven(kept, 2).held("XNNPACK", "a1")
+    assert not Proven(kept, 2).held("libedgetpu.so.1", "a0")
+    assert not Proven(kept, 1).held("XNNPACK", "a0")
     monkeypatch.setattr(module, "this_machine", lambda: "another")
-    assert not Proven(kept, 2).steps_held("XNNPACK")
+    assert not Proven(kept, 2).held("XNNPACK", "a0")
