@@ -57,7 +57,7 @@ class Open:
     sampling: Sampling
     exact: bool = False
     resume: SessionId | None = None
-    """A closed session that the stages kept: this one takes its KV cache over up to ``position``. Or this one itself, in a later
+    """A session that the stages run, or kept when it was closed: this one begins with its KV cache up to ``position``. Or this one itself, in a later
     epoch for which every stage should have everything: one that does not refuses."""
     request: bytes = b""
     """For the last stage's token log: what another ingress needs to go on with the session (rule R6)."""

@@ -137,7 +137,9 @@ class SessionOrder:
     keep: bool = False
     """Ask the stages to keep the KV cache when it ends well."""
     resume: tuple[SessionId, int] | None = None
-    """A session that the route's stages kept, and how many of the prompt's positions it shares."""
+    """A session that the route's stages run or kept, and how many of the prompt's positions it shares."""
+    canonical: bool = True
+    """Whether what it begins with has the bits that any session of its prompt would compute there."""
     request: bytes = b""
     """What another ingress needs to go on with it; opaque here, for the last stage's token log (rule R6)."""
     expires_ms: int = 0

@@ -146,7 +146,7 @@ class AgentConfig:
     )
     prefix_cache: str = setting(
         "auto",
-        "Whether a conversation's next turn goes on from the KV cache of the last: on, off, or auto: unless its text should not depend on what ran before (temperature 0 or a seed).",
+        "Whether a prompt that begins as another one's goes on from that one's KV cache: on, off, or auto: where its text should not depend on what ran before (temperature 0 or a seed), only from whole chunks of its prompt, which have the same bits in any session.",
     )
     log: str = setting(
         "async",

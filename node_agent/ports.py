@@ -92,6 +92,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Give slot ``target`` the first ``positions`` of slot ``source``, and nothing else."""
+        ...
+
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system."""
         ...

@@ -1,9 +1,9 @@
-"""Which finished sessions' KV caches may still be at their stages, by the tokens that they hold. Pure."""
+"""Which sessions' KV caches are at their stages, or may still be, by the tokens that they hold. Pure."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mesh.types import Digest, LayeredRoute, SessionId
@@ -15,12 +15,14 @@ WORTH_POSITIONS = 32
 
 @dataclass(frozen=True, slots=True)
 class KeptSession:
-    """``tokens`` have been computed at every stage of ``route``."""
+    """``tokens`` have been computed at every stage of ``route``, or will be by a session that runs."""
 
     session: SessionId
     model: Digest
     tokens: tuple[int, ...]
     route: LayeredRoute
+    canonical: int = 0
+    """Of those positions, how many have the bits that they have in any session of that prompt."""
 
 
 class PrefixBook:
@@ -35,19 +37,31 @@ class PrefixBook:
         while len(self._kept) > KEPT_MAX:
             self._kept.popitem(last=False)
 
-    def longest(self, model: Digest, prompt: Sequence[int]) -> tuple[KeptSession, int] | None:
-        """The session that shares most of a prompt, and how many positions; at least one position is left
-        to compute, for its logits are wanted."""
+    def longest(
+        self, model: Digest, prompt: Sequence[int], running: Iterable[KeptSession] = (), grid: int = 0
+    ) -> tuple[KeptSession, int] | None:
+        """The session that shares most of a prompt, of the finished and those that are ``running``, and how many positions; at
+        least one position is left to compute, for its logits are wanted. With a ``grid``, only what has canonical bits,
+        and a multiple of so many positions: chunks of a prompt begin there."""
         best: tuple[KeptSession, int] | None = None
-        for kept in self._kept.values():
+        for kept in (*running, *self._kept.values()):
             if kept.model == model:
                 shared = _shared(kept.tokens, prompt)
+                if grid:
+                    shared = min(shared, kept.canonical) // grid * grid
                 if shared >= WORTH_POSITIONS and (best is None or shared >= best[1]):
                     best = kept, shared
         return best
 
-    def take(self, session: SessionId) -> None:
-        """Its cache becomes another session's."""
+    def used(self, kept: KeptSession, positions: int) -> None:
+        """A session goes on from one; where that had little more, its cache becomes the other's."""
+        if len(kept.tokens) - positions < WORTH_POSITIONS:
+            self.drop(kept.session)
+        elif kept.session in self._kept:
+            self._kept.move_to_end(kept.session)
+
+    def drop(self, session: SessionId) -> None:
+        """Its stages have it no longer."""
         self._kept.pop(session, None)
 
 

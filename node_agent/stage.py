@@ -17,6 +17,8 @@ runtime does next:
   stages get the bunches as they are.
 - A step that is asked for again right after it was computed is not computed again: what it gave is kept.
 - A frame runs only when the next stage has room for its result, so nothing piles up between stages.
+- A session whose prompt begins as another one's does gets that one's KV cache, as far as they are the same: a copy, while the
+  other runs or is worth more than that part, once it has computed it; else the slot itself.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ STANDBY_WINDOW = 512
 """Frames that a standby may be behind: nobody waits for its acknowledgements."""
 NOTHING_ONWARD = 1 << 30
 KEPT_NS = 600_000_000_000
+_WORTH_KEEPING = 32
+"""Positions of a kept session beyond what another one shares with it: fewer are computed again as fast as copied."""
 _GAP_MAX = 1
 BATCH_MAX = 64
 GATHER_MAX_NS = 50_000_000
@@ -81,6 +85,8 @@ class StageSession:
     """Position from which the hop log is being replayed to the next stage; nothing is computed meanwhile."""
     orphan_ns: int = 0
     """When its sender or its owner was lost; it waits for a later epoch, unless somebody needs the room."""
+    source: SessionId | None = None
+    """The session whose KV cache it begins with, until it has it: nothing is computed before."""
     stepped: tuple[Frame, Any] | None = None
     """Its last frame and what that gave, where it was a step and nothing was written to the session's KV cache since."""
 
@@ -95,7 +101,7 @@ class StageSession:
 
     @property
     def runnable(self) -> bool:
-        if not self.queue or self.running or self.orphan_ns:
+        if not self.queue or self.running or self.orphan_ns or self.source is not None:
             return False
         return self.last or (self.told and self.resending is None and (self.credit > 0 or self.silent))
 
@@ -118,6 +124,15 @@ class Refusal:
 
     cause: Cause
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first ``positions`` of a slot are wanted in another."""
+
+    source: int
+    target: int
+    positions: int
 
 
 @dataclass(slots=True)
@@ -161,6 +176,10 @@ class StageBook:
         somebody needs the room."""
         self.freed: list[int] = []
         """Slots whose memory may go back; whoever reads them empties this."""
+        self.copies: list[Copy] = []
+        """To be made before the next run; likewise."""
+        self.bereft: list[StageSession] = []
+        """Sessions whose source ended before it had what they share; likewise."""
         self.reserved_bytes = 0
         self.draining = False
         self._slots: list[StageSession | None] = [None] * slots
@@ -197,20 +216,21 @@ class StageBook:
                 Cause.FULL,
                 f"{order.positions} positions were asked for, this replica has room for {self.capacity} a session",
             )
-        slot, refusal = self._resume(order) if order.resume is not None else (None, None)
+        reserved = order.positions * self.shard.kv_bytes_per_token
+        source = self._source(order, reserved)
+        slot, refusal = self._resume(order) if order.resume is not None and source is None else (None, None)
         if refusal is not None:
             return refusal
         if slot is None:
-            slot = self._slot_beside()
+            slot = self._slot_beside(source)
         if slot is None and self._drop_orphan():
             slot = self._slot_beside()
-        reserved = order.positions * self.shard.kv_bytes_per_token
         while self.kept and self.reserved_bytes + reserved > self.kv_budget_bytes:
             self._let_go(next(iter(self.kept)))
         while self.reserved_bytes + reserved > self.kv_budget_bytes and self._drop_orphan():
             pass
         if self.reserved_bytes + reserved > self.kv_budget_bytes:
-            if order.resume is not None and slot is not None:
+            if order.resume is not None and source is None and slot is not None:
                 self.freed.append(slot)
             return Refusal(
                 Cause.FULL,
@@ -232,11 +252,22 @@ class StageBook:
             machines=_machines(order),
             told=self.shard.last or order.standby or not order.asks,
             onward=NOTHING_ONWARD if order.standby else 0,
+            source=source.order.session if source is not None else None,
         )
         self._slots[slot] = session
         self.sessions[order.session] = session
         self.reserved_bytes += reserved
         return session
+
+    def _source(self, order: Open, reserved: int) -> StageSession | None:
+        """The session that a new one gets a copy from: one that runs, or one that is kept and has more than they share, where
+        nobody has to go for it."""
+        running = self.sessions.get(order.resume) if order.resume is not None else None
+        kept = self.kept.get(order.resume) if order.resume is not None else None
+        if kept is None or kept.position - order.position < _WORTH_KEEPING:
+            return running
+        free = None in self._slots and self.reserved_bytes + reserved <= self.kv_budget_bytes
+        return kept if free else None
 
     def _resume(self, order: Open) -> tuple[int | None, Refusal | None]:
         """The slot of a kept session that is long enough, which is then no longer kept."""
@@ -248,11 +279,12 @@ class StageBook:
         self.freed.remove(kept.slot)  # its memory is wanted
         return kept.slot, None
 
-    def _slot_beside(self) -> int | None:
-        """A slot next to those that are in use, whatever is kept there: neighbours are computed together.
+    def _slot_beside(self, source: StageSession | None = None) -> int | None:
+        """A slot next to those that are in use, whatever is kept there but for the ``source``: neighbours are computed together.
         Where nothing is in use, a free one, or that of the longest kept."""
         used = [s.slot for s in self.sessions.values()]
-        open_ = [i for i in range(self.slots) if i not in used]
+        spared = source.slot if source is not None else -1
+        open_ = [i for i in range(self.slots) if i not in used and i != spared]
         if not open_:
             return None
         empty = [i for i in open_ if self._slots[i] is None]
@@ -322,7 +354,7 @@ class StageBook:
         session.told = self.shard.last or order.standby or not order.asks
         session.hushed = False
         session.onward = NOTHING_ONWARD if order.standby else 0 if order.asks else order.position
-        session.resending, session.orphan_ns = None, 0
+        session.resending, session.orphan_ns, session.source = None, 0, None
         return session
 
     def told(self, session_id: SessionId, epoch: Epoch, position: int, logged_from: int | None) -> int | None:
@@ -378,8 +410,9 @@ class StageBook:
         return None
 
     def next_run(self, now: int) -> Run | None:
-        """What to compute now; the sessions in it are marked running."""
+        """What to compute now; the sessions in it are marked running. ``copies`` come before."""
         self.gathering_until = None
+        self._provide()
         ready = [s for s in self.sessions.values() if s.runnable]
         due = [s for s in ready if s.due]
         if due and (self._due_since_other < DUE_PER_OTHER or len(due) == len(ready)):
@@ -405,6 +438,18 @@ class StageBook:
         for session in chosen:
             self._stepped(session, now)
         return self._batch(chosen)
+
+    def _provide(self) -> None:
+        """Sessions that wait for another one's KV cache get it, where that has computed what they share."""
+        for session in [s for s in self.sessions.values() if s.source is not None]:
+            assert session.source is not None
+            source = self.sessions.get(session.source) or self.kept.get(session.source)
+            if source is None:
+                if not any(s is session for s in self.bereft):
+                    self.bereft.append(session)
+            elif source.source is None and source.position >= session.order.position:
+                self.copies.append(Copy(source.slot, session.slot, session.order.position))
+                session.source = None
 
     def _chunk(self, chunks: list[StageSession]) -> Run:
         session = min(chunks, key=lambda s: s.queue[0].arrived_ns)
@@ -488,7 +533,8 @@ class StageBook:
         if session is None or (epoch is not None and epoch < session.order.epoch):
             return None
         del self.sessions[session_id]
-        if keep_now is not None and not self.draining and not session.running and not session.queue:
+        idle = not session.running and not session.queue and session.source is None
+        if keep_now is not None and not self.draining and idle:
             session.kept_ns = keep_now
             self.kept[session_id] = session
             return session

@@ -64,6 +64,10 @@ class SessionTrace:
     guesses: int = 0
     """Tokens that were guessed, once the session has ended; ``guesses_right`` came true."""
     guesses_right: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, those whose KV cache came from another session."""
+    waited: bool = False
+    """That session still ran: this one may have waited for it."""
     mixed: bool = False
     """The route has stages of different runtimes or quantizations."""
     learned: Learned = NOTHING_LEARNED
@@ -88,7 +92,7 @@ class SessionTrace:
     @property
     def comparable(self) -> bool:
         """Whether what came can be held against the predictions."""
-        plain = not self.recoveries and not self.guesses
+        plain = not self.recoveries and not self.guesses and not self.waited
         return plain and self.predicted_tpot_ms > 0 and self.tokens >= _ENOUGH_TOKENS
 
     def token(self, token: Token, now: int, going: bool = True) -> int:
@@ -178,6 +182,7 @@ class SessionTrace:
             "model": self.model,
             "outcome": self.outcome,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "tokens": self.tokens,
             "ttft_ms": round(self.ttft_ms, 3),
             "tpot_ms": round(self.tpot_ms, 3),

@@ -115,6 +115,11 @@ class ModelledRuntime:
         out[:, :3] = [(token, v >> 16, v & 0xFFFF) for token, v in values]
         return out
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        if len(self._chains[source]) < positions:
+            raise AssertionError(f"{positions} positions of {len(self._chains[source])} were to be copied")
+        self._chains[target] = self._chains[source][:positions]
+
     def release(self, slot: int) -> None:
         if self._chains:  # a run that ends after the close gives its slots back as well
             self._chains[slot] = []

@@ -112,9 +112,10 @@ class Generator:
                     )
                     order = replace(order, request=write_record(record))
                 if kept is not None and plan.resumed:
-                    order = replace(order, resume=(kept[0].session, plan.resumed))
-                    self.driver.prefixes.take(kept[0].session)
-                    cached += plan.resumed
+                    canonical = plan.resumed <= kept[0].canonical
+                    order = replace(order, resume=(kept[0].session, plan.resumed), canonical=canonical)
+                    self.driver.prefixes.used(*kept)
+                    cached += plan.resumed if i % generation.choices == 0 else 0
                 replan = partial(self.planner.replan, name, rules)
                 handles.append(self.driver.start(order, plan, str(shape.ref), replan))
         except MeshError:
@@ -208,12 +209,13 @@ class Generator:
     def _kept(
         self, generation: Generation, model: Digest, order: SessionOrder
     ) -> tuple[KeptSession, int] | None:
-        """A finished session that this one may go on from, and for how many positions."""
+        """Another session that this one may begin with, and for how many positions."""
         told = self.config.prefix_cache
-        fixed = generation.seeded or order.sampling.temperature == 0
-        if told == "off" or (told == "auto" and fixed):
+        if told == "off":
             return None
-        return self.driver.prefixes.longest(model, order.prompt)
+        fixed = generation.seeded or order.sampling.temperature == 0
+        grid = order.chunk if told == "auto" and fixed else 0
+        return self.driver.prefixes.longest(model, order.prompt, self.driver.prompts(), grid)
 
     def _context(self, route: LayeredRoute, model_context: int) -> int:
         """Positions that every stage of the route has room for."""

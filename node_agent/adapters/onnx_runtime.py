@@ -141,6 +141,11 @@ class OnnxShard:
         ]
         return np.concatenate(rows)
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        for layer in self.cache:
+            for buffer in layer:
+                buffer[target, :, :positions] = buffer[source, :, :positions]
+
     def release(self, slot: int) -> None:
         for layer in self.cache:
             for buffer in layer:

@@ -161,6 +161,11 @@ class Replica:
             self.runtime.release(self.book.freed.pop())
         now = self._clock.monotonic_ns()
         run = self.book.next_run(now)
+        for copy in self.book.copies:  # in this order: one may be of another
+            self.runtime.copy(copy.source, copy.target, copy.positions)
+        self.book.copies.clear()
+        if self.book.bereft:
+            self._loop.call_soon(self._let_down)
         if run is None:
             until = self.book.gathering_until
             if until is not None and self._timer is None:
@@ -176,6 +181,14 @@ class Replica:
             self._loop.call_soon(self._loop.call_soon, self._run_here, run)
         else:
             self._run_here(run)
+
+    def _let_down(self) -> None:
+        while self.book.bereft:
+            session = self.book.bereft.pop()
+            if self.book.sessions.get(session.order.session) is session and session.source is not None:
+                self._failed(
+                    session, Cause.NO_CACHE, f"session {session.source} ended too soon to go on from it"
+                )
 
     def _gathered(self) -> None:
         self._timer = None

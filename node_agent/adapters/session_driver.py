@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +178,8 @@ class SessionDriver:
             plan.ttft_us / 1000,
             plan.tpot_us / 1000,
             plan.ways_us,
+            cached_tokens=order.resume[1] if order.resume is not None else 0,
+            waited=order.resume is not None and order.resume[0] in self._running,
             mixed=mixed(plan.group),
             learned=self.learner.learned,
         )
@@ -199,6 +201,12 @@ class SessionDriver:
         self._carry_out(handle, session.start(now))
         self._feed()
         return handle
+
+    def prompts(self) -> Iterator[KeptSession]:
+        """What the sessions that run have at their stages, or soon have."""
+        for handle in self._running.values():
+            if handle.session.state in (State.PREFILL, State.DECODE):
+                yield from _at_stages(handle, handle.session.order.prompt)
 
     def let_go(self, session: SessionId) -> None:
         """End a session that runs here, as its reader asks for it again elsewhere or here."""
@@ -246,6 +254,9 @@ class SessionDriver:
     def _step(self, handle: SessionHandle, event: Event) -> None:
         try:
             now = self._clock.monotonic_ns()
+            if isinstance(event, Refused) and event.cause is Cause.NO_CACHE and handle.session.order.resume:
+                self.prefixes.drop(handle.session.order.resume[0])
+                handle.trace.cached_tokens = 0
             effects = handle.session.handle(event, now)
             if any(isinstance(e, NeedRoute) for e in effects):
                 handle.trace.lost(_why(event), now, isinstance(event, Refused))
@@ -487,9 +498,10 @@ class SessionDriver:
         if self._running.pop(order.session, None) is None:
             return
         session = handle.session
-        if session.kept and handle.plan.group:
+        if session.kept:
             tokens = (*order.prompt, *session.generated)[: session.firm]
-            self.prefixes.add(KeptSession(order.session, handle.plan.group[0], tokens, session.route))
+            for kept in _at_stages(handle, tokens):
+                self.prefixes.add(kept)
         left = self._clock.monotonic()
         self._left.extend((left, key) for key in _replicas(session))
         if session.speculation is not None:
@@ -540,6 +552,18 @@ class SessionDriver:
 def _replicas(session: Session) -> list[tuple[NodeId, Digest]]:
     """Those that compute for a session."""
     return [(stage.node, stage.shard) for stage in (*session.route.stages, *session.standbys) if stage]
+
+
+def _at_stages(handle: SessionHandle, tokens: tuple[int, ...]) -> Iterator[KeptSession]:
+    """A session's KV cache of these ``tokens``. Of one that is exact, whole chunks of the prompt have the bits that they would have
+    in any other: what follows was computed in steps, and the last chunk ends where the prompt does."""
+    order = handle.session.order
+    if handle.plan.group is not None:
+        clean = order.exact and order.canonical
+        canonical = len(order.prompt) // order.chunk * order.chunk if clean else 0
+        yield KeptSession(
+            order.session, handle.plan.group[0], tokens, handle.session.route, min(canonical, len(tokens))
+        )
 
 
 def _why(event: Event) -> str:

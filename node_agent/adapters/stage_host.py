@@ -316,7 +316,10 @@ class StageHost:
         placed = self._placed.get((order.session, order.stage))
         if placed is not None:
             self._forget((order.session, order.stage), placed)
-        self._report(order, order.stage, cause, detail, session.position)
+        if cause is Cause.NO_CACHE:
+            self._refuse(order, cause, detail)
+        else:
+            self._report(order, order.stage, cause, detail, session.position)
 
     # -- frames --------------------------------------------------------------------------------
 

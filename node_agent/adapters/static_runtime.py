@@ -254,6 +254,11 @@ class StaticShard:
             self._graphs[key] = bound_graph(self.engine, self.manifest, kind, size, bucket)
         return self._graphs[key]
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        self.release(target)
+        bucket = next(b for b in self._buckets if b >= positions)
+        self._held[target] = self._held[source].copied(positions, bucket)
+
     def release(self, slot: int) -> None:
         held = self._held.pop(slot, None)
         if held is not None:

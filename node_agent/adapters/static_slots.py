@@ -72,11 +72,20 @@ class Slot:
             if after is not None:
                 after.close()
             after = Slot(self._engine, self._manifest, bucket)
-        for number in range(len(self._names)):
-            after._copy(self, number, positions)
-        after.filled = min(self.filled, positions)
+        after._take(self, positions)
         self.close()
         return after
+
+    def copied(self, positions: int, bucket: int) -> Slot:
+        """Another session's, in a bucket, that begins with so many of these rows."""
+        after = Slot(self._engine, self._manifest, bucket)
+        after._take(self, positions)
+        return after
+
+    def _take(self, before: Slot, positions: int) -> None:
+        for number in range(len(self._names)):
+            self._copy(before, number, positions)
+        self.filled = min(before.filled, positions)
 
     def _written(self, position: int, steps: int) -> None:
         """Rows from ``position`` on are others now."""

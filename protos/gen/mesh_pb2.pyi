@@ -396,7 +396,7 @@ class Open(google.protobuf.message.Message):
     exact: builtins.bool
     """a replay keeps the frames' first shapes (R3)"""
     resume: builtins.bytes
-    """a closed session whose KV cache is taken over up to `position`"""
+    """a session whose KV cache this one begins with, up to `position`"""
     request: builtins.bytes
     """for the last stage's token log: what another ingress needs to go on (R6)"""
     expires_unix_ms: builtins.int

@@ -38,7 +38,7 @@ async def tpot(rounds: int) -> dict[str, list[float]]:
     async with AsyncExitStack() as stack:
         meshes = {}
         for mode in MODES:
-            settings = {"log": mode, "context": "512"}
+            settings = {"log": mode, "context": "512", "prefix_cache": "off"}
             mesh = temporary_mesh(NODES, store.root.parent, settings=settings)
             meshes[mode] = await stack.enter_async_context(mesh)
             await meshes[mode].serve(MODEL)

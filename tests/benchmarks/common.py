@@ -97,8 +97,8 @@ class Timing:
         return (max(events, default=before) - before) * self.tokens / (self.came[-1][1] - 1)
 
 
-def stream(base: str, prompt: list[int], tokens: int, temperature: float = 0.0) -> Timing:
-    """Stream a completion of exactly ``tokens`` tokens and time it.
+def stream(base: str, prompt: list[int], tokens: int, temperature: float = 0.0, choices: int = 1) -> Timing:
+    """Stream a completion of exactly ``tokens`` tokens (of several ``choices``: each) and time it.
 
     A bare socket that only notes when something came: on two cores every microsecond of the
     client is taken from the mesh.
@@ -110,6 +110,7 @@ def stream(base: str, prompt: list[int], tokens: int, temperature: float = 0.0) 
             "prompt": prompt,
             "max_tokens": tokens,
             "temperature": temperature,
+            "n": choices,
             "stream": True,
             "logit_bias": {str(END_OF_TEXT): -100},
         }

@@ -44,7 +44,7 @@ TOKENS = 128
 STREAMS = 8
 HOPS = 3
 LONG = 512
-SETTINGS = {"threads": str(THREADS)}
+SETTINGS = {"threads": str(THREADS), "prefix_cache": "off"}
 
 
 class LlamaCpp:

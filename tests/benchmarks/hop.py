@@ -193,7 +193,9 @@ async def measure(rounds: int) -> dict[str, Any]:
     hops: dict[str, list[float]] = {"mesh": [], "grpc": [], "sockets": []}
     computed: dict[str, list[float]] = {"alone": [], **{name: [] for name in hops}}
     with ring(over_sockets) as sockets, ring(over_grpc) as streams:
-        async with temporary_mesh(STAGES, store.root.parent, {"threads": str(THREADS)}) as mesh:
+        async with temporary_mesh(
+            STAGES, store.root.parent, {"threads": str(THREADS), "prefix_cache": "off"}
+        ) as mesh:
             await mesh.serve(MODEL)
             for round_ in range(-1, rounds):
                 found: dict[str, tuple[float, float]] = {}

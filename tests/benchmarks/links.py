@@ -47,7 +47,13 @@ def running(work: Path, home: Path, form: str) -> Iterator[str]:
         first = ""
         for i, (start, end) in enumerate(cut(AGENTS), 1):
             host = lan.address(i)
-            settings = {"host": host, "api_host": host, "threads": "1", "scheduler": "off"}
+            settings = {
+                "host": host,
+                "api_host": host,
+                "threads": "1",
+                "scheduler": "off",
+                "prefix_cache": "off",
+            }
             settings |= {"shards": f"{MODEL}:{start}-{end}/{form}", "home": str(home)}
             settings |= {"peers": first} if first else {}
             made = start_agent(work / f"n{i}", lan.prefix(i), None, **settings)

@@ -500,7 +500,7 @@ def test_a_conversations_next_turn_goes_on_from_the_kept_cache(starter: Starter)
 
 
 def test_fixed_texts_do_not_depend_on_what_ran_before(client: openai.OpenAI) -> None:
-    """By default a request at temperature 0 or with a seed is computed from its first token on."""
+    """By default a request at temperature 0 or with a seed takes nothing of another but whole chunks of its prompt."""
     prompt = "The old harbour was quiet that morning, and the boats lay side by side while the gulls" * 2
 
     def complete(**how: Any) -> Any:
@@ -511,6 +511,47 @@ def test_fixed_texts_do_not_depend_on_what_ran_before(client: openai.OpenAI) -> 
         assert one.choices[0].text == two.choices[0].text
         assert two.usage.prompt_tokens_details.cached_tokens == 0
     assert complete(temperature=1).usage.prompt_tokens_details.cached_tokens > 30
+
+
+@pytest.mark.parametrize("form", [("onnx", "int8"), ("litert", "int4")], ids="-".join)
+def test_prompts_that_begin_alike_are_computed_once_and_texts_stay_as_they_are(
+    starter: Starter, form: tuple[str, str]
+) -> None:
+    """Whole chunks of a prompt have the same bits in any session; where nobody can tell, all that is shared is copied."""
+    runtime, quantization = form
+    story = (
+        "The old harbour was quiet that morning, and the boats lay side by side while the gulls slept. " * 8
+    )
+    asked = [story + end for end in ("What came next? It", "Then a storm came, and", "Nobody saw that")]
+    told: dict[str, list[Any]] = {}
+    cached: dict[str, list[int]] = {}
+    for cache in ("off", "auto"):
+        running = starter(
+            *("--nodes", "3", "--runtime", runtime, "--quantization", quantization),
+            *("--set", f"prefix_cache={cache}"),
+        )
+        with openai.OpenAI(base_url=f"{running.base}/v1", api_key="none", max_retries=0) as client:
+
+            def complete(prompt: str, **how: Any) -> Any:
+                return client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, **how)
+
+            with ThreadPoolExecutor(3) as pool:
+                greedy = list(pool.map(lambda p: complete(p, temperature=0, logprobs=2), asked))
+            again = complete(asked[0], temperature=0, logprobs=2)
+            seeded = complete(asked[0], temperature=1, seed=7, n=4)
+            free = complete(asked[1], temperature=1, n=4)
+        assert running.stop() == 0
+        assert len({c.text for c in free.choices}) > 1
+        told[cache] = [
+            [c.model_dump() for answer in (*greedy, again, seeded) for c in answer.choices],
+        ]
+        answers = (*greedy, again, seeded, free)
+        cached[cache] = [a.usage.prompt_tokens_details.cached_tokens for a in answers]
+    assert told["auto"] == told["off"]
+    assert cached["off"] == [0] * 6
+    assert cached["auto"][3] == cached["auto"][4] >= 128
+    assert all(count % 64 == 0 for count in cached["auto"][:5])
+    assert cached["auto"][5] > cached["auto"][4]
 
 
 def test_guessed_tokens_are_those_that_would_have_come(starter: Starter) -> None:

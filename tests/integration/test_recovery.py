@@ -135,6 +135,67 @@ def test_a_stage_killed_in_mid_answer_costs_no_token(
     assert hit.text == calm.text
 
 
+@pytest.mark.parametrize("mesh_of_five", ["int8", "litert-int4"], indirect=True)
+@pytest.mark.parametrize("after", [1, 20], ids=["as it begins", "in mid-answer"])
+def test_what_began_with_anothers_cache_goes_on_when_a_stage_is_killed(
+    mesh_of_five: tuple[AgentProcess, list[AgentProcess]], after: int
+) -> None:
+    ingress, hosts = mesh_of_five
+    request: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "The tide came in over the long grey beach, and the old men carried their boats up. " * 9,
+        "max_tokens": 60,
+        "logit_bias": {"2": -100, "0": -100},
+        "temperature": 0,
+    }
+    with openai.OpenAI(
+        base_url=f"http://{ingress.api}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        calm = client.completions.create(**request).choices[0].text
+        told, text = dict[str, Any](), ""
+        # Routes that look quicker are tried out as well: those that have nothing.
+        for _ in range(10):
+            text, pieces = "", 0
+            for chunk in client.completions.create(stream=True, **request):
+                for choice in chunk.choices:
+                    text, pieces = text + choice.text, pieces + 1
+                if pieces == after:
+                    told = report(ingress, chunk.id)
+                    if told["cached_tokens"]:
+                        victim(hosts, told, 1).process.kill()
+            assert text == calm
+            if told["cached_tokens"]:
+                break
+        told = report(ingress, chunk.id)
+    assert told["cached_tokens"] == 128
+    assert len(told["recoveries"]) == 1
+
+
+@pytest.mark.parametrize("mesh_of_five", ["int8", "litert-int4"], indirect=True)
+def test_choices_of_one_prompt_lose_no_token_when_a_stage_is_killed(
+    mesh_of_five: tuple[AgentProcess, list[AgentProcess]],
+) -> None:
+    ingress, hosts = mesh_of_five
+    with openai.OpenAI(
+        base_url=f"http://{ingress.api}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        killed = False
+        for chunk in client.completions.create(
+            model=MODEL,
+            prompt="The tide came in over the long grey beach, and the old men carried their boats up. " * 9,
+            max_tokens=60,
+            n=4,
+            logit_bias={"2": -100, "0": -100},
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            if not killed:
+                killed = True
+                victim(hosts, report(ingress, chunk.id), 1).process.kill()
+    assert chunk.usage is not None
+    assert chunk.usage.completion_tokens == 240
+
+
 def test_a_frozen_stage_is_left_when_membership_notices(
     mesh_of_five: tuple[AgentProcess, list[AgentProcess]],
 ) -> None:

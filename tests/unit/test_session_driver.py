@@ -65,6 +65,9 @@ class CountingRuntime:
     def hold_to_steps(self, inputs: Any) -> bool:
         return True
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        pass
+
     def release(self, slot: int) -> None:
         pass
 
