@@ -109,7 +109,6 @@ class RoutePlanner:
             pin=pin,
             # A session that began in one form and must be exact stays with it; one that begins has no bits yet.
             mix=pin is None or order is None or not order.exact,
-            kept=Kept(kept[0].route, kept[1]) if kept else None,
             learned=self._driver.learner.learned,
             tokens=min(order.tokens_max, _TOKENS_SOON if done else _TOKENS_EXPECTED) if order else 1,
             prompt=len(order.prompt) + done if order else 0,
@@ -123,12 +122,16 @@ class RoutePlanner:
             draw=draw,
             alternatives=_ALTERNATIVES,
         )
-        found = self._router.plan(self._view(), request)
+        shares = replace(request, kept=Kept(kept[0].route, kept[1])) if kept else request
+        hot = self._config.recovery == "hot" or any(r.recovery == "hot" for r in rules)
+        # A standby is fed the whole prompt: a session that is to have them begins with nothing of another.
+        found = self._router.plan(self._view(), request if hot else shares)
+        if hot and not done:
+            found = replace(found, standbys=standbys_for(self._view(), found.route, avoid))
+            if kept and not any(found.standbys):
+                found = self._router.plan(self._view(), shares)
         if order is not None:
             self._cold.note(found.route)
-        hot = self._config.recovery == "hot" or any(r.recovery == "hot" for r in rules)
-        if hot and not found.resumed and not done:
-            return replace(found, standbys=standbys_for(self._view(), found.route, avoid))
         return found
 
     def explain(self, model: str, percentile: str, class_name: str = "") -> dict[str, Any]:

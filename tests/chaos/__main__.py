@@ -138,16 +138,19 @@ def run(
     prompts: tuple[int, ...] = PROMPTS,
     form: str = FORM,
     loaded_every: int = LOADED_EVERY,
+    shared: bool = False,
 ) -> Outcome:
     """All trials, one after the other, on one fleet; ``clients`` others ask during every ``loaded_every``th.
-    Then, for a while, as many sessions as there are slots, and no fault. ``form``: of the shards."""
+    Then, for a while, as many sessions as there are slots, and no fault. ``form``: of the shards; ``shared``: sessions begin
+    with what others computed, which no hop log holds."""
     rng = Random(seed)
     store = the_store()
     text = prompt_ids(store, max(PROMPTS))
     done: list[Trial] = []
     with ExitStack() as stack:
+        settings = {"prefix_cache": "auto" if shared else "off"}
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        running = stack.enter_context(fleet(store, folder, stages, parse_form(form), {}))
+        running = stack.enter_context(fleet(store, folder, stages, parse_form(form), settings))
         kinds = [k for k in KINDS if running.lan is not None or k not in NEED_A_LAN]
         if running.lan is None:
             sys.stderr.write("no network namespaces: no partitions and no cut streams\n")
@@ -318,6 +321,7 @@ def main() -> int:
     parser.add_argument(
         "--saturation", type=float, default=0, help="seconds of full load without a fault, at the end"
     )
+    parser.add_argument("--shared", action="store_true", help="sessions begin with what others computed")
     parser.add_argument("--mode", choices=INGRESSES)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--victim", choices=VICTIMS)
@@ -338,6 +342,7 @@ def main() -> int:
         said.saturation,
         form=said.form,
         loaded_every=said.loaded_every,
+        shared=said.shared,
     )
     print(table(outcome.trials))
     figures = summary(outcome)
