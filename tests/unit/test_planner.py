@@ -14,9 +14,10 @@ from node_agent.prefixes import KeptSession
 from scheduler.cluster import ClusterSnapshot
 from scheduler.learning import NOTHING_LEARNED
 from scheduler.policy import Policy
+from scheduler.route import RouteRequest
 from scheduler.routing import find_route
 from tests.builders import SHAPE, cluster, node, order, shard
-from tests.unit.test_routing import RouteRequest, at_speed
+from tests.unit.test_routing import at_speed
 
 
 def planner(snapshot: ClusterSnapshot, recovery: str) -> RoutePlanner:
