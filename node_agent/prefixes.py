@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mesh.session_events import SessionOrder
 from mesh.types import Digest, LayeredRoute, SessionId
 
 KEPT_MAX = 64
@@ -63,6 +64,11 @@ class PrefixBook:
     def drop(self, session: SessionId) -> None:
         """Its stages have it no longer."""
         self._kept.pop(session, None)
+
+
+def begun_with(order: SessionOrder, kept: KeptSession, positions: int) -> SessionOrder:
+    """The order of a session that begins with so many positions of another."""
+    return replace(order, resume=(kept.session, positions), canonical=positions <= kept.canonical)
 
 
 def _shared(tokens: tuple[int, ...], prompt: Sequence[int]) -> int:

@@ -34,6 +34,7 @@ from node_agent.hop_log import HopLog
 from node_agent.hysteresis import links_worth_telling, memory_worth_telling, place_worth_telling
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime
+from node_agent.prefixes import begun_with
 from scheduler.cluster import Node, NodeSeen
 from scheduler.route import Group
 from simulations.checks import TermChecks
@@ -382,7 +383,12 @@ class SimNode:
         """As the API does: a route for a request, and its session; raises ``MeshError``."""
         self._wake()
         order = self._order(session, prompt, tokens)
-        plan = self.planner.plan(model, order, draw=self.planner.draw())
+        digest = self.spec.model.shape.ref.digest
+        kept = self.driver.begins_alike(digest, order, self.config.prefix_cache, fixed=True)
+        plan = self.planner.plan(model, order, draw=self.planner.draw(), kept=kept)
+        if kept is not None and plan.resumed:
+            order = begun_with(order, kept[0], plan.resumed)
+            self.driver.prefixes.used(*kept)
         return self.driver.start(order, plan, model, self._replan(model)), plan.group
 
     async def resume(
@@ -418,6 +424,7 @@ class SimNode:
             recovery_timeout_ns=int(config.recovery_timeout * 1e9),
             exact=config.replay == "exact" and config.speculation == "off",
             speculate=config.speculation == "on",
+            keep=config.prefix_cache != "off",
             request=b"simulated",
         )
 

@@ -123,7 +123,9 @@ class Run:
 
     def _config(self, name: str, kind: NodeKind) -> AgentConfig:
         told = self.scenario
+        exact = told.replay == "exact" and told.speculation == "off"
         return AgentConfig(
+            prefix_cache="off" if not told.load.alike else "auto" if exact else "on",
             context=CONTEXT,
             profile=told.profile,
             replay=told.replay,
@@ -196,6 +198,8 @@ class Run:
         """Asks all the time; or, as part of a ``crowd``, for a while and more often."""
         load = self.scenario.load
         rng, each = self.world.random(f"{'crowd' if crowd else 'load'} {name}"), draw(load.each)
+        others, text = self.world.random(f"alike {name}"), self.world.random("alike")
+        common = tuple(text.randrange(1, self.model.shape.vocabulary) for _ in range(load.prompt[1]))
         until_ns, hurry = LONGEST_NS, 1.0
         if crowd:
             begin_ns = time_ns(load.crowd_at)
@@ -208,6 +212,9 @@ class Run:
             prompt = tuple(
                 rng.randrange(1, self.model.shape.vocabulary) for _ in range(rng.randint(*load.prompt))
             )
+            if load.alike and others.random() < load.alike:
+                shared = others.randint(0, len(prompt))
+                prompt = common[:shared] + prompt[shared:]
             self.world.ask(name, prompt, rng.randint(*load.tokens))
 
 

@@ -190,6 +190,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     each: str = "exponential(20s)"
     prompt: Span = (10, 120)
     tokens: Span = (10, 100)
+    alike: Share = 0.0
+    """Of prompts, those that begin as all such do, some longer, some shorter; sessions then begin with what others computed."""
     crowd_at: str = ""
     """From then on, for ``crowd_for``, they ask ``crowd`` times as often."""
     crowd_for: str = "30s"

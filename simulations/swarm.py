@@ -35,6 +35,7 @@ _FAULTS = (
     Fault(what="update", every="exponential(20s)", duration="uniform(3s, 10s)", count=2, wave="3s"),
 )
 _RESETS, _RESET_SHARE = Fault(what="reset", every="exponential(2s)", duration="uniform(1ms, 200ms)"), 0.3
+_ALIKE_SHARE = 0.4
 _NOMAD_FAULTS = (
     Fault(what="nomad", every="exponential(15s)", duration="uniform(2s, 20s)"),
     Fault(what="drain", every="exponential(10s)", duration="uniform(1s, 10s)"),
@@ -94,6 +95,8 @@ def random_scenario(seed: int, time: str) -> Scenario:
         drawn = msgspec.structs.replace(drawn, speculation="on", model=model)
     if rng.random() < _RESET_SHARE:
         drawn = msgspec.structs.replace(drawn, faults=(*drawn.faults, _RESETS))
+    if rng.random() < _ALIKE_SHARE:
+        drawn = msgspec.structs.replace(drawn, load=msgspec.structs.replace(drawn.load, alike=0.7))
     return drawn
 
 

@@ -61,6 +61,8 @@ class Request:
     finished: bool = False
     changed: int = 0
     """Tokens that are not what an undisturbed run gives."""
+    cached_tokens: int = 0
+    """Of the prompt, those that came from another session."""
     error: str = ""
     group: Group | None = None
 
@@ -417,6 +419,7 @@ class World:
             return await node.resume(name, request.session, request.tokens, request.group, len(request.seen))
         request.asked += 1
         handle, request.group = node.begin(name, request.session, request.prompt, request.tokens)
+        request.cached_tokens = handle.trace.cached_tokens
         return handle
 
     def _judge(self, request: Request) -> None:

@@ -31,7 +31,7 @@ from node_agent.ingress.resumption import (
     write_record,
 )
 from node_agent.ingress.schema import Generation
-from node_agent.prefixes import KeptSession
+from node_agent.prefixes import KeptSession, begun_with
 from scheduler.routing import (
     mixed,
     models_served,
@@ -112,8 +112,7 @@ class Generator:
                     )
                     order = replace(order, request=write_record(record))
                 if kept is not None and plan.resumed:
-                    canonical = plan.resumed <= kept[0].canonical
-                    order = replace(order, resume=(kept[0].session, plan.resumed), canonical=canonical)
+                    order = begun_with(order, kept[0], plan.resumed)
                     self.driver.prefixes.used(*kept)
                     cached += plan.resumed if i % generation.choices == 0 else 0
                 replan = partial(self.planner.replan, name, rules)
@@ -210,12 +209,8 @@ class Generator:
         self, generation: Generation, model: Digest, order: SessionOrder
     ) -> tuple[KeptSession, int] | None:
         """Another session that this one may begin with, and for how many positions."""
-        told = self.config.prefix_cache
-        if told == "off":
-            return None
         fixed = generation.seeded or order.sampling.temperature == 0
-        grid = order.chunk if told == "auto" and fixed else 0
-        return self.driver.prefixes.longest(model, order.prompt, self.driver.prompts(), grid)
+        return self.driver.begins_alike(model, order, self.config.prefix_cache, fixed)
 
     def _context(self, route: LayeredRoute, model_context: int) -> int:
         """Positions that every stage of the route has room for."""

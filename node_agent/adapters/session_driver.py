@@ -202,7 +202,17 @@ class SessionDriver:
         self._feed()
         return handle
 
-    def prompts(self) -> Iterator[KeptSession]:
+    def begins_alike(
+        self, model: Digest, order: SessionOrder, sharing: str, fixed: bool
+    ) -> tuple[KeptSession, int] | None:
+        """Another session that one may begin with, and for how many positions. ``sharing``: the setting ``prefix_cache``; ``fixed``:
+        its text must not depend on what ran before."""
+        if sharing == "off":
+            return None
+        grid = order.chunk if sharing == "auto" and fixed else 0
+        return self.prefixes.longest(model, order.prompt, self._prompts(), grid)
+
+    def _prompts(self) -> Iterator[KeptSession]:
         """What the sessions that run have at their stages, or soon have."""
         for handle in self._running.values():
             if handle.session.state in (State.PREFILL, State.DECODE):
@@ -325,6 +335,9 @@ class SessionDriver:
             handle.pending.extend(effects[1:])
             self._written_later.append(handle)
             return
+        if any(isinstance(effect, SendOpen) for effect in effects):
+            # A stage of this node answers at once: what is left for the epoch that it refused would go in the name of this one.
+            handle.pending = deque(e for e in handle.pending if not isinstance(e, SendFrame))
         handle.pending.extend(effects)
         self._drain(handle)
 

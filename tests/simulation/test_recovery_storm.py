@@ -18,6 +18,27 @@ STORM = read_scenario((SCENARIOS / "storm.toml").read_text(), "storm.toml")
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
+    "changes",
+    [{}, {"replay": "fast"}, {"log_mib": 1}, {"recovery": "hot"}],
+    ids=["exact", "fast", "log full", "hot"],
+)
+def test_sessions_that_begin_with_what_others_computed_get_their_own_text(
+    changes: dict[str, Any], seed: int
+) -> None:
+    load = msgspec.structs.replace(STORM.load, alike=0.9, prompt=(40, 200))
+    outcome = simulate(msgspec.structs.replace(STORM, time="80s", load=load, **changes), seed)
+    world = outcome.world
+    assert not world.violations, world.violations[:5]
+    shared = sum(bool(r.cached_tokens) for r in world.requests)
+    assert shared > 20, (shared, len(world.requests))
+    moved = sum(bool(r.rungs) for r in world.requests if r.cached_tokens)
+    assert moved > 5, moved
+    failed = [r.error for r in world.requests if r.error]
+    assert len(failed) <= 0.05 * len(world.requests), failed
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
     ("changes", "rung"),
     [
         ({}, "warm"),

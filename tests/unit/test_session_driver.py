@@ -142,6 +142,19 @@ def test_every_position_comes_once_in_order_and_is_in_the_log(step_s: float) -> 
     run(story)
 
 
+def test_a_stage_of_this_node_that_kept_nothing_gets_the_whole_prompt_at_once() -> None:
+    """It refuses while the session is still being opened: what that had left to send is of an epoch that is over."""
+
+    async def story() -> None:
+        bench = Bench()
+        handle = bench.start(tokens=5, resume=(SessionId("c" * 32), 8))
+        assert await collect(handle) == list(range(10, 15))
+        assert handle.trace.recoveries == []
+        assert handle.trace.cached_tokens == 0
+
+    run(story)
+
+
 def test_sessions_side_by_side_do_not_mix() -> None:
     async def story() -> None:
         bench = Bench()
