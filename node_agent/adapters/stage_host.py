@@ -217,7 +217,13 @@ class StageHost:
 
     def _leave(self, before: Placed, order: Open) -> None:
         """The next stage is another one now. The owner tells the old one as well, but may have done so before our Open of that epoch
-        arrived there; who was lost behind a broken stream got nothing late, and would only be dialled in vain."""
+        arrived there; who was lost behind a broken stream got nothing late, and would only be dialled in vain. A standby that is none
+        any more is told at once: the owner tells it later, and may be lost by then."""
+        place = order.stage + 1
+        spare, stay = before.order.standby_of(place), (order.standby_of(place), next_stage(order))
+        if spare is not None and spare not in stay and not before.order.standby:
+            gone = Close(order.session, order.epoch, "the session moved", place, alone=True)
+            self.deliver(spare.address, gone)
         told = before.report
         lost = told is not None and told.stage == order.stage + 1 and told.cause is Cause.STREAM_BROKEN
         if next_stage(before.order) != next_stage(order) and not lost:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mesh.messages import Cause, Close, Frame, HopLost, Message, Opened
-from mesh.types import Address, Epoch
+from mesh.types import Address, Epoch, NodeId
 from node_agent.adapters.memory_store import MemoryFrames
 from node_agent.adapters.metrics import AgentMetrics, StageMetrics
 from node_agent.adapters.replica import Replica
@@ -215,6 +215,23 @@ def test_a_standby_sends_nothing_and_has_its_link_ready_for_when_it_will() -> No
         bench.host.downstream_lost(ROUTE.stages[2].address, "reset")
         assert bench.sent == []
         assert not bench.host.replicas[HERE.shard].book.sessions[SESSION].hushed
+
+    run(story)
+
+
+def test_a_standby_that_is_none_any_more_is_told_by_who_fed_it() -> None:
+    """The owner tells it as well, but later: it may be lost by then, and nobody else knows of that standby."""
+
+    async def story(bench: Bench) -> None:
+        spare = replace(ROUTE.stages[2], node=NodeId("spare"), address=Address("10.0.0.9:7070"))
+        other = replace(spare, node=NodeId("other"), address=Address("10.0.0.8:7070"))
+        bench.open(0, Epoch(1, OWNER), standbys=(None, None, spare))
+        bench.open(0, SECOND, standbys=(None, None, spare))
+        assert not [m for a, m in bench.sent if a == spare.address and isinstance(m, Close)]
+        third = Epoch(3, OWNER)
+        bench.open(0, third, standbys=(None, None, other))
+        (told,) = [m for a, m in bench.sent if a == spare.address and isinstance(m, Close)]
+        assert told == Close(SESSION, third, "the session moved", 2, alone=True)
 
     run(story)
 
