@@ -11,7 +11,7 @@ from mesh.types import Digest, LayeredRoute, SessionId
 
 KEPT_MAX = 64
 WORTH_POSITIONS = 32
-"""A shorter prefix is computed again as fast."""
+"""Fewer are computed again as fast: of a prefix, and of what a kept session has beyond it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,18 @@ class PrefixBook:
                     best = kept, shared
         return best
 
-    def used(self, kept: KeptSession, positions: int) -> None:
-        """A session goes on from one; where that had little more, its cache becomes the other's."""
+    def begin(self, order: SessionOrder, kept: KeptSession, positions: int) -> SessionOrder:
+        """The order of a session that begins with so many positions of another; where that has little more, its cache becomes the
+        new one's."""
         if len(kept.tokens) - positions < WORTH_POSITIONS:
             self.drop(kept.session)
         elif kept.session in self._kept:
             self._kept.move_to_end(kept.session)
+        return replace(order, resume=(kept.session, positions), canonical=positions <= kept.canonical)
 
     def drop(self, session: SessionId) -> None:
         """Its stages have it no longer."""
         self._kept.pop(session, None)
-
-
-def begun_with(order: SessionOrder, kept: KeptSession, positions: int) -> SessionOrder:
-    """The order of a session that begins with so many positions of another."""
-    return replace(order, resume=(kept.session, positions), canonical=positions <= kept.canonical)
 
 
 def _shared(tokens: tuple[int, ...], prompt: Sequence[int]) -> int:

@@ -71,9 +71,8 @@ def sample(
 
 def _draw(scores: NDArray[np.float32], how: Sampling, position: int) -> int:
     scaled = scores.astype(np.float64) - float(scores.max())
-    with np.errstate(
-        over="ignore"
-    ):  # there are temperatures by which all but the likeliest are infinitely far off
+    # There are temperatures by which all but the likeliest are infinitely far off.
+    with np.errstate(over="ignore"):
         scaled /= how.temperature
     weights = np.exp(scaled)
     total, chance = weights.sum(), uniform(how.seed, how.choice, position)

@@ -31,6 +31,7 @@ from typing import Any
 
 from mesh.messages import Cause, Frame, Open
 from mesh.types import Epoch, LayeredRoute, SessionId, ShardInfo
+from node_agent.prefixes import WORTH_POSITIONS
 
 DECODES_PER_PREFILL = 4
 DUE_PER_OTHER = 16
@@ -39,8 +40,6 @@ STANDBY_WINDOW = 512
 """Frames that a standby may be behind: nobody waits for its acknowledgements."""
 NOTHING_ONWARD = 1 << 30
 KEPT_NS = 600_000_000_000
-_WORTH_KEEPING = 32
-"""Positions of a kept session beyond what another one shares with it: fewer are computed again as fast as copied."""
 _GAP_MAX = 1
 BATCH_MAX = 64
 GATHER_MAX_NS = 50_000_000
@@ -264,7 +263,7 @@ class StageBook:
         nobody has to go for it."""
         running = self.sessions.get(order.resume) if order.resume is not None else None
         kept = self.kept.get(order.resume) if order.resume is not None else None
-        if kept is None or kept.position - order.position < _WORTH_KEEPING:
+        if kept is None or kept.position - order.position < WORTH_POSITIONS:
             return running
         free = None in self._slots and self.reserved_bytes + reserved <= self.kv_budget_bytes
         return kept if free else None

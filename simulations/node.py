@@ -34,7 +34,6 @@ from node_agent.hop_log import HopLog
 from node_agent.hysteresis import links_worth_telling, memory_worth_telling, place_worth_telling
 from node_agent.lease import ShardKey
 from node_agent.ports import Runtime
-from node_agent.prefixes import begun_with
 from scheduler.cluster import Node, NodeSeen
 from scheduler.route import Group
 from simulations.checks import TermChecks
@@ -387,8 +386,7 @@ class SimNode:
         kept = self.driver.begins_alike(digest, order, self.config.prefix_cache, fixed=True)
         plan = self.planner.plan(model, order, draw=self.planner.draw(), kept=kept)
         if kept is not None and plan.resumed:
-            order = begun_with(order, kept[0], plan.resumed)
-            self.driver.prefixes.used(*kept)
+            order = self.driver.prefixes.begin(order, kept[0], plan.resumed)
         return self.driver.start(order, plan, model, self._replan(model)), plan.group
 
     async def resume(

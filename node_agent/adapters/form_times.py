@@ -9,6 +9,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,15 @@ log = logging.getLogger(__name__)
 FILE = "forms.json"
 PACKAGES = {"onnx": "onnxruntime", "litert": "ai-edge-litert"}
 """What is measured, and the package that it needs."""
+_COMPUTE = (
+    *PACKAGES.values(),
+    "tflite-runtime",
+    "onnxruntime-openvino",
+    "onnxruntime-gpu",
+    "openvino",
+    "numpy",
+)
+"""Packages that rounding may depend on, where they are installed."""
 _LONGEST_S = 300
 
 
@@ -103,11 +113,16 @@ def probed_speeds(store: ModelStore) -> list[LayerSpeed]:
 
 
 def _installed() -> dict[str, str]:
-    installed = {}
-    for runtime, package in PACKAGES.items():
+    found = _versions(PACKAGES.values())
+    return {runtime: found[package] for runtime, package in PACKAGES.items() if package in found}
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            installed[runtime] = version(package)
-    return installed
+            found[package] = version(package)
+    return found
 
 
 def _key(store: ModelStore, model: str, installed: dict[str, str]) -> str:
@@ -121,8 +136,8 @@ def _processor() -> str:
 
 @cache
 def this_machine() -> str:
-    """What rounding depends on: the runtimes that are installed, and the processor."""
-    return f"{_installed()} {_processor()}"
+    """What rounding depends on: the packages that compute, and the processor."""
+    return f"{_versions(_COMPUTE)} {_processor()}"
 
 
 def _read(path: Path) -> _Kept:

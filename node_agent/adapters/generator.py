@@ -31,7 +31,7 @@ from node_agent.ingress.resumption import (
     write_record,
 )
 from node_agent.ingress.schema import Generation
-from node_agent.prefixes import KeptSession, begun_with
+from node_agent.prefixes import KeptSession
 from scheduler.routing import (
     mixed,
     models_served,
@@ -112,8 +112,7 @@ class Generator:
                     )
                     order = replace(order, request=write_record(record))
                 if kept is not None and plan.resumed:
-                    order = begun_with(order, kept[0], plan.resumed)
-                    self.driver.prefixes.used(*kept)
+                    order = self.driver.prefixes.begin(order, kept[0], plan.resumed)
                     cached += plan.resumed if i % generation.choices == 0 else 0
                 replan = partial(self.planner.replan, name, rules)
                 handles.append(self.driver.start(order, plan, str(shape.ref), replan))

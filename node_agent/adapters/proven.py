@@ -1,8 +1,8 @@
 """What a shard has proved on this machine, so that its next load need not prove it again.
 
 A file's SHA-256 is half of what a load takes. One that was read whole and right is known again by size, inode and times, as git
-knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. And what was held to its test
-vector in all ways that a session computes is known again by the bits of a few steps.
+knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. And what was held to its whole test
+vector is known again by the bits of a few steps.
 """
 
 from __future__ import annotations

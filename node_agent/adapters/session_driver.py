@@ -45,7 +45,7 @@ from node_agent.ports import TokenLog
 from node_agent.prefixes import KeptSession, PrefixBook
 from node_agent.trace import SessionTrace
 from scheduler.cluster import ClusterSnapshot, Node
-from scheduler.route import RoutePlan
+from scheduler.route import Group, RoutePlan
 from scheduler.routing import mixed, troubled
 
 log = logging.getLogger(__name__)
@@ -215,8 +215,8 @@ class SessionDriver:
     def _prompts(self) -> Iterator[KeptSession]:
         """What the sessions that run have at their stages, or soon have."""
         for handle in self._running.values():
-            if handle.session.state in (State.PREFILL, State.DECODE):
-                yield from _at_stages(handle, handle.session.order.prompt)
+            if handle.session.state in (State.PREFILL, State.DECODE) and handle.plan.group is not None:
+                yield _at_stages(handle, handle.plan.group, handle.session.order.prompt)
 
     def let_go(self, session: SessionId) -> None:
         """End a session that runs here, as its reader asks for it again elsewhere or here."""
@@ -511,10 +511,9 @@ class SessionDriver:
         if self._running.pop(order.session, None) is None:
             return
         session = handle.session
-        if session.kept:
+        if session.kept and handle.plan.group is not None:
             tokens = (*order.prompt, *session.generated)[: session.firm]
-            for kept in _at_stages(handle, tokens):
-                self.prefixes.add(kept)
+            self.prefixes.add(_at_stages(handle, handle.plan.group, tokens))
         left = self._clock.monotonic()
         self._left.extend((left, key) for key in _replicas(session))
         if session.speculation is not None:
@@ -567,16 +566,13 @@ def _replicas(session: Session) -> list[tuple[NodeId, Digest]]:
     return [(stage.node, stage.shard) for stage in (*session.route.stages, *session.standbys) if stage]
 
 
-def _at_stages(handle: SessionHandle, tokens: tuple[int, ...]) -> Iterator[KeptSession]:
+def _at_stages(handle: SessionHandle, group: Group, tokens: tuple[int, ...]) -> KeptSession:
     """A session's KV cache of these ``tokens``. Of one that is exact, whole chunks of the prompt have the bits that they would have
     in any other: what follows was computed in steps, and the last chunk ends where the prompt does."""
     order = handle.session.order
-    if handle.plan.group is not None:
-        clean = order.exact and order.canonical
-        canonical = len(order.prompt) // order.chunk * order.chunk if clean else 0
-        yield KeptSession(
-            order.session, handle.plan.group[0], tokens, handle.session.route, min(canonical, len(tokens))
-        )
+    clean = order.exact and order.canonical
+    canonical = len(order.prompt) // order.chunk * order.chunk if clean else 0
+    return KeptSession(order.session, group[0], tokens, handle.session.route, min(canonical, len(tokens)))
 
 
 def _why(event: Event) -> str:

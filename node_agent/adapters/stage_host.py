@@ -317,7 +317,7 @@ class StageHost:
             self.deliver(order.owner_address, lost)
 
     def failed(self, session: StageSession, cause: Cause, detail: str) -> None:
-        """A replica could not compute a session's row."""
+        """A replica could not compute a session's row, or has not what it was to begin with (``NO_CACHE``): it may begin anew."""
         order = session.order
         placed = self._placed.get((order.session, order.stage))
         if placed is not None:

@@ -31,7 +31,9 @@ def deviation(inputs: Array, computed: Array, expected: Array) -> float:
     if not np.isfinite(whole):
         return whole
     added = expected if inputs.ndim == 1 else expected - inputs
-    errors = np.linalg.norm(computed - expected, axis=1) / np.linalg.norm(added, axis=1)
+    # Where a shard adds nothing (a block that was put in and not trained), nothing is what is wanted.
+    sizes = np.maximum(np.linalg.norm(added, axis=1), np.finfo(np.float32).tiny)
+    errors = np.linalg.norm(computed - expected, axis=1) / sizes
     return float(np.max([whole, np.sqrt(np.mean(errors**2)), errors[-1]]))
 
 

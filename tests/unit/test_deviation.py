@@ -49,6 +49,12 @@ def test_one_value_that_is_none_is_seen() -> None:
     assert not logits_deviation(computed, outputs) <= TOLERANCE
 
 
+def test_a_shard_that_is_to_add_nothing_must_add_nothing() -> None:
+    inputs, _ = passing_through()
+    assert deviation(inputs, inputs, inputs) == 0.0
+    assert deviation(inputs, inputs + 1e-3, inputs) > TOLERANCE
+
+
 def test_another_shape_is_as_wrong_as_can_be() -> None:
     inputs, outputs = passing_through()
     assert deviation(inputs, outputs[:-1], outputs) == float("inf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mesh.types import Digest, SessionId
 from node_agent.prefixes import KEPT_MAX, WORTH_POSITIONS, KeptSession, PrefixBook
-from tests.builders import route
+from tests.builders import order, route
 
 MODEL = Digest("0" * 64)
 SYSTEM = tuple(range(100))
@@ -46,9 +46,11 @@ def test_a_session_that_has_much_more_than_was_shared_stays() -> None:
     book = PrefixBook()
     turn = kept("a", *range(200, 300))
     book.add(turn)
-    book.used(turn, 100)
+    begun = book.begin(order(), turn, 100)
+    assert begun.resume == (turn.session, 100)
+    assert not begun.canonical
     assert book.longest(MODEL, (*turn.tokens, 1)) == (turn, 200)
-    book.used(turn, 200 - WORTH_POSITIONS + 1)
+    book.begin(order(), turn, 200 - WORTH_POSITIONS + 1)
     assert book.longest(MODEL, (*turn.tokens, 1)) is None
 
 
@@ -58,7 +60,7 @@ def test_what_was_used_last_is_forgotten_last() -> None:
     book.add(first)
     for i in range(1, KEPT_MAX):
         book.add(kept(str(i), i))
-    book.used(first, 100)
+    book.begin(order(), first, 100)
     book.add(kept("more", 7))
     assert book.longest(MODEL, (*first.tokens, 1)) == (first, 200)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import ShardError
+from node_agent.adapters import form_times
 from node_agent.adapters import proven as module
 from node_agent.adapters.model_store import sha256_of, verify_files
 from node_agent.adapters.proven import Proven
@@ -125,3 +126,17 @@ def test_a_shard_was_held_where_machine_packages_threads_provider_and_bits_are_t
     assert not Proven(kept, 1).held("XNNPACK", "a0")
     monkeypatch.setattr(module, "this_machine", lambda: "another")
     assert not Proven(kept, 2).held("XNNPACK", "a0")
+
+
+def test_what_computes_is_told_apart_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other builds of ONNX Runtime are packages of another name."""
+    before = form_times.this_machine()
+    version = form_times.version
+    monkeypatch.setattr(
+        form_times, "version", lambda name: "9.9" if name == "onnxruntime-openvino" else version(name)
+    )
+    form_times.this_machine.cache_clear()
+    try:
+        assert form_times.this_machine() != before
+    finally:
+        form_times.this_machine.cache_clear()
