@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_a_shard_was_held_where_machine_packages_threads_provider_and_bits_are_t
 def test_what_computes_is_told_apart_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other builds of ONNX Runtime are packages of another name."""
     before = form_times.this_machine()
-    version = form_times.version
+    version = importlib.metadata.version
     monkeypatch.setattr(
         form_times, "version", lambda name: "9.9" if name == "onnxruntime-openvino" else version(name)
     )
