@@ -22,6 +22,7 @@ from mesh.forms import AUTO, DEFAULT_RUNTIME, choices, fastest
 from mesh.types import Digest
 from node_agent.adapters.fingerprint.cpu import probe_cpu
 from node_agent.adapters.model_store import ModelStore, Progress, new_file, no_progress
+from node_agent.shards.static_network import REVISION
 from scheduler.layer_speed import LayerSpeed, probed_layer
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _key(store: ModelStore, model: str, installed: dict[str, str]) -> str:
-    return f"{store.card(model).digest} {installed} {_processor()}"
+    return f"{store.card(model).digest} {installed} {_processor()} graphs {REVISION}"
 
 
 def _processor() -> str:

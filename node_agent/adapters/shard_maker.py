@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,8 @@ from node_agent.shards.packing import (
     pack_layer,
     units_of,
 )
-from node_agent.shards.quantize import QuantizedMatrix, repack_q8_0
-from node_agent.shards.reference import attend, gated, peak_limit, rms_norm, rounding_loss
+from node_agent.shards.quantize import BLOCK, QuantizedMatrix, repack_q8_0
+from node_agent.shards.reference import attend, even_blocks, gated, peak_limit, rms_norm, rounding_loss
 from node_agent.shards.tokenizer import build_tokenizer_json
 from scheduler.demand import ModelDemand
 
@@ -84,7 +84,7 @@ _INDEX_FILE = "index.json"
 _ROUGH = 0.01
 """A layer that loses more when the input of its last matrix is rounded to 8 bits has it parted: three of thirty, and half of what
 perplexity lost."""
-_REFERENCE = 3
+_REFERENCE = 4
 """Of what a reference holds: one of another number is made anew."""
 
 
@@ -267,8 +267,10 @@ def check_tokens(store: ModelStore, name: str) -> NDArray[np.int64]:
 
 def reference(store: ModelStore, name: str, progress: Progress = no_progress) -> Path:
     """``tokens``, hidden ``states`` at every layer boundary and ``logits`` of a short text, by plain numpy: its first
-    ``CHECK_POSITIONS``, of which the last few have logits, are what every shard is held to; and ``limits``: by layer, where the input of its last matrix is to be parted because rounding it to 8 bits at once
-    would lose too much, infinite where it is not. Made once for a model's file."""
+    ``CHECK_POSITIONS``, of which the last few have logits, are what every shard is held to. And what rounding activations to 8 bits
+    wants to know: ``limits``, by layer, where the input of its last matrix is to be parted because too much would be lost at once,
+    infinite where it is not; ``evened``, ``[layers, 2, blocks]``, what the inputs of attention and of the feed-forward half are divided
+    by. Made once for a model's file."""
     card = store.card(name)
     spec = card.architecture
     path = store.folder(name) / f"reference-{_REFERENCE}-{card.digest[:12]}.npz"
@@ -285,10 +287,12 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
     cos, sin = rope_tables(spec, len(tokens), factors)
     embedding = values("token_embd.weight")
     states, limits = [embedding[tokens]], list[float]()
+    evened: list[list[NDArray[np.float32]]] = []
     for layer in range(spec.layers):
         progress(what, layer, total)
         weights = {r: values(t) for r, t in layer_tensors(spec, layer).items()}
         middle = attend(spec, weights, states[-1], cos, sin)
+        evened.append(_evened(spec, weights, states[-1], middle))
         inner = gated(spec, weights, middle)
         states.append(middle + inner @ weights["down"].T)
         loss = rounding_loss(inner, weights["down"], states[-1])
@@ -298,9 +302,34 @@ def reference(store: ModelStore, name: str, progress: Progress = no_progress) ->
     last = states[-1][:CHECK_POSITIONS][-_LOGITS:]
     logits = rms_norm(last, values("output_norm.weight"), spec.norm_epsilon) @ output.T
     with new_file(path) as file:
-        np.savez(file, tokens=tokens, states=np.stack(states), logits=logits, limits=np.array(limits))
+        np.savez(
+            file,
+            tokens=tokens,
+            states=np.stack(states),
+            logits=logits,
+            limits=np.array(limits),
+            evened=np.array(evened),
+        )
     progress(what, total, total)
     return path
+
+
+def _evened(
+    spec: Architecture,
+    weights: Mapping[str, NDArray[np.float32]],
+    x: NDArray[np.float32],
+    middle: NDArray[np.float32],
+) -> list[NDArray[np.float32]]:
+    """What the inputs of a layer's matrices that follow a norm are divided by."""
+    if spec.width % BLOCK:
+        return [np.empty(0, dtype=np.float32)] * 2  # no form has blocks of such a width
+    parts = (("attn_norm", x, ("q", "k", "v")), ("ffn_norm", middle, ("gate", "up")))
+    return [
+        even_blocks(
+            rms_norm(given, weights[norm], spec.norm_epsilon), np.concatenate([weights[m] for m in matrices])
+        )
+        for norm, given, matrices in parts
+    ]
 
 
 def make_shard(
@@ -327,7 +356,8 @@ def make_shard(
     buckets: tuple[int, ...] = ()
     steps = revision = 1
     if runtime in STATIC:
-        from node_agent.adapters.static_maker import CONTEXT, REVISION, STEPS, buckets_for
+        from node_agent.adapters.static_maker import CONTEXT, STEPS, buckets_for
+        from node_agent.shards.static_network import REVISION
 
         steps, revision = STEPS.get(runtime, 1), REVISION
         buckets = buckets_for(min(spec.context_max, max(context, CONTEXT)))
@@ -420,7 +450,7 @@ def _static_files(
     what = f"shard {layers[0]}-{layers[1]}"
     progress(what, 0, 1)
     data, gguf = open_gguf(store.folder(card.name) / "model.gguf")
-    maker = StaticMaker(data, gguf, card.architecture, form, found["limits"], found["states"][-1])
+    maker = StaticMaker(data, gguf, card.architecture, form, found)
     names = maker.write(folder, *layers, buckets)
     files = {name: stored_file(folder / name) for name in names}
     progress(what, 1, 1)

@@ -7,6 +7,7 @@ standard ONNX operators (``shards.onnx_static``). See ``shards.static_network`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,14 @@ from node_agent.shards.quantize import (
     ChannelInt8,
     QuantizedMatrix,
     SplitInt8,
+    folded_blocks,
     quantize_channels,
     quantize_int4,
     quantize_int8,
     repack_q4_1,
     repack_q8_0,
     split_columns,
+    times_blocks,
 )
 from node_agent.shards.reference import rms_norm
 from node_agent.shards.static_tables import table_files
@@ -43,8 +46,6 @@ CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
 _BUCKETS = (256, 512, 768, 1024, 2048)
 _CHUNKS, _BATCHES, _HEADS = (1, 16, 64), (4, 8), (1, 8)
-REVISION = 3
-"""Of the graphs that are made here: counts up where they compute something else than before, or there are more."""
 STEPS = {"litert": STEPS_MAX}
 """By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""
 _ONNX_CHUNKS = (1, 64)
@@ -92,7 +93,8 @@ def static_demand(card: ModelCard, runtime: str, quantization: str, context: int
 def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
     match quantization:
         case "int4":
-            return rows * (columns // 2 + columns // BLOCK * 3 + 4)
+            blocks = columns // BLOCK
+            return rows * (blocks + folded_blocks(blocks)) * (BLOCK // 2 + 2)
         case "int8":
             return rows * (columns + 4)
         case _:
@@ -100,8 +102,7 @@ def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
 
 
 class StaticMaker:
-    """Of one GGUF file. ``limits`` and ``states``: of its reference, where the input of each layer's last matrix is
-    parted, and hidden states before the head."""
+    """Of one GGUF file. ``reference``: of the model, as ``shard_maker.reference`` has it."""
 
     def __init__(
         self,
@@ -109,12 +110,11 @@ class StaticMaker:
         gguf: GgufFile,
         spec: Architecture,
         form: tuple[str, str],
-        limits: NDArray[np.float64],
-        states: NDArray[np.float32],
+        reference: Mapping[str, NDArray[Any]],
     ) -> None:
         self._data, self._gguf, self._spec = data, gguf, spec
         self._runtime, self._quantization = form
-        self._limits, self._states = limits, states
+        self._reference = reference
 
     def write(self, folder: Path, start: int, end: int, buckets: tuple[int, ...]) -> list[str]:
         """Graph and tables of the layers ``[start, end)``; names of the files."""
@@ -188,8 +188,13 @@ class StaticMaker:
             "o": self._matrix(names["o"]),
             "down": self._matrix(names["down"]),
         }
-        if self._quantization != "fp32" and np.isfinite(self._limits[layer]):
-            made["down.limit"] = float(self._limits[layer])
+        if self._quantization != "fp32" and np.isfinite(limit := float(self._reference["limits"][layer])):
+            made["down.limit"] = limit
+        if self._quantization == "int4":
+            halves = (("attn_norm", "qkv"), ("ffn_norm", "gate_up"))
+            for (norm, matrix), factors in zip(halves, self._reference["evened"][layer], strict=True):
+                made[norm] = made[norm] / np.repeat(factors, BLOCK)
+                made[matrix] = times_blocks(made[matrix], factors)
         if spec.qkv_bias:
             parts = (
                 self._values(names["q_bias"])[order_q],
@@ -204,7 +209,9 @@ class StaticMaker:
         values = self._values("token_embd.weight" if self._spec.head_tied else "output.weight")
         if self._quantization == "fp32":
             return values
-        normed = rms_norm(self._states, self._values("output_norm.weight"), self._spec.norm_epsilon)
+        normed = rms_norm(
+            self._reference["states"][-1], self._values("output_norm.weight"), self._spec.norm_epsilon
+        )
         return split_columns(values, np.abs(normed).max(axis=0), _OUTLIERS)
 
     def _embedding(self) -> NDArray[np.float32] | QuantizedMatrix:

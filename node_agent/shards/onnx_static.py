@@ -118,6 +118,10 @@ class _Graph:
     def softmax(self, x: int, out: str) -> int:
         return self._op("Softmax", [x], out, self.shapes[x], axis=-1)
 
+    def summed(self, x: int, out: str) -> int:
+        shape = [*self.shapes[x][:-1], 1]
+        return self._op("ReduceSum", [x, self._numbers(-1)], out, shape, keepdims=1)
+
     def reshape(self, x: int, shape: Sequence[int], out: str) -> int:
         return self._op("Reshape", [x, self._numbers(*shape)], out, shape)
 

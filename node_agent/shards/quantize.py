@@ -125,7 +125,58 @@ def repack_q4_1(raw: NDArray[np.uint8], rows: int, columns: int) -> BlockedInt4:
     return _blocked(values, np.ascontiguousarray(head[..., 0]), head[..., 1].astype(np.float32))
 
 
+SUMS_PART = 0.3
+"""Of a block's sum, what folded offsets are multiplied by: all of a row is rounded over one range, which the sums should use and not
+widen. Of parts from 0.2 to 0.5 the one at which least is lost."""
+_SIXTEENS, _HIGH, _LOW = 16, 119, 136
+"""Of a whole number in two digits of -8 to 7: what the first counts, and how far it goes up and down."""
+_UNIT_LEAST = np.float32(2.0**-14)
+"""The least that float16 has with all its digits."""
+
+
+def fold_offsets(matrix: BlockedInt4) -> BlockedInt4:
+    """The same product from one matrix without offsets, for an input ``[x, sums, sums]``: ``sums`` are ``x``'s by block times
+    ``SUMS_PART``, and zeros up to a whole block. An offset becomes a whole number of its row's units in two digits: columns of
+    sixteens, and of ones."""
+    rows, blocks = matrix.offsets.shape
+    wide = folded_blocks(blocks) // 2 * BLOCK
+    most = np.maximum(matrix.offsets.max(axis=1) / _HIGH, -matrix.offsets.min(axis=1) / _LOW)
+    unit = _bfloat16_above(np.maximum(most / SUMS_PART, _UNIT_LEAST))
+    numbers = np.zeros((rows, wide), dtype=np.int64)
+    numbers[:, :blocks] = np.rint(matrix.offsets / (SUMS_PART * unit[:, None]))
+    sixteens = (numbers + _SIXTEENS // 2) // _SIXTEENS
+    digits = np.concatenate([sixteens, numbers - _SIXTEENS * sixteens], axis=1)
+    units = np.repeat([[_SIXTEENS, 1]], wide // BLOCK, axis=1) * unit[:, None]
+    return BlockedInt4(
+        np.concatenate([matrix.packed, _packed(digits)], axis=1),
+        np.concatenate([matrix.scales, units.astype(np.float16)], axis=1),
+        np.zeros((rows, blocks + folded_blocks(blocks)), dtype=np.float32),
+    )
+
+
+def folded_blocks(blocks: int) -> int:
+    """How many blocks of columns the offsets of ``blocks`` become."""
+    return 2 * -(-blocks // BLOCK)
+
+
+def times_blocks(matrix: BlockedInt4, factors: NDArray[np.float32]) -> BlockedInt4:
+    """Each block of columns times its own factor; nothing is rounded where factors are powers of two."""
+    scales = (matrix.scales * factors.astype(np.float16)).astype(np.float16)
+    return BlockedInt4(matrix.packed, scales, matrix.offsets * factors)
+
+
+def _bfloat16_above(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The least of its numbers that are no smaller: XNNPACK rounds scales to them, and what are digits must not be rounded apart."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _packed(digits: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """From -8 to 7, in four bits each; the first of two in the low ones."""
+    signed = digits & 15
+    return (signed[:, 0::2] | (signed[:, 1::2] << 4)).astype(np.uint8)
+
+
 def _blocked(values: NDArray[np.uint8], scales: NDArray[np.float16], low: NDArray[np.float32]) -> BlockedInt4:
-    signed = (values ^ 8) & 15  # q - 8 in four bits
-    packed = (signed[:, 0::2] | (signed[:, 1::2] << 4)).astype(np.uint8)
+    packed = _packed(values.astype(np.int64) - 8)
     return BlockedInt4(packed, scales, (low + 8 * scales.astype(np.float32)).astype(np.float32))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from node_agent.shards.quantize import BLOCK, SUMS_PART
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -76,6 +78,29 @@ def peak_limit(x: Array, down: Array, out: Array) -> float:
     """The limit, of the usual peak over powers of two, that loses least. Shapes as of ``rounding_loss``."""
     peak = float(np.median(np.abs(x).max(axis=1)))
     return min((peak * 0.5**k for k in range(1, 9)), key=lambda limit: rounding_loss(x, down, out, limit))
+
+
+_EVENED = (-2, 4)
+"""Powers of two that blocks are divided by: a block may have been quiet by chance, and scales are float16."""
+
+
+def even_blocks(x: Array, matrix: Array) -> Array:
+    """By block of columns, what ``x`` is to be divided by, and ``matrix`` multiplied by, so that rounding each row of ``x``, with
+    its sums by block, over one range loses less: powers of two near the root of a block's usual peak, the middle one's being 1
+    (Xiao et al. 2022, whose weights are rounded anew; here they stay). Of what "near" may mean the one that loses least."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    blocks = np.concatenate([blocks, SUMS_PART * blocks.sum(axis=2, keepdims=True)], axis=2)
+    high, low = blocks.max(axis=2), blocks.min(axis=2)
+    energy = np.square(matrix).reshape(len(matrix), -1, BLOCK).sum(axis=(0, 2))
+    roots = np.log2(np.maximum(np.median(np.maximum(high, -low), axis=0), np.float32(1e-9))) / 2
+    roots -= np.median(roots)
+
+    def loss(factors: Array) -> float:
+        ranges = (high / factors).max(axis=1) - (low / factors).min(axis=1)
+        return float(np.median(np.square(ranges)) * (np.square(factors) * energy).sum())
+
+    nearest = (np.clip(np.rint(roots + shift), *_EVENED) for shift in np.arange(-4, 4) / 8)
+    return min((np.exp2(powers).astype(np.float32) for powers in nearest), key=loss)
 
 
 def attend(spec: Architecture, weights: Mapping[str, Array], x: Array, cos: Array, sin: Array) -> Array:

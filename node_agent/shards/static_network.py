@@ -21,7 +21,7 @@ and of a last shard ``output_norm`` and ``output``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from node_agent.shards.architecture import Architecture
+
+
+REVISION = 4
+"""Of static graphs and their weights: counts up where they compute something else than before, or there are more of them."""
 
 
 class Graph(Protocol):
@@ -58,6 +62,10 @@ class Graph(Protocol):
 
     def softmax(self, x: int, out: str) -> int:
         """Over the last axis."""
+        ...
+
+    def summed(self, x: int, out: str) -> int:
+        """Over the last axis, which stays."""
         ...
 
     def reshape(self, x: int, shape: Sequence[int], out: str) -> int: ...
@@ -126,35 +134,16 @@ def build_run(
     turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
     seen = bucket + (1 if steps else chunk)
     masks = [graph.given(f"mask{who}", [1, 1, mask_rows, seen]) for who in whose]
-    order = _order(graph, spec, chunk, bucket) if steps else None
+    places = None
+    if steps:
+        given = graph.given("places", [1, spec.kv_heads, chunk, bucket])
+        places = given, graph.transpose(given, [0, 1, 3, 2], "places_turned")
     shape = [1, spec.kv_heads, bucket, spec.head_dim]
     caches = [
         [[graph.given(f"{side}.{layer}{who}", shape) for side in "kv"] for who in whose]
         for layer in range(*layers)
     ]
-    _layers(graph, spec, layers, weights, x, turns, masks, caches, order)
-
-
-class _Order(NamedTuple):
-    """Tensors that let a chunk be summed up in the order of single steps."""
-
-    places: int
-    turned: int
-    own: int
-    """``[1, 1, rows, chunk]``: which of the chunk's positions is the row's."""
-    ones: int
-
-
-def _order(graph: Graph, spec: Architecture, chunk: int, bucket: int) -> _Order:
-    group, kv = spec.heads // spec.kv_heads, spec.kv_heads
-    places = graph.given("places", [1, kv, chunk, bucket])
-    own = np.tile(np.eye(chunk, dtype=np.float32), (group, 1))[None, None]
-    return _Order(
-        places,
-        graph.transpose(places, [0, 1, 3, 2], "places_turned"),
-        graph.constant(f"own {chunk}", own),
-        graph.constant(f"ones {chunk}", np.ones((1, kv, chunk, 1), np.float32)),
-    )
+    _layers(graph, spec, layers, weights, x, turns, masks, caches, places)
 
 
 def _layers(
@@ -166,16 +155,17 @@ def _layers(
     turns: list[int],
     masks: list[int],
     caches: list[list[list[int]]],
-    order: _Order | None,
+    places: tuple[int, int] | None,
 ) -> None:
-    """``caches``: by layer and session, keys and values. ``order``: a chunk is to have the bits of single steps."""
+    """``caches``: by layer and session, keys and values. ``places``, as they are and turned: a chunk is to have the bits of single
+    steps."""
     new: list[int] = []
     for layer, pasts in zip(range(*layers), caches, strict=True):
         out = "hidden_out" if layer == layers[1] - 1 else f"x{layer}"
         p = f"{layer}."
         h = graph.norm(x, weights[f"{p}attn_norm"], f"{p}attn_norm", spec.norm_epsilon, f"{p}h")
         qkv = graph.linear(h, f"{p}qkv", weights[f"{p}qkv"], f"{p}qkv_out", weights.get(f"{p}qkv.bias"))
-        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts, order)
+        attended, rows = _attention(graph, spec, layer, qkv, turns, masks, pasts, places)
         new += rows
         middle = graph.add(x, graph.linear(attended, f"{p}o", weights[f"{p}o"], f"{p}o_out"), f"{p}middle")
         x = _feed_forward(graph, spec, p, weights, middle, out)
@@ -211,14 +201,14 @@ def _attention(
     turns: list[int],
     masks: list[int],
     pasts: list[list[int]],
-    order: _Order | None,
+    places: tuple[int, int] | None,
 ) -> tuple[int, list[int]]:
     """Of a chunk of one session, or of a step of several; and the new rows of the cache."""
     p, rows = f"{layer}.", graph.shapes[qkv][0]
     dim, kv = spec.head_dim, spec.kv_heads
     q, k, v = _turned(graph, spec, p, qkv, turns)
     if len(pasts) == 1:
-        return _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], order)
+        return _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], places)
     parts = []
     for row, past in enumerate(pasts):
         own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
@@ -250,7 +240,7 @@ def _attend(
     qkv: tuple[int, ...],
     mask: int,
     past: list[int],
-    order: _Order | None,
+    places: tuple[int, int] | None,
 ) -> tuple[int, list[int]]:
     """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
     q, k, v = qkv
@@ -262,10 +252,10 @@ def _attend(
     q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
     # Of one session these are what the graph gives; a step of several gives them in one piece for each side.
     new = [graph.reshape(x, [1, kv, chunk, dim], f"new_{side}.{p[:-1]}") for side, x in (("k", k), ("v", v))]
-    if order is None:
+    if places is None:
         attended = _over_both(graph, p, q, new, mask, past)
     else:
-        attended = _over_each(graph, p, q, new, mask, past, order)
+        attended = _over_each(graph, p, q, new, mask, past, places)
     if chunk > 1:
         attended = graph.reshape(attended, [kv, group, chunk, dim], f"{p}attended4")
         attended = graph.transpose(attended, [2, 0, 1, 3], f"{p}attended_turned")
@@ -275,39 +265,46 @@ def _attend(
 def _over_both(graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int]) -> int:
     """Attention of a chunk over what is before it, and within it."""
     bucket, chunk = graph.shapes[past[0]][2], graph.shapes[new[0]][2]
-    scores = graph.joined(
-        [
-            graph.products(q, past[0], f"{p}before", turned=True),
-            graph.products(q, new[0], f"{p}within", turned=True),
-        ],
-        3,
-        f"{p}scores",
-    )
+    # Over one position products are multiplications, for which no engine packs anything or wakes its threads.
+    if chunk == 1:
+        within = _own_scores(graph, p, q, new[0])
+    else:
+        within = graph.products(q, new[0], f"{p}within", turned=True)
+    scores = graph.joined([graph.products(q, past[0], f"{p}before", turned=True), within], 3, f"{p}scores")
     shares = graph.softmax(graph.add(scores, mask, f"{p}masked"), f"{p}shares")
-    return graph.add(
-        graph.products(graph.part(shares, 3, 0, bucket, f"{p}of_before"), past[1], f"{p}from_before"),
-        graph.products(graph.part(shares, 3, bucket, chunk, f"{p}of_within"), new[1], f"{p}from_within"),
-        f"{p}attended",
-    )
+    of_within = graph.part(shares, 3, bucket, chunk, f"{p}of_within")
+    from_within = (graph.mul if chunk == 1 else graph.products)(of_within, new[1], f"{p}from_within")
+    of_before = graph.part(shares, 3, 0, bucket, f"{p}of_before")
+    return graph.add(graph.products(of_before, past[1], f"{p}from_before"), from_within, f"{p}attended")
+
+
+def _own_scores(graph: Graph, p: str, q: int, k: int) -> int:
+    """Each row's for its own position: ``[1, kv_heads, rows, 1]``."""
+    _, kv, rows, dim = graph.shapes[q]
+    chunk = graph.shapes[k][2]
+    if chunk == 1:  # as they are: of reshaped ones tflite-runtime 2.14 computes something else
+        return graph.summed(graph.mul(q, k, f"{p}own_products"), f"{p}own")
+    q = graph.reshape(q, [kv, rows // chunk, chunk, dim], f"{p}q_own")
+    k = graph.reshape(k, [kv, 1, chunk, dim], f"{p}k_own")
+    summed = graph.summed(graph.mul(q, k, f"{p}own_products"), f"{p}own_summed")
+    return graph.reshape(summed, [1, kv, rows, 1], f"{p}own")
 
 
 def _over_each(
-    graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int], order: _Order
+    graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int], places: tuple[int, int]
 ) -> int:
-    """Attention of each row as of a step of its own: over the cache with what the chunk adds to it, in the places where steps
+    """Attention of each row as of a step of its own: over the cache with what the chunk adds to it, in the ``places`` where steps
     find it, and over itself last. Products with ones and zeros, and sums with zeros, move numbers and round nothing."""
     _, kv, chunk, dim = graph.shapes[new[0]]
     bucket, rows = graph.shapes[past[0]][2], graph.shapes[q][2]
-    within = graph.products(q, new[0], f"{p}within", turned=True)
     before = graph.add(
         graph.products(q, past[0], f"{p}before", turned=True),
-        graph.products(within, order.places, f"{p}placed"),
+        graph.products(graph.products(q, new[0], f"{p}within", turned=True), places[0], f"{p}placed"),
         f"{p}all_before",
     )
-    own = graph.products(graph.mul(within, order.own, f"{p}own_only"), order.ones, f"{p}own")
-    scores = graph.joined([before, own], 3, f"{p}scores")
+    scores = graph.joined([before, _own_scores(graph, p, q, new[0])], 3, f"{p}scores")
     shares = graph.softmax(graph.add(scores, mask, f"{p}masked"), f"{p}shares")
-    values = graph.add(past[1], graph.products(order.turned, new[1], f"{p}v_placed"), f"{p}v_all")
+    values = graph.add(past[1], graph.products(places[1], new[1], f"{p}v_placed"), f"{p}v_all")
     mine = graph.reshape(
         graph.part(shares, 3, bucket, 1, f"{p}of_own"), [kv, rows // chunk, chunk, 1], f"{p}of_own4"
     )

@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as fb
 
-from node_agent.shards.quantize import BLOCK, BlockedInt4, ChannelInt8, quantize_channels
+from node_agent.shards.quantize import BLOCK, SUMS_PART, BlockedInt4, ChannelInt8, fold_offsets
 from node_agent.shards.static_names import batch_name, head_name, run_name, steps_name
 from node_agent.shards.static_network import build_head, build_run
 
@@ -197,12 +197,11 @@ class _Subgraph:
             options,
         )
 
-    def reduced(self, code: int, x: int, out: str, keep: bool) -> int:
-        shape = list(self.shapes[x])
+    def _reduced(self, code: int, x: int, out: str) -> int:
+        shape = [*self.shapes[x][:-1], 1]
         axis = len(shape) - 1
-        shape = [*shape[:-1], 1] if keep else shape[:-1]
         options = fb.ReducerOptionsT()
-        options.keepDims = keep
+        options.keepDims = True
         wanted = self.constant(f"axis {axis}", np.array([axis], dtype=np.int32))
         return self.op(code, [x, wanted], out, shape, fb.BuiltinOptions.ReducerOptions, options)
 
@@ -223,6 +222,9 @@ class _Subgraph:
     def logistic(self, x: int, out: str) -> int:
         return self.op(fb.BuiltinOperator.LOGISTIC, [x], out, self.shapes[x])
 
+    def summed(self, x: int, out: str) -> int:
+        return self._reduced(fb.BuiltinOperator.SUM, x, out)
+
     def softmax(self, x: int, out: str) -> int:
         options = fb.SoftmaxOptionsT()
         options.beta = 1.0
@@ -233,7 +235,7 @@ class _Subgraph:
     def norm(self, x: int, weight: NDArray[np.float32], name: str, epsilon: float, out: str) -> int:
         """``x / rms(x) * weight``."""
         squares = self.mul(x, x, f"{out}.squares")
-        mean = self.reduced(fb.BuiltinOperator.MEAN, squares, f"{out}.mean", keep=True)
+        mean = self._reduced(fb.BuiltinOperator.MEAN, squares, f"{out}.mean")
         safe = self.add(mean, self.constant("epsilon", np.array([epsilon], dtype=np.float32)), f"{out}.safe")
         root = self.op(fb.BuiltinOperator.SQRT, [safe], f"{out}.root", self.shapes[safe])
         normed = self.div(x, root, f"{out}.normed")
@@ -243,12 +245,14 @@ class _Subgraph:
         self, x: int, name: str, weights: Any, out: str, bias: NDArray[np.float32] | None = None
     ) -> int:
         """``x @ weights.T + bias``; ``x`` is ``[rows, columns]``."""
+        if isinstance(weights, BlockedInt4):
+            x = self._with_sums(x)
         inputs = [x, self._matrix(name, weights)]
         inputs.append(-1 if bias is None else self.constant(f"{name}.bias", bias))
         options = fb.FullyConnectedOptionsT()
         options.keepNumDims = True
         rows, columns = self.shapes[x][0], self.shapes[inputs[1]][0]
-        made = self.op(
+        return self.op(
             fb.BuiltinOperator.FULLY_CONNECTED,
             inputs,
             out,
@@ -256,18 +260,20 @@ class _Subgraph:
             fb.BuiltinOptions.FullyConnectedOptions,
             options,
         )
-        if isinstance(weights, BlockedInt4):
-            offsets = quantize_channels(weights.offsets)
-            correction = self.linear(self._block_sums(x), f"{name}.offsets", offsets, f"{out}.offset")
-            made = self.add(made, correction, f"{out}.whole")
-        return made
 
-    def _block_sums(self, x: int) -> int:
-        key = f"{x}.sums"
+    def _with_sums(self, x: int) -> int:
+        """``x`` as a matrix wants it that has its offsets folded into it: a matrix of their own takes a seventh of a step."""
+        key = f"{x}.with_sums"
         if key not in self._known:
             rows, columns = self.shapes[x]
-            blocks = self.reshape(x, [rows, columns // BLOCK, BLOCK], f"{key}.blocks")
-            self._known[key] = self.reduced(fb.BuiltinOperator.SUM, blocks, key, keep=False)
+            count = columns // BLOCK
+            blocks = self.reshape(x, [rows * count, BLOCK], f"{key}.blocks")
+            part = np.full((1, BLOCK), SUMS_PART, dtype=np.float32)
+            each = self.linear(blocks, "sums_part", part, f"{key}.each")
+            sums = [self.reshape(each, [rows, count], f"{key}.sums")]
+            if rest := -count % BLOCK:
+                sums.append(self.constant(f"zeros {rows} {rest}", np.zeros((rows, rest), dtype=np.float32)))
+            self._known[key] = self.joined([x, *sums, *sums], 1, key)
         return self._known[key]
 
     def _matrix(self, name: str, weights: Any) -> int:
@@ -278,6 +284,7 @@ class _Subgraph:
             buffer = self._file.buffer(name, weights.values)
             index = self.tensor(name, weights.values.shape, fb.TensorType.INT8, buffer, scale)
         elif isinstance(weights, BlockedInt4):
+            weights = fold_offsets(weights)
             details = fb.BlockwiseQuantizationT()
             details.scales = self.constant(f"{name}.scales", weights.scales)
             details.zeroPoints, details.blockSize = -1, BLOCK
