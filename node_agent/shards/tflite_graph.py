@@ -60,6 +60,7 @@ class _File:
     """Buffer by the name of what it holds."""
     scales: dict[str, _RowScales] = field(default_factory=dict)
     """By the name of their matrix."""
+    _folded: dict[str, BlockedInt4] = field(default_factory=dict)
 
     def buffer(self, name: str, data: NDArray[Any]) -> int:
         if name not in self.constants:
@@ -68,6 +69,11 @@ class _File:
             self.buffers.append(made)
             self.constants[name] = len(self.buffers) - 1
         return self.constants[name]
+
+    def folded(self, name: str, matrix: BlockedInt4) -> BlockedInt4:
+        if name not in self._folded:
+            self._folded[name] = fold_offsets(matrix)
+        return self._folded[name]
 
     def code(self, op: int) -> int:
         return self.codes.setdefault(op, len(self.codes))
@@ -284,7 +290,7 @@ class _Subgraph:
             buffer = self._file.buffer(name, weights.values)
             index = self.tensor(name, weights.values.shape, fb.TensorType.INT8, buffer, scale)
         elif isinstance(weights, BlockedInt4):
-            weights = fold_offsets(weights)
+            weights = self._file.folded(name, weights)
             details = fb.BlockwiseQuantizationT()
             details.scales = self.constant(f"{name}.scales", weights.scales)
             details.zeroPoints, details.blockSize = -1, BLOCK
