@@ -1,7 +1,7 @@
 """Makes shards of static graphs, straight from the GGUF, without TensorFlow or torch: for LiteRT (``shards.tflite_graph``) and of
 standard ONNX operators (``shards.onnx_static``). See ``shards.static_network`` for what they compute.
 
-``int4``: blocks of 32 with an offset each, which is what Q4_1 and Q4_0 files hold: their numbers stay as they are.
+``int4``: blocks of 32 with an offset each, which is what Q4_1 files hold: their numbers stay as they are, other files' are fitted.
 ``int8``: one scale a row. ``fp32``: as it is.
 """
 

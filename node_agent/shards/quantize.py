@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 32
+SUMS_PART = 0.3
+"""Of a block's sum, what folded offsets are multiplied by: all of a row is rounded over one range, which the sums should use and not
+widen. Of parts from 0.2 to 0.5 the one at which least is lost."""
+_SIXTEENS, _HIGH, _LOW = 16, 119, 136
+"""Of a whole number in two digits of -8 to 7: what the first counts, and how far it goes up and down."""
+_UNIT_LEAST = np.float32(2.0**-14)
+"""The least that float16 has with all its digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +132,6 @@ def repack_q4_1(raw: NDArray[np.uint8], rows: int, columns: int) -> BlockedInt4:
     return _blocked(values, np.ascontiguousarray(head[..., 0]), head[..., 1].astype(np.float32))
 
 
-SUMS_PART = 0.3
-"""Of a block's sum, what folded offsets are multiplied by: all of a row is rounded over one range, which the sums should use and not
-widen. Of parts from 0.2 to 0.5 the one at which least is lost."""
-_SIXTEENS, _HIGH, _LOW = 16, 119, 136
-"""Of a whole number in two digits of -8 to 7: what the first counts, and how far it goes up and down."""
-_UNIT_LEAST = np.float32(2.0**-14)
-"""The least that float16 has with all its digits."""
-
-
 def fold_offsets(matrix: BlockedInt4) -> BlockedInt4:
     """The same product from one matrix without offsets, for an input ``[x, sums, sums]``: ``sums`` are ``x``'s by block times
     ``SUMS_PART``, and zeros up to a whole block. An offset becomes a whole number of its row's units in two digits: columns of
@@ -160,7 +158,8 @@ def folded_blocks(blocks: int) -> int:
 
 
 def times_blocks(matrix: BlockedInt4, factors: NDArray[np.float32]) -> BlockedInt4:
-    """Each block of columns times its own factor; nothing is rounded where factors are powers of two."""
+    """Each block of columns times its own factor, ``[blocks]``. Powers of two round nothing, unless a scale leaves what float16
+    has with all its digits."""
     scales = (matrix.scales * factors.astype(np.float16)).astype(np.float16)
     return BlockedInt4(matrix.packed, scales, matrix.offsets * factors)
 
