@@ -12,15 +12,16 @@ import os
 import re
 import tempfile
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mesh.errors import ShardError
+from node_agent.adapters.fingerprint.memory import probe_memory
 from node_agent.adapters.litert_library import CompiledModel, LibraryError, bound, tensor_buffers, unbound
 from node_agent.adapters.static_engine import Ends
-from node_agent.shards.static_names import by_bucket, in_order, needed_first
+from node_agent.shards.static_names import by_bucket, needed_first
 from node_agent.shards.tflite_part import graph_names, keep_graphs
 
 if TYPE_CHECKING:
@@ -37,35 +38,38 @@ _STDERR = threading.Lock()
 """Shards are loaded on threads, and there is one stderr."""
 
 
-class _Wanted(NamedTuple):
-    """Graphs to be compiled into one model."""
-
-    names: Collection[str]
-    alone: bool
-    """Whether that model takes the place of all others."""
-
-
 class CompiledEngine:
-    """LiteRT's compiled model on XNNPACK. Every graph takes its time to compile, and the library compiles one at a time: the step
-    comes first, then the smallest bucket's others, in models of their own, and before others what somebody waits for. One model
-    of all that may be wanted then takes their place."""
+    """LiteRT's compiled model on XNNPACK. A graph takes its time to compile, on a core that sessions want as well, and its memory (ten
+    layers of a small model: 20 ms and 3 MB at ``int4``), and the library compiles one at a time. So a load compiles the step alone;
+    what somebody waits for, or soon will, comes next, a model each. When nothing has been computed for a while, all graphs of a
+    bucket are compiled into one model, which takes the place of those that it covers: each model maps packed weights anew. Where
+    there is memory to spare, that of buckets that nobody came to as well."""
 
     provider = "XNNPACK"
+    quiet_s = 1.0
+    """A shard that has computed and compiled nothing for so long compiles a bucket that is not wanted yet."""
+    spare_bytes = 1 << 30
+    """Free memory from which on it may take some for what is never wanted, perhaps."""
 
     def __init__(self, graph: Path, threads: int, packed: Path | None = None) -> None:
         """``packed``: where packed weights are. Raises ``ShardError`` with what LiteRT said."""
         self._graph, self._threads, self._packed = graph, threads, packed
         with _mapped(graph) as data:
             self.names: Collection[str] = graph_names(data)
-        # Without that file every model packs weights of its own: then there is but one.
-        shared = packed is not None and packed.exists()
-        self._models = [self._compile(needed_first(self.names) if shared else by_bucket(self.names)[0])]
+        # Without that file every model packs weights of its own: then there is but one, of the smallest bucket or of all graphs.
+        self._shared = packed is not None and packed.exists()
+        smallest = by_bucket(self.names)[0]
+        self._models = [self._compile(needed_first(self.names) if self._shared else smallest)]
+        self._worked_s = time.monotonic()
         self._changed = threading.Condition()
-        """Guards what follows, and what is added to the models."""
-        self._next: CompiledModel | None = None
-        self._wanted: deque[_Wanted] = deque()
-        """What is being compiled in the background, and what is to be."""
-        self._closing = False
+        """Guards what follows, and the models."""
+        self._arrived: list[CompiledModel] = []
+        """Whoever runs graphs takes them into use: nobody else may close those that they cover."""
+        self._soon: list[str] = []
+        self._later: set[str] = set()
+        self._compiling: Sequence[str] = ()
+        self._failed: dict[str, Exception] = {}
+        self._at_work = self._closing = False
         self._background: list[threading.Thread] = []
 
     def _compile(self, names: Collection[str]) -> CompiledModel:
@@ -75,74 +79,101 @@ class CompiledEngine:
     def loaded(self) -> set[str]:
         """Graphs that can be run without a wait."""
         with self._changed:
-            models = [*self._models, *([] if self._next is None else [self._next])]
-            return {name for model in models for name in model.signatures}
+            return {name for model in (*self._models, *self._arrived) for name in model.signatures}
 
-    def prepare(self, graphs: Sequence[str]) -> None:
-        smallest, *larger = by_bucket(self.names)
-        rest = in_order({*smallest} - self.loaded)
-        wanted = [name for group in larger if not {*graphs}.isdisjoint(group) for name in group]
-        everything = [_Wanted([*smallest, *wanted], alone=True)] if wanted else []
-        self._want([*(_Wanted([name], alone=False) for name in rest), *everything])
-
-    def _want(self, groups: Sequence[_Wanted]) -> None:
+    def prepare(self, soon: Sequence[str], later: Sequence[str] = ()) -> None:
         with self._changed:
-            idle = not self._wanted
-            self._wanted += groups
-            if idle and groups:
-                self._aside(self._work)
+            self._later |= {*later}
+            known = {*self.loaded, *self._compiling, *self._soon, *self._failed}
+            self._soon += [name for name in soon if name in self.names and name not in known]
+            self._begin()
+
+    def _begin(self) -> None:
+        """Have what is wanted compiled."""
+        self._changed.notify_all()
+        if not self._at_work and not self._closing and (self._soon or self._rest()):
+            self._at_work = True
+            self._aside(self._work)
 
     def _aside(self, work: Callable[..., None], *given: Any) -> None:
         thread = threading.Thread(target=work, args=given, name="graphs", daemon=True)
         self._background = [*(t for t in self._background if t.is_alive()), thread]
         thread.start()
 
+    def _rest(self, spare: bool = True) -> list[str]:
+        """All graphs of a bucket that sessions came to, or where there is memory to ``spare`` may come to, where they are not in
+        one model yet."""
+        wanted, models = self.loaded | (self._later if spare else set()), (*self._models, *self._arrived)
+        for group in by_bucket(self.names) if self._shared else ():
+            together = any(model.signatures.keys() >= {*group} for model in models)
+            if not together and not wanted.isdisjoint(group) and self._failed.keys().isdisjoint(group):
+                return group
+        return []
+
     def _work(self) -> None:
         """Compile what is wanted, until nothing is; whoever wants something then starts another thread."""
-        more = True
-        while more:
-            names, alone = self._wanted[0]
-            model = None
+        while names := self._next():
             try:
-                if not self._closing:
-                    model = self._compile(names)
-            except (ShardError, OSError) as error:
+                model = self._compile(names)
+                self._worked_s = time.monotonic()
+            except Exception as error:  # whatever it is: somebody may wait for what does not come
                 log.warning("%s; it is tried again when a session needs it", error)
-            finally:
                 with self._changed:
-                    self._wanted.popleft()
-                    more = bool(self._wanted)
-                    if model is not None and alone:
-                        self._next = model
-                    elif model is not None:
-                        self._models = [*self._models, model]
+                    self._failed |= dict.fromkeys(names, error)
+                    self._compiling = ()
+                    self._changed.notify_all()
+            else:
+                with self._changed:
+                    self._arrived.append(model)
+                    self._compiling = ()
                     self._changed.notify_all()
 
+    def _next(self) -> Sequence[str]:
+        """What is compiled next, when it is time for it; empty where nothing is wanted."""
+        with self._changed:
+            while not self._closing and not self._compiling:
+                quiet_s = time.monotonic() - self._worked_s
+                if self._soon:
+                    if (name := self._soon.pop(0)) not in self.loaded:
+                        self._compiling = [name] if self._shared else [*self.names]
+                elif not self._rest():
+                    break
+                elif quiet_s < self.quiet_s:
+                    self._changed.wait(self.quiet_s - quiet_s)
+                elif rest := self._rest(probe_memory().free >= self.spare_bytes):
+                    self._compiling = rest
+                else:
+                    break
+            self._at_work = bool(self._compiling)
+            return self._compiling
+
     def _with(self, graph: str) -> CompiledModel:
-        """The model in use that has the graph."""
+        """The model in use that has the graph, which comes before all others that are wanted. Raises what its compilation raised."""
+        asked = False
         with self._changed:
             while True:
-                if self._next is not None:
-                    before, self._models, self._next = self._models, [self._next], None
-                    self._aside(_close, before)  # it takes as long as a step or two
+                self._take_over()
                 for model in self._models:
                     if graph in model.signatures:
                         return model
                 if graph not in self.names:
                     raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
-                if self._wanted:
-                    self._hurry(graph)
-                    self._changed.wait()
-                else:
-                    self._next = self._compile(self.names)
+                failed = self._failed.pop(graph, None)
+                if failed is not None and asked:
+                    raise failed
+                if graph not in self._compiling:
+                    asked = True
+                    self._soon = [graph, *(name for name in self._soon if name != graph)]
+                    self._begin()
+                self._changed.wait()
 
-    def _hurry(self, graph: str) -> None:
-        """What is wanted for one graph comes after what is being compiled."""
-        for number, wanted in enumerate(self._wanted):
-            if number > 1 and graph in wanted.names and not wanted.alone:
-                del self._wanted[number]
-                self._wanted.insert(1, wanted)
-                return
+    def _take_over(self) -> None:
+        """Use the models that arrived."""
+        for model in self._arrived:
+            covered = [m for m in self._models if m.signatures.keys() <= model.signatures.keys()]
+            self._models = [*(m for m in self._models if m not in covered), model]
+            self._aside(_close, covered)  # it takes as long as a step or two
+        self._arrived.clear()
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]
@@ -160,14 +191,15 @@ class CompiledEngine:
     def run(self, graph: str, inputs: Any, outputs: Any) -> None:
         model = self._with(graph)
         model.run(model.signatures[graph].number, inputs, outputs)
+        self._worked_s = time.monotonic()
 
     def close(self) -> None:
-        self._closing = True
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         for thread in self._background:
             thread.join()
-        if self._next is not None:
-            self._next.close()
-        _close(self._models)
+        _close((*self._models, *self._arrived))
 
 
 def _close(models: Iterable[CompiledModel]) -> None:
@@ -176,10 +208,11 @@ def _close(models: Iterable[CompiledModel]) -> None:
 
 
 def pack(graph: Path, threads: int, packed: Path) -> None:
-    """Compile all graphs once, and leave their packed weights in a file. Raises ``ShardError`` with what LiteRT said."""
+    """Compile a graph of every kind once, and leave the packed weights of all in a file: a bucket's are those of the others.
+    Raises ``ShardError`` with what LiteRT said."""
     with _mapped(graph) as data:
         names = graph_names(data)
-    _compiled(graph, names, threads, packed).close()
+    _compiled(graph, by_bucket(names)[0], threads, packed).close()
 
 
 @contextlib.contextmanager

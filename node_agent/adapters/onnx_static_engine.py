@@ -46,7 +46,7 @@ class OnnxStaticEngine:
             self._sessions[name] = session
         return session
 
-    def prepare(self, graphs: Sequence[str]) -> None:
+    def prepare(self, soon: Sequence[str], later: Sequence[str] = ()) -> None:
         pass
 
     def ends(self, graph: str) -> Ends:

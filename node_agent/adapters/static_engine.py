@@ -27,9 +27,9 @@ class Engine(Protocol):
     names: Collection[str]
     """Of the graphs."""
 
-    def prepare(self, graphs: Sequence[str]) -> None:
-        """These may be run, some day: what must be opened for them is opened in the background, where that is quick enough to be
-        done for what may never come."""
+    def prepare(self, soon: Sequence[str], later: Sequence[str] = ()) -> None:
+        """These may be run ``soon``, and those ``later``, some day: what must be opened for them is opened in the background, where
+        that is quick enough to be done for what may never come. Names that there are not are passed over."""
         ...
 
     def ends(self, graph: str) -> Ends: ...

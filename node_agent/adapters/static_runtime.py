@@ -23,7 +23,7 @@ from node_agent.adapters.static_graphs import BoundGraph, Head, bound_graph
 from node_agent.adapters.static_slots import Slot
 from node_agent.bunches import Bunches
 from node_agent.shards.manifest import ShardManifest
-from node_agent.shards.static_names import run_name
+from node_agent.shards.static_names import graph_name
 from node_agent.shards.static_tables import read_tables
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ _RUN = re.compile(r"(run|batch|steps)_(\d+)_(\d+)")
 _HEAD = re.compile(r"head(?:_(\d+))?")
 _STEPS_LEAST = 4
 """Fewer steps are replayed one by one: a chunk that stands for steps costs what it is made for."""
+_AHEAD = 16
+"""Positions before the end of a bucket, from where on the next one's graphs are wanted."""
 
 
 class _Row(NamedTuple):
@@ -128,6 +130,7 @@ class StaticShard:
         graph.run(graph.inputs(memory))
         for i, row in enumerate(bunch):
             row.memory.write_row(graph.new, row.position, i)
+            self._ahead("batch", size, row.memory.bucket, row.position + 1)
         return graph
 
     def prefill(self, slot: int, position: int, inputs: NDArray[Any], logits: int = 1) -> NDArray[Any]:
@@ -148,7 +151,9 @@ class StaticShard:
         return steps
 
     def prepare(self) -> None:
-        self.engine.prepare([run_name(self._chunks[0], bucket) for bucket in self._buckets])
+        smallest, *larger = self._buckets
+        soon = [graph_name("run", chunk, smallest) for chunk in self._chunks]
+        self.engine.prepare(soon, [graph_name("run", 1, bucket) for bucket in larger])
 
     def hold_to_steps(self, inputs: NDArray[Any]) -> bool:
         """Whether a chunk that stands for steps has their bits on this machine, tried on a few ``inputs``; else it is not used.
@@ -197,7 +202,17 @@ class StaticShard:
         self._place(graph, position, inputs)
         memory.run(graph)
         memory.write(graph.new, position, len(inputs))
+        self._ahead(kind, size, memory.bucket, position + len(inputs))
         return graph
+
+    def _ahead(self, kind: str, size: int, bucket: int, end: int) -> None:
+        """A session stands at ``end``: as it goes on, it may want the next bucket's graph of this kind, which takes as long to
+        open as a step or two."""
+        if bucket - end > max(size, _AHEAD):
+            return
+        larger = [b for b in self._buckets if b > bucket]
+        if larger and (kind, size, larger[0]) not in self._graphs:
+            self.engine.prepare([graph_name(kind, size, larger[0])])
 
     def _place(self, graph: BoundGraph, position: int, inputs: NDArray[Any]) -> None:
         """What a chunk is given. Rows past its steps are computed for nobody."""

@@ -69,7 +69,7 @@ class InterpreterEngine:
         self._ends = {n: Ends(e["inputs"], e["outputs"]) for n, e in signatures.items()}
         self.names: Collection[str] = self._ends.keys()
 
-    def prepare(self, graphs: Sequence[str]) -> None:
+    def prepare(self, soon: Sequence[str], later: Sequence[str] = ()) -> None:
         pass
 
     def ends(self, graph: str) -> Ends:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 
 
+def graph_name(kind: str, size: int, bucket: int) -> str:
+    """``kind``: ``run``, ``steps`` or ``batch``."""
+    return f"{kind}_{size}_{bucket}"
+
+
 def run_name(chunk: int, bucket: int) -> str:
     """Of a chunk of one session."""
-    return f"run_{chunk}_{bucket}"
+    return graph_name("run", chunk, bucket)
 
 
 def steps_name(chunk: int, bucket: int) -> str:
     """Of a chunk that has the bits of single steps."""
-    return f"steps_{chunk}_{bucket}"
+    return graph_name("steps", chunk, bucket)
 
 
 def batch_name(rows: int, bucket: int) -> str:
     """Of a step of several sessions."""
-    return f"batch_{rows}_{bucket}"
+    return graph_name("batch", rows, bucket)
 
 
 HEAD_NAME = "head"
@@ -35,18 +40,6 @@ def _of_head(name: str) -> bool:
 def needed_first(names: Collection[str]) -> list[str]:
     """What a shard that is known here computes at a load: the smallest bucket's step, and the head."""
     return [name for name in by_bucket(names)[0] if name.startswith("run_1_") or name == HEAD_NAME]
-
-
-def in_order(names: Collection[str]) -> list[str]:
-    """Of one bucket, as sessions want them: what a prompt takes, from the shortest chunk, what replays take, and then batches."""
-    kinds = ("run", "steps")
-
-    def rank(name: str) -> tuple[int, int, str]:
-        kind, _, rest = name.partition("_")
-        known = kind in kinds
-        return kinds.index(kind) if known else len(kinds), int(rest.split("_")[0]) if known else 0, name
-
-    return sorted(names, key=rank)
 
 
 def by_bucket(names: Collection[str]) -> list[list[str]]:
