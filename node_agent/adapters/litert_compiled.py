@@ -110,6 +110,12 @@ class CompiledEngine:
                 return group
         return []
 
+    def _spare(self) -> bool:
+        try:
+            return probe_memory().free >= self.spare_bytes
+        except OSError:  # a sandbox that hides /proc
+            return False
+
     def _work(self) -> None:
         """Compile what is wanted, until nothing is; whoever wants something then starts another thread."""
         while names := self._next():
@@ -140,7 +146,7 @@ class CompiledEngine:
                     break
                 elif quiet_s < self.quiet_s:
                     self._changed.wait(self.quiet_s - quiet_s)
-                elif rest := self._rest(probe_memory().free >= self.spare_bytes):
+                elif rest := self._rest(self._spare()):
                     self._compiling = rest
                 else:
                     break
@@ -172,7 +178,8 @@ class CompiledEngine:
         for model in self._arrived:
             covered = [m for m in self._models if m.signatures.keys() <= model.signatures.keys()]
             self._models = [*(m for m in self._models if m not in covered), model]
-            self._aside(_close, covered)  # it takes as long as a step or two
+            if covered:
+                self._aside(_close, covered)  # it takes as long as a step or two
         self._arrived.clear()
 
     def ends(self, graph: str) -> Ends:

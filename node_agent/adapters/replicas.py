@@ -276,10 +276,12 @@ class ReplicaManager:
         all_slots = slots * context * info.kv_bytes_per_token
         budget = all_slots if promise else config.kv_memory * _MIB or min(all_slots, int(free * _KV_SHARE))
         if free < 0 or budget > free or budget < context * info.kv_bytes_per_token:
+            sessions = slots if promise else 1
+            kv_memory = sessions * context * info.kv_bytes_per_token
             raise Full(
-                f"{info} needs {info.weight_bytes / _MIB:.0f} MiB for weights and "
-                f"{context * info.kv_bytes_per_token / _MIB:.0f} MiB of KV memory for one session of {context} "
-                f"positions; {self.memory_free() / _MIB:.0f} MiB are free. Lower context, or cut smaller shards"
+                f"{info} needs {info.weight_bytes / _MIB:.0f} MiB for weights and {kv_memory / _MIB:.0f} MiB of KV "
+                f"memory (sessions: {sessions}, of {context} positions); {self.memory_free() / _MIB:.0f} MiB are free. "
+                "Lower context, or cut smaller shards"
             )
         return budget, slots, context
 

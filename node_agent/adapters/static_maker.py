@@ -53,6 +53,13 @@ _ONNX_CHUNKS = (1, 64)
 _OUTLIERS = 16
 """Columns of the head that stay in float32: a few channels before it are twenty times the others, and rounding to their
 range cost a third of what perplexity lost."""
+_OPERATORS_BYTES = {"litert": 74_000, "onnxstd": 11_000}
+"""By runtime: what a layer's operators and tensors take of a file, all graphs of a bucket together; rather a little more, as a
+node that is asked for more than it has refuses."""
+_SHARD_BYTES = 200_000
+"""Names, shapes and lists that a shard has whatever its layers."""
+_CHANNEL_BYTES = 12
+"""Of a matrix whose rows have their own scale, a row: scale and zero point."""
 
 
 def buckets_for(context: int) -> tuple[int, ...]:
@@ -76,16 +83,18 @@ def static_demand(card: ModelCard, runtime: str, quantization: str, context: int
     )
     whole = quantization == "fp32"
     vocabulary = spec.vocabulary * spec.width
+    buckets = buckets_for(context)
+    layer_bytes = sum(_matrix_bytes(r, c, quantization) for r, c in shapes) + 8 * spec.width
     return ModelDemand(
         shape=card.shape,
         runtime=runtime,
         quantization=quantization,
-        layer_bytes=sum(_matrix_bytes(r, c, quantization) for r, c in shapes) + 8 * spec.width,
+        layer_bytes=layer_bytes + len(buckets) * _OPERATORS_BYTES[runtime],
         embedding_bytes=4 * vocabulary if whole else vocabulary + vocabulary // BLOCK * 5,
         head_bytes=_matrix_bytes(spec.vocabulary, spec.width, "fp32" if whole else "int8")
         + (0 if whole else 4 * _OUTLIERS * spec.vocabulary),
         kv_layer_bytes=spec.kv_bytes_per_token_layer,
-        shard_bytes=8 * max(buckets_for(context)) * spec.head_dim,
+        shard_bytes=8 * max(buckets) * spec.head_dim + _SHARD_BYTES,
         tied_bytes=0,
     )
 
@@ -96,7 +105,7 @@ def _matrix_bytes(rows: int, columns: int, quantization: str) -> int:
             blocks = columns // BLOCK
             return rows * (blocks + folded_blocks(blocks)) * (BLOCK // 2 + 2)
         case "int8":
-            return rows * (columns + 4)
+            return rows * (columns + _CHANNEL_BYTES)
         case _:
             return rows * columns * 4
 

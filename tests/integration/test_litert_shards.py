@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ import pytest
 
 from mesh.errors import ShardError
 from mesh.forms import parse_form
+from mesh.types import LayerRange
 from node_agent.adapters.litert_compiled import CompiledEngine, _compiled, _mapped, pack
 from node_agent.adapters.model_store import ModelStore, sha256_of
 from node_agent.adapters.shard_loader import load_shard
-from node_agent.adapters.shard_maker import make_shard
+from node_agent.adapters.shard_maker import demand_of, make_shard
 from node_agent.adapters.static_maker import buckets_for
 from node_agent.adapters.static_runtime import pieces
 from node_agent.ports import Runtime, RuntimeOptions
@@ -429,6 +431,20 @@ def test_without_packed_weights_there_is_one_model(tmp_path: Path) -> None:
     assert "new_k.0" in engine.ends("run_1_512").outputs
     assert [set(model.signatures) for model in engine._models] == [set(engine.names)]
     engine.close()
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
+def test_a_plan_asks_for_what_shards_weigh_or_a_little_more(
+    store: ModelStore, tmp_path: Path, quantization: str
+) -> None:
+    """A node that is asked for more than it has refuses, and the plan would ask again."""
+    copied = ModelStore(tmp_path)
+    shutil.copytree(store.folder(MODEL), copied.folder(MODEL), ignore=shutil.ignore_patterns("shards"))
+    demand = demand_of(copied, MODEL, quantization, "litert")
+    for start, end in ((0, 2), (14, 16), (28, 30)):
+        made = make_shard(copied, MODEL, start, end, quantization, runtime="litert")
+        weighs = copied.manifest(made).weight_bytes
+        assert weighs <= demand.weights(LayerRange(start, end)) <= 1.05 * weighs
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
