@@ -142,6 +142,7 @@ class StaticShard:
             part = self._chunk(slot, position + done, inputs[done : done + length], wanted)
             parts.append(part.copy() if after else part)
             done += length
+        self._soon("run", 1, self._held[slot].bucket)  # a prompt's end is not told, and steps follow it
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _fitting(self, position: int, inputs: NDArray[Any]) -> int:
@@ -210,9 +211,13 @@ class StaticShard:
         open as a step or two."""
         if bucket - end > max(size, _AHEAD):
             return
-        larger = [b for b in self._buckets if b > bucket]
-        if larger and (kind, size, larger[0]) not in self._graphs:
-            self.engine.prepare([graph_name(kind, size, larger[0])])
+        after = next((b for b in self._buckets if b > bucket), None)
+        if after is not None:
+            self._soon(kind, size, after)
+
+    def _soon(self, kind: str, size: int, bucket: int) -> None:
+        if (kind, size, bucket) not in self._graphs:
+            self.engine.prepare([graph_name(kind, size, bucket)])
 
     def _place(self, graph: BoundGraph, position: int, inputs: NDArray[Any]) -> None:
         """What a chunk is given. Rows past its steps are computed for nobody."""

@@ -409,6 +409,8 @@ def test_a_session_finds_the_next_buckets_graph_compiled(tmp_path: Path) -> None
     shard.decode(0, [239] * 4, np.array([5] * 4))
     until(lambda: "batch_4_512" in shard.engine.loaded, 30)
     assert shard.engine.loaded.isdisjoint(["run_16_512", "batch_8_512", "run_1_768"])
+    shard.prefill(2, 0, text(600))
+    until(lambda: "run_1_768" in shard.engine.loaded, 30)  # what follows a prompt
     shard.close()
 
 
