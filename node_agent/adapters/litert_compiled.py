@@ -69,6 +69,7 @@ class CompiledEngine:
         self._later: set[str] = set()
         self._compiling: Sequence[str] = ()
         self._failed: dict[str, Exception] = {}
+        """What did not come, and why: it is compiled again only where somebody waits for it."""
         self._at_work = self._closing = False
         self._background: list[threading.Thread] = []
 

@@ -3,7 +3,7 @@
     python -m node_agent.adapters.litert_first packed GRAPH THREADS FILE
     python -m node_agent.adapters.litert_first interpreted FOLDER THREADS DELEGATE
 
-The first loads a graph and leaves its packed weights in FILE: a graph that no manifest vouches for may crash the library. The
+The first compiles a graph of every kind and leaves packed weights in FILE: what no manifest vouches for may crash the library. The
 second holds a shard on the classic interpreter, with a delegate if one is named, to its test vector.
 """
 

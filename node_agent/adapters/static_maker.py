@@ -54,10 +54,10 @@ _OUTLIERS = 16
 """Columns of the head that stay in float32: a few channels before it are twenty times the others, and rounding to their
 range cost a third of what perplexity lost."""
 _OPERATORS_BYTES = {"litert": 74_000, "onnxstd": 11_000}
-"""By runtime: what a layer's operators and tensors take of a file, all graphs of a bucket together; rather a little more, as a
-node that is asked for more than it has refuses."""
+"""By runtime: what a layer's operators and tensors take of a file, all graphs of a bucket together. It is the same whatever the
+model's width; measured on SmolLM2-135M (72 kB at ``int4``, 59 at ``int8``), and rather a little more, as a node that is asked for more than it has refuses."""
 _SHARD_BYTES = 200_000
-"""Names, shapes and lists that a shard has whatever its layers."""
+"""Names, shapes and lists that a shard has whatever its layers, measured as well."""
 _CHANNEL_BYTES = 12
 """Of a matrix whose rows have their own scale, a row: scale and zero point."""
 
