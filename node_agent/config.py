@@ -29,7 +29,9 @@ def setting(default: Any, about: str, *, unit: str = "", low: float = -math.inf,
 class AgentConfig:
     """What ``mesh agent`` can be told."""
 
-    data_dir: str = setting("", "Where this node keeps its identity and token log. Empty: MESH_HOME/agent.")
+    data_dir: str = setting(
+        "", "Where this node keeps its identity, token log and packed weights. Empty: MESH_HOME/agent."
+    )
     home: str = setting("", "Where models and shards are. Empty: ~/.local/share/inference-mesh.")
     name: str = setting("", "Name of the node for people. Empty: the host's name.")
     cluster: str = setting("default", "Agents of another cluster are strangers: links to them are refused.")

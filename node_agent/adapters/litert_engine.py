@@ -10,15 +10,16 @@ from pathlib import Path
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.litert_first import first_interpreted, first_packed
 from node_agent.adapters.litert_library import library_path
+from node_agent.adapters.packed_weights import make_room, packed_path
 from node_agent.adapters.static_engine import Engine
 from node_agent.ports import RuntimeOptions
 
 log = logging.getLogger(__name__)
 
 
-def open_engine(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
-    """The first delegate that computes what the shard's test vector wants, else LiteRT, else tflite-runtime. ``name`` is of
-    the packed weights. Raises ``ShardError``, or ``ConfigError`` where neither is installed."""
+def open_engine(folder: Path, graph: Path, digest: str, options: RuntimeOptions) -> Engine:
+    """The first delegate that computes what the shard's test vector wants, else LiteRT, else tflite-runtime. ``digest`` is the
+    shard's. Raises ``ShardError``, or ``ConfigError`` where neither is installed."""
     refused: list[str] = []
     engine: Engine | None = None
     for told in options.delegates:
@@ -28,7 +29,7 @@ def open_engine(folder: Path, graph: Path, name: str, options: RuntimeOptions) -
         except ShardError as error:
             log.warning("the delegate %s is not used for %s: %s", told, folder.name, error)
             refused.append(f"{told}: {error}")
-    engine = engine or _plain(folder, graph, name, options)
+    engine = engine or _plain(folder, graph, digest, options)
     if refused:
         engine.provider += f" (not {'; '.join(refused)})"
     return engine
@@ -41,7 +42,7 @@ def _interpreted(folder: Path, graph: Path, threads: int, delegate: str = "") ->
     return InterpreterEngine(graph, threads, delegate)
 
 
-def _plain(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Engine:
+def _plain(folder: Path, graph: Path, digest: str, options: RuntimeOptions) -> Engine:
     if library_path() is None:
         from node_agent.adapters.tflite_engine import package
 
@@ -55,7 +56,7 @@ def _plain(folder: Path, graph: Path, name: str, options: RuntimeOptions) -> Eng
         from node_agent.adapters.litert_compiled import CompiledEngine
 
         return CompiledEngine(graph, options.threads)
-    return _packed(graph, options.threads, Path(options.cache) / f"{name}.xnnpack")
+    return _packed(graph, options.threads, packed_path(options.cache, digest, "xnnpack"))
 
 
 def _packed(graph: Path, threads: int, packed: Path) -> Engine:
@@ -69,6 +70,7 @@ def _packed(graph: Path, threads: int, packed: Path) -> Engine:
         except ShardError as error:
             log.warning("%s is packed anew: %s", packed, error)
             packed.unlink()
+    make_room(str(packed.parent))
     fresh = packed.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         first_packed(graph, threads, fresh)

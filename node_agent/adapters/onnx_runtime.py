@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 
-from mesh.errors import ConfigError
+from node_agent.adapters.onnx_session import CPU, open_session
 from node_agent.adapters.pages import forget_pages, pages, trim_heap
 from node_agent.adapters.worker_threads import WorkerThreads
 from node_agent.ports import RuntimeOptions
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BINDINGS_KEPT = 64
-_CPU = "CPUExecutionProvider"
-_QUIET = 3
 _PREFILL_STEPS_MAX = 4096
 
 
@@ -82,8 +79,8 @@ class OnnxShard:
         self.slots, self.capacity = slots, capacity
         self._workers = WorkerThreads()
         with self._workers.started():
-            self.session, self.provider = open_session(folder / GRAPH_FILE, options)
-        if not self.provider.startswith(_CPU):
+            self.session, self.provider = open_session(folder / GRAPH_FILE, options, manifest.digest)
+        if not self.provider.startswith(CPU):
             self._workers = WorkerThreads()  # those of other providers know where to run
         start, end = manifest.layers
         shape = (slots, manifest.kv_heads, capacity, manifest.head_dim)
@@ -156,36 +153,3 @@ class OnnxShard:
         self.cache.clear()
         del self.session
         trim_heap()
-
-
-def open_session(graph: Path, options: RuntimeOptions) -> tuple[ort.InferenceSession, str]:
-    """A graph on the first execution provider that takes it, and that one's name, with what kept the others from it; raises
-    ``ConfigError``."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = _QUIET
-    settings.intra_op_num_threads = options.threads
-    settings.inter_op_num_threads = 1
-    settings.enable_mem_pattern = False
-    # Idle thread pools spin by default: two shards on one machine would then fight for cores.
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
-    # Else matrices are packed one after the other: a third of what a session takes to open.
-    settings.add_session_config_entry("session.prepack.enable_parallel", "1")
-    installed = ort.get_available_providers()
-    reasons = []
-    for provider in options.providers:
-        if provider not in installed:
-            reasons.append(f"{provider} is not in this build of ONNX Runtime")
-            continue
-        chain = [provider] if provider == _CPU else [provider, _CPU]
-        try:
-            session = ort.InferenceSession(str(graph), settings, providers=chain)
-        except Exception as error:  # the library raises many kinds, none of them documented
-            reasons.append(f"{provider}: {error}")
-            continue
-        if session.get_providers()[0] == provider:
-            return session, provider + (f" (not {'; '.join(reasons)})" if reasons else "")
-        reasons.append(f"{provider} did not load")
-    raise ConfigError(
-        f"no execution provider of {', '.join(options.providers)} can run {graph}: {'; '.join(reasons)}; "
-        f"installed are {', '.join(installed)}"
-    )

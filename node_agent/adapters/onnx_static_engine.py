@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from node_agent.adapters.onnx_runtime import open_session
+from node_agent.adapters.onnx_session import open_session
 from node_agent.adapters.static_engine import Ends
 from node_agent.ports import RuntimeOptions
 from node_agent.shards.static_names import by_bucket

@@ -1,14 +1,15 @@
 """What a shard has proved on this machine, so that its next load need not prove it again.
 
 A file's SHA-256 is half of what a load takes. One that was read whole and right is known again by size, inode and times, as git
-knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. And what was held to its whole test
-vector is known again by the bits of a few steps.
+knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. What was held to its whole test
+vector is known again by the bits of a few steps. Packed weights were made here: they are used as long as nobody wrote to them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -38,6 +39,8 @@ class _Record(msgspec.Struct, frozen=True):
     files: dict[str, _File] = {}
     held: str = ""
     """With what the shard was held to its test vector: machine, packages, threads, and who computed which bits."""
+    packed: dict[str, _File] = {}
+    """By path."""
 
 
 class Proven:
@@ -60,14 +63,22 @@ class Proven:
         """Raise ``ShardError`` unless every file is there with its size and SHA-256; what was read before and has not changed is
         not read again."""
         # Looked at before they are read: what changes in between is seen to have changed.
-        found = {name: _seen(folder / name, stored) for name, stored in files.items()}
+        found = {name: _seen(folder / name, stored.sha256) for name, stored in files.items()}
         verify_files(folder, {n: f for n, f in files.items() if self._files.get(n) != found[n]})
         settled = time.time_ns() - SETTLED_S * 1_000_000_000
         self._files = {n: s for n, s in found.items() if s is not None and s.ctime_ns < settled}
 
+    def knows(self, packed: Sequence[Path]) -> bool:
+        """Whether packed weights are those that were kept with what the shard proved."""
+        return _all_seen(packed) == self._kept.packed
+
     def held(self, provider: str, bits: str) -> bool:
         """Whether the shard was held to its test vector here, computed by ``provider``, and had these ``bits``."""
         return self._held == self._what(provider, bits)
+
+    def contradicts(self, provider: str, bits: str) -> bool:
+        """Whether it was, by the same ``provider`` on the same threads, and had others."""
+        return self._held.startswith(self._what(provider, "")) and not self.held(provider, bits)
 
     def note(self, provider: str, bits: str) -> None:
         """That it was, and had."""
@@ -76,9 +87,9 @@ class Proven:
     def _what(self, provider: str, bits: str) -> str:
         return f"{self._here}, {provider}, {bits}"
 
-    def keep(self) -> None:
-        """For the next load; where it cannot be written that one proves all anew."""
-        record = _Record(self._files, self._held)
+    def keep(self, packed: Sequence[Path]) -> None:
+        """For the next load, with these packed weights; where it cannot be written that one proves all anew."""
+        record = _Record(self._files, self._held, _all_seen(packed))
         if self._path is None or record == self._kept:
             return
         try:
@@ -88,10 +99,16 @@ class Proven:
             log.warning("%s is not written, the next load verifies the shard anew: %s", self._path, error)
 
 
-def _seen(path: Path, stored: StoredFile) -> _File | None:
+def _all_seen(packed: Sequence[Path]) -> dict[str, _File]:
+    """Nobody else writes to these, just now least of all: their digests are not taken."""
+    found = ((str(path), _seen(path)) for path in packed)
+    return {name: file for name, file in found if file is not None}
+
+
+def _seen(path: Path, sha256: str = "") -> _File | None:
     """The file as it is, taken for what its manifest says; ``None`` where it cannot be looked at."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return _File(stored.sha256, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return _File(sha256, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mesh.errors import ShardError
 from mesh.forms import form_of
 from mesh.types import ShardInfo
 from node_agent.adapters.model_store import ModelStore
+from node_agent.adapters.packed_weights import forget, packed_files, record_path
 from node_agent.adapters.proven import Proven
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
@@ -97,29 +99,53 @@ def load_shard(
 ) -> Runtime:
     """Verify a shard's files, load it, and hold it to its test vector: where it was held to it here before, it has to have the
     bits again that it had then, in a few steps. Raises ``ShardError`` or ``ConfigError``."""
-    path = Path(options.cache) / f"{manifest.digest[:16]}.json" if options.cache else None
-    proven = Proven(path, options.threads)
+    cache, digest = options.cache, manifest.digest
+    proven = Proven(record_path(cache, digest), options.threads)
     proven.verify(folder, manifest.files)
-    vector = _vector(folder, manifest)
-    shard = _open(folder, manifest, slots, capacity, options)
+    packed = packed_files(cache, digest)
+    if packed and not proven.knows(packed):
+        log.warning("packed weights of %s are not those that were kept: they are made anew", folder)
+        forget(cache, digest)
+        packed = []
+    opened = partial(_opened, folder, manifest, slots, capacity, options)
+    shard, bits = opened()
+    if packed and proven.contradicts(shard.provider, bits):
+        log.warning("packed weights of %s compute otherwise than before: they are made anew", folder)
+        shard.close()
+        forget(cache, digest)
+        shard, bits = opened()
     try:
-        bits = _bits(shard, vector.inputs)
         shard.prepare()
         if not proven.held(shard.provider, bits):
-            hold_to_vector(shard, folder, manifest)
-            if shard.hold_to_steps(vector.inputs):
-                proven.note(shard.provider, bits)
-            else:
-                log.info(
-                    "%s replays steps one by one: in chunks they round otherwise on %s",
-                    folder,
-                    shard.provider,
-                )
+            _prove(shard, bits, folder, manifest, proven)
+    except BaseException:
+        shard.close()
+        forget(cache, digest)  # the shard may not be to blame
+        raise
+    proven.keep(packed_files(cache, digest))
+    return shard
+
+
+def _prove(shard: Runtime, bits: str, folder: Path, manifest: ShardManifest, proven: Proven) -> None:
+    """Hold a shard to its whole test vector, and note that. Raises ``ShardError``."""
+    hold_to_vector(shard, folder, manifest)
+    if shard.hold_to_steps(_vector(folder, manifest).inputs):
+        proven.note(shard.provider, bits)
+    else:
+        log.info("%s replays steps one by one: in chunks they round otherwise on %s", folder, shard.provider)
+
+
+def _opened(
+    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions
+) -> tuple[Runtime, str]:
+    """A shard, and the bits of its first steps."""
+    inputs = _vector(folder, manifest).inputs
+    shard = _open(folder, manifest, slots, capacity, options)
+    try:
+        return shard, _bits(shard, inputs)
     except BaseException:
         shard.close()
         raise
-    proven.keep()
-    return shard
 
 
 class _Vector(NamedTuple):
@@ -189,5 +215,5 @@ def _open(
     else:
         from node_agent.adapters.litert_engine import open_engine
 
-        engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest[:16], options)
+        engine = open_engine(folder, folder / LITERT_GRAPH_FILE, manifest.digest, options)
     return StaticShard(folder, manifest, engine, slots=slots, capacity=capacity)

@@ -47,7 +47,7 @@ def shard(folder: Path) -> dict[str, StoredFile]:
 def load(folder: Path, files: dict[str, StoredFile], path: Path | None) -> None:
     proven = Proven(path, 2)
     proven.verify(folder, files)
-    proven.keep()
+    proven.keep([])
 
 
 @pytest.mark.usefixtures("settled")
@@ -109,7 +109,7 @@ def test_where_nothing_can_be_written_a_shard_loads_all_the_same(tmp_path: Path,
     proven = Proven(blocked, 2)
     proven.verify(tmp_path, files)
     proven.note("XNNPACK", "a0")
-    proven.keep()
+    proven.keep([])
     assert reads == ["graph", "check"]
 
 
@@ -120,7 +120,7 @@ def test_a_shard_was_held_where_machine_packages_threads_provider_and_bits_are_t
     proven = Proven(kept, 2)
     assert not proven.held("XNNPACK", "a0")
     proven.note("XNNPACK", "a0")
-    proven.keep()
+    proven.keep([])
     assert Proven(kept, 2).held("XNNPACK", "a0")
     assert not Proven(kept, 2).held("XNNPACK", "a1")
     assert not Proven(kept, 2).held("libedgetpu.so.1", "a0")
@@ -141,3 +141,29 @@ def test_what_computes_is_told_apart_by_its_version(monkeypatch: pytest.MonkeyPa
         assert form_times.this_machine() != before
     finally:
         form_times.this_machine.cache_clear()
+
+
+def test_packed_weights_are_known_as_long_as_nobody_wrote_to_them(tmp_path: Path) -> None:
+    kept, packed = tmp_path / "kept.json", [tmp_path / "graph", tmp_path / "weights"]
+    for path in packed:
+        path.write_bytes(b"packed")
+    Proven(kept, 2).keep(packed)
+    assert Proven(kept, 2).knows(packed)
+    assert not Proven(kept, 2).knows(packed[:1])
+    assert not Proven(kept, 2).knows([])
+    packed[0].write_bytes(b"pack it")
+    assert not Proven(kept, 2).knows(packed)
+    packed[0].unlink()
+    assert not Proven(kept, 2).knows(packed)
+
+
+def test_other_bits_contradict_what_was_held_on_the_same_threads_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    proven = Proven(kept, 2)
+    assert not proven.contradicts("XNNPACK", "a0")
+    proven.note("XNNPACK", "a0")
+    proven.keep([])
+    assert not Proven(kept, 2).contradicts("XNNPACK", "a0")
+    assert Proven(kept, 2).contradicts("XNNPACK", "a1")
+    assert not Proven(kept, 1).contradicts("XNNPACK", "a1")
+    assert not Proven(kept, 2).contradicts("CPUExecutionProvider", "a1")

@@ -1,0 +1,208 @@
+"""Packed weights are kept for a shard's next load, and whatever becomes of them there, the shard loads and computes the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+
+import node_agent.adapters.onnx_session as module
+import node_agent.adapters.shard_loader as loader
+from mesh.errors import ShardError
+from mesh.forms import parse_form
+from node_agent.adapters.packed_weights import forget, make_room, packed_files, packed_path
+from node_agent.adapters.proven import Proven
+from node_agent.adapters.shard_loader import load_shard
+from node_agent.adapters.shard_maker import make_shard
+from node_agent.ports import RuntimeOptions
+from tests.integration.test_tiny_models import pulled
+
+ONNX, LITERT = "onnx-int8", "litert-int8"
+TOKENS = 20
+
+
+class Host:
+    """Loads the first layers of a tiny model again and again."""
+
+    def __init__(self, home: Path, form: str, end: int = 3) -> None:
+        runtime, quantization = parse_form(form)
+        store = pulled(home)
+        self.folder = make_shard(store, "tiny", 0, end, quantization, runtime=runtime)
+        self.manifest, self.cache = store.manifest(self.folder), home / "packed"
+
+    def answer(self, threads: int = 1) -> bytes:
+        options = RuntimeOptions(threads=threads, cache=str(self.cache))
+        shard = load_shard(self.folder, self.manifest, slots=1, capacity=64, options=options)
+        found = shard.prefill(0, 0, np.arange(TOKENS)).tobytes()
+        found += shard.decode(0, [TOKENS], np.array([7])).tobytes()
+        shard.close()
+        return found
+
+    def kept(self) -> Path:
+        """The packed weights, of which there must be just one."""
+        (path,) = (p for p in self.cache.iterdir() if p.suffix != ".json")
+        return path
+
+
+def files(path: Path) -> dict[Path, int]:
+    """Each file and when it was written."""
+    return {p: p.stat().st_mtime_ns for p in [path, *path.rglob("*")] if p.is_file()}
+
+
+@pytest.mark.parametrize("form", [ONNX, LITERT])
+def test_they_are_used_again_and_compute_the_same(tmp_path: Path, form: str) -> None:
+    host = Host(tmp_path, form)
+    first = host.answer()
+    written = files(host.kept())
+    assert host.answer() == first
+    assert files(host.kept()) == written
+
+
+class Damage(NamedTuple):
+    form: str
+    do: Callable[[Path], None]
+
+
+def _flip(name: str, share: float) -> Callable[[Path], None]:
+    def do(kept: Path) -> None:
+        path = kept / name
+        data = bytearray(path.read_bytes())
+        at = int(share * len(data))
+        data[at : at + 64] = bytes(b ^ 0x55 for b in data[at : at + 64])
+        path.write_bytes(data)
+
+    return do
+
+
+def _cut(name: str, share: float) -> Callable[[Path], None]:
+    def do(kept: Path) -> None:
+        data = (kept / name).read_bytes()
+        (kept / name).write_bytes(data[: int(share * len(data))])
+
+    return do
+
+
+def _lose(name: str) -> Callable[[Path], None]:
+    def do(kept: Path) -> None:
+        size = (kept / name).stat().st_size
+        (kept / name).write_bytes(b"\0" * size)
+
+    return do
+
+
+DAMAGES = {
+    "graph lost": Damage(ONNX, lambda kept: (kept / "graph.onnx").unlink()),
+    "graph empty": Damage(ONNX, _cut("graph.onnx", 0)),
+    "graph cut": Damage(ONNX, _cut("graph.onnx", 0.5)),
+    "graph other": Damage(ONNX, _flip("graph.onnx", 0.3)),
+    "weights gone": Damage(ONNX, lambda kept: (kept / "weights.bin").unlink()),
+    "weights cut": Damage(ONNX, _cut("weights.bin", 0.5)),
+    "weights zeros": Damage(ONNX, _lose("weights.bin")),
+    **{f"weights other at {s}": Damage(ONNX, _flip("weights.bin", s)) for s in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    "all gone": Damage(ONNX, shutil.rmtree),
+    "litert cut": Damage(LITERT, _cut("", 0.5)),
+    "litert zeros": Damage(LITERT, _lose("")),
+    **{f"litert other at {s}": Damage(LITERT, _flip("", s)) for s in (0.3, 0.5, 0.7)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_they_are_made_anew(tmp_path: Path, damage: str) -> None:
+    told = DAMAGES[damage]
+    host = Host(tmp_path, told.form)
+    first = host.answer()
+    told.do(host.kept())
+    assert host.answer() == first
+    assert host.answer() == first
+    assert host.kept()
+
+
+def test_one_that_was_written_to_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would tell: the test vector has other tokens."""
+    host = Host(tmp_path, ONNX, end=2)
+    tested = {*np.load(host.folder / host.manifest.test_vector.file)["input"].tolist()}
+    token = next(t for t in range(TOKENS) if t not in tested)
+    first = host.answer()
+
+    def damage() -> None:
+        graph = onnx.load(str(host.kept() / "graph.onnx"), load_external_data=False).graph
+        (table,) = (t for t in graph.initializer if t.name == "embedding.embedding.values")
+        told = {entry.key: entry.value for entry in table.external_data}
+        row = int(told["length"]) // table.dims[0]
+        with (host.kept() / "weights.bin").open("r+b") as file:
+            file.seek(int(told["offset"]) + token * row)
+            file.write(bytes(row))
+
+    damage()
+    with monkeypatch.context() as patch:
+        patch.setattr(Proven, "knows", lambda *_: True)
+        assert host.answer() != first
+    forget(str(host.cache), host.manifest.digest)
+    assert host.answer() == first
+    damage()
+    assert host.answer() == first
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_disk_that_rots_is_seen_by_what_is_computed(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = DAMAGES[damage]
+    host = Host(tmp_path, told.form)
+    first = host.answer()
+    told.do(host.kept())
+    monkeypatch.setattr(Proven, "knows", lambda *_: True)
+    assert host.answer() == first
+    assert host.answer() == first
+
+
+@pytest.mark.parametrize("form", [ONNX, LITERT])
+def test_of_a_refused_shard_none_stay(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tmp_path, form)
+    host.answer()
+
+    def refuse(*_: Any) -> None:
+        raise ShardError("computes wrong results")
+
+    monkeypatch.setattr(loader, "hold_to_vector", refuse)
+    with pytest.raises(ShardError):
+        host.answer(threads=2)
+    assert not packed_files(str(host.cache), host.manifest.digest)
+
+
+def test_a_full_disk_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tmp_path, ONNX)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 29))
+    first = host.answer()
+    assert not packed_files(str(host.cache), host.manifest.digest)
+    monkeypatch.undo()
+    assert host.answer() == first
+    assert host.kept()
+
+
+def test_another_machine_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tmp_path, ONNX)
+    first = host.answer()
+    before = host.kept()
+    monkeypatch.setattr(module, "this_machine", lambda: "another library on another processor")
+    assert host.answer() == first
+    assert host.kept() != before
+
+
+def test_the_oldest_go_when_there_are_many(tmp_path: Path) -> None:
+    for i in range(12):
+        packed = packed_path(str(tmp_path), f"{i:064x}"[::-1], "xnnpack")
+        make_room(str(tmp_path))
+        packed.write_text("packed")
+    packed.with_suffix(".json").write_text("a record stays")
+    assert len([*tmp_path.glob("*.xnnpack")]) == 8
+    assert packed.exists()
+    forget(str(tmp_path), f"{11:064x}"[::-1])
+    assert not packed.exists()
+    assert packed.with_suffix(".json").exists()
