@@ -74,12 +74,15 @@ class OnnxShard:
         slots: int,
         capacity: int,
         options: RuntimeOptions,
+        keep: bool = False,
     ) -> None:
+        """``keep``: weights as the library lays them out, for the next load. Raises ``ConfigError``."""
         self.info = manifest.info
         self.slots, self.capacity = slots, capacity
         self._workers = WorkerThreads()
         with self._workers.started():
-            self.session, self.provider = open_session(folder / GRAPH_FILE, options, manifest.digest)
+            digest = manifest.digest if keep else ""
+            self.session, self.provider = open_session(folder / GRAPH_FILE, options, digest)
         if not self.provider.startswith(CPU):
             self._workers = WorkerThreads()  # those of other providers know where to run
         start, end = manifest.layers

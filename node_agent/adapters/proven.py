@@ -59,6 +59,11 @@ class Proven:
                 log.warning("%s is not read, the shard is verified anew: %s", path, error)
         self._files, self._held = self._kept.files, self._kept.held
 
+    @property
+    def again(self) -> bool:
+        """Whether anything was held to its test vector here before."""
+        return bool(self._kept.held)
+
     def verify(self, folder: Path, files: dict[str, StoredFile]) -> None:
         """Raise ``ShardError`` unless every file is there with its size and SHA-256; what was read before and has not changed is
         not read again."""

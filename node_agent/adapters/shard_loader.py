@@ -18,6 +18,7 @@ from mesh.forms import form_of
 from mesh.types import ShardInfo
 from node_agent.adapters.model_store import ModelStore
 from node_agent.adapters.packed_weights import forget, packed_files, record_path
+from node_agent.adapters.pages import trim_heap
 from node_agent.adapters.proven import Proven
 from node_agent.config import AgentConfig
 from node_agent.lease import ShardKey
@@ -55,7 +56,10 @@ class ShardLoader:
         return manifest.info
 
     async def load(self, key: ShardKey, slots: int, capacity: int) -> Runtime:
-        return await asyncio.to_thread(self._load, key, slots, capacity)
+        shard = await asyncio.to_thread(self._load, key, slots, capacity)
+        # A load leaves ten megabytes freed that the allocator keeps; nobody needs to wait until they are given back.
+        asyncio.get_running_loop().run_in_executor(None, trim_heap)
+        return shard
 
     def _find(self, key: ShardKey) -> tuple[Path, ShardManifest]:
         form_of(key.runtime, key.quantization)
@@ -107,7 +111,7 @@ def load_shard(
         log.warning("packed weights of %s are not those that were kept: they are made anew", folder)
         forget(cache, digest)
         packed = []
-    opened = partial(_opened, folder, manifest, slots, capacity, options)
+    opened = partial(_opened, folder, manifest, slots, capacity, options, proven.again)
     shard, bits = opened()
     if packed and proven.contradicts(shard.provider, bits):
         log.warning("packed weights of %s compute otherwise than before: they are made anew", folder)
@@ -136,11 +140,11 @@ def _prove(shard: Runtime, bits: str, folder: Path, manifest: ShardManifest, pro
 
 
 def _opened(
-    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions
+    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions, again: bool
 ) -> tuple[Runtime, str]:
-    """A shard, and the bits of its first steps."""
+    """A shard, and the bits of its first steps. ``again``: it was loaded here before, and may be once more."""
     inputs = _vector(folder, manifest).inputs
-    shard = _open(folder, manifest, slots, capacity, options)
+    shard = _open(folder, manifest, slots, capacity, options, again)
     try:
         return shard, _bits(shard, inputs)
     except BaseException:
@@ -200,12 +204,12 @@ def _computed(shard: Runtime, inputs: NDArray[Any]) -> NDArray[Any]:
 
 
 def _open(
-    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions
+    folder: Path, manifest: ShardManifest, slots: int, capacity: int, options: RuntimeOptions, again: bool
 ) -> Runtime:
     if manifest.runtime == "onnx":
         from node_agent.adapters.onnx_runtime import OnnxShard
 
-        return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options)
+        return OnnxShard(folder, manifest, slots=slots, capacity=capacity, options=options, keep=again)
     from node_agent.adapters.static_runtime import StaticShard
 
     if manifest.runtime == "onnxstd":

@@ -43,6 +43,12 @@ class Host:
         shard.close()
         return found
 
+    def settled(self) -> bytes:
+        """What it answers once weights are kept."""
+        first = self.answer()
+        assert self.answer() == first
+        return first
+
     def kept(self) -> Path:
         """The packed weights, of which there must be just one."""
         (path,) = (p for p in self.cache.iterdir() if p.suffix != ".json")
@@ -57,10 +63,19 @@ def files(path: Path) -> dict[Path, int]:
 @pytest.mark.parametrize("form", [ONNX, LITERT])
 def test_they_are_used_again_and_compute_the_same(tmp_path: Path, form: str) -> None:
     host = Host(tmp_path, form)
-    first = host.answer()
+    first = host.settled()
     written = files(host.kept())
     assert host.answer() == first
     assert files(host.kept()) == written
+
+
+def test_of_a_shard_that_was_never_here_before_onnx_runtime_s_are_not_kept(tmp_path: Path) -> None:
+    """It may not come again: that would be as much disk as twice its weights, written for nothing."""
+    host = Host(tmp_path, ONNX)
+    host.answer()
+    assert packed_files(str(host.cache), host.manifest.digest) == []
+    host.answer()
+    assert host.kept()
 
 
 class Damage(NamedTuple):
@@ -115,7 +130,7 @@ DAMAGES = {
 def test_damaged_they_are_made_anew(tmp_path: Path, damage: str) -> None:
     told = DAMAGES[damage]
     host = Host(tmp_path, told.form)
-    first = host.answer()
+    first = host.settled()
     told.do(host.kept())
     assert host.answer() == first
     assert host.answer() == first
@@ -127,7 +142,7 @@ def test_one_that_was_written_to_is_not_even_read(tmp_path: Path, monkeypatch: p
     host = Host(tmp_path, ONNX, end=2)
     tested = {*np.load(host.folder / host.manifest.test_vector.file)["input"].tolist()}
     token = next(t for t in range(TOKENS) if t not in tested)
-    first = host.answer()
+    first = host.settled()
 
     def damage() -> None:
         graph = onnx.load(str(host.kept() / "graph.onnx"), load_external_data=False).graph
@@ -154,7 +169,7 @@ def test_a_disk_that_rots_is_seen_by_what_is_computed(
 ) -> None:
     told = DAMAGES[damage]
     host = Host(tmp_path, told.form)
-    first = host.answer()
+    first = host.settled()
     told.do(host.kept())
     monkeypatch.setattr(Proven, "knows", lambda *_: True)
     assert host.answer() == first
@@ -164,7 +179,7 @@ def test_a_disk_that_rots_is_seen_by_what_is_computed(
 @pytest.mark.parametrize("form", [ONNX, LITERT])
 def test_of_a_refused_shard_none_stay(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(tmp_path, form)
-    host.answer()
+    host.settled()
 
     def refuse(*_: Any) -> None:
         raise ShardError("computes wrong results")
@@ -179,7 +194,7 @@ def test_a_full_disk_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     host = Host(tmp_path, ONNX)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 29))
-    first = host.answer()
+    first = host.settled()
     assert not packed_files(str(host.cache), host.manifest.digest)
     monkeypatch.undo()
     assert host.answer() == first
@@ -188,7 +203,7 @@ def test_a_full_disk_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_another_machine_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(tmp_path, ONNX)
-    first = host.answer()
+    first = host.settled()
     before = host.kept()
     monkeypatch.setattr(module, "this_machine", lambda: "another library on another processor")
     assert host.answer() == first
