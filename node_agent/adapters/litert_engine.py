@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from pathlib import Path
 
 from mesh.errors import ConfigError, ShardError
 from node_agent.adapters.litert_first import first_interpreted, first_packed
 from node_agent.adapters.litert_library import library_path
-from node_agent.adapters.packed_weights import make_room, packed_path
+from node_agent.adapters.packed_weights import made_anew, packed_path
 from node_agent.adapters.static_engine import Engine
 from node_agent.ports import RuntimeOptions
 
@@ -60,22 +58,15 @@ def _plain(folder: Path, graph: Path, digest: str, options: RuntimeOptions) -> E
 
 
 def _packed(graph: Path, threads: int, packed: Path) -> Engine:
-    """With a file of packed weights, which appears whole, or not at all."""
+    """With a file of packed weights."""
     from node_agent.adapters.litert_compiled import CompiledEngine
 
-    packed.parent.mkdir(parents=True, exist_ok=True)
     if packed.exists():
         try:
             return CompiledEngine(graph, threads, packed)
         except ShardError as error:
             log.warning("%s is packed anew: %s", packed, error)
             packed.unlink()
-    make_room(str(packed.parent))
-    fresh = packed.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
-    try:
+    with made_anew(packed) as fresh:
         first_packed(graph, threads, fresh)
-        if fresh.exists():
-            fresh.rename(packed)
-    finally:
-        fresh.unlink(missing_ok=True)
     return CompiledEngine(graph, threads, packed)

@@ -16,8 +16,7 @@ import onnxruntime as ort
 
 from mesh.errors import ConfigError, InputError
 from node_agent.adapters.form_times import this_machine
-from node_agent.adapters.model_store import new_folder
-from node_agent.adapters.packed_weights import forget, make_room, packed_path
+from node_agent.adapters.packed_weights import forget, made_anew, packed_path
 from node_agent.ports import RuntimeOptions
 
 log = logging.getLogger(__name__)
@@ -106,8 +105,8 @@ def _kept(graph: Path, options: RuntimeOptions, digest: str) -> ort.InferenceSes
 
 def _keep(graph: Path, options: RuntimeOptions, folder: Path) -> ort.InferenceSession:
     """Open it, and leave what was laid out in the folder. Raises ``InputError``, and what the library raises."""
-    make_room(options.cache)
-    with new_folder(folder) as fresh:
+    with made_anew(folder) as fresh:
+        fresh.mkdir()
         # The weights as they came and as they were laid out, which is a little more.
         weights = sum(file.stat().st_size for file in graph.parent.iterdir())
         if shutil.disk_usage(fresh).free < 3 * weights + _SPARE_BYTES:

@@ -4,7 +4,10 @@ anew from the shard when they are not there, or not what they were."""
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _KEPT = 8
@@ -33,10 +36,25 @@ def forget(cache: str, digest: str) -> None:
     _remove(_of(cache, digest))
 
 
-def make_room(cache: str) -> None:
+@contextlib.contextmanager
+def made_anew(target: Path) -> Iterator[Path]:
+    """Where to make a file or a folder of packed weights, which takes its place whole, or not at all. What a process that died in
+    between leaves there is not what was kept, and goes with the next load of that shard."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(target.parent)
+    fresh = target.with_suffix(f".tmp-{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield fresh
+        if fresh.exists():
+            fresh.rename(target)
+    finally:
+        _remove([fresh])
+
+
+def _make_room(cache: Path) -> None:
     """For packed weights of one more shard: the oldest go. Whoever has them mapped keeps them."""
     ages = {}
-    for path in Path(cache).glob("*.*"):
+    for path in cache.glob("*.*"):
         with contextlib.suppress(FileNotFoundError):  # another load may have renamed it
             ages[path] = path.stat().st_mtime
     _remove(sorted((path for path in ages if path.suffix != _RECORD), key=ages.__getitem__)[: 1 - _KEPT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import node_agent.adapters.onnx_session as module
 import node_agent.adapters.shard_loader as loader
 from mesh.errors import ShardError
 from mesh.forms import parse_form
-from node_agent.adapters.packed_weights import forget, make_room, packed_files, packed_path
+from node_agent.adapters.packed_weights import forget, made_anew, packed_files, packed_path
 from node_agent.adapters.proven import Proven
 from node_agent.adapters.shard_loader import load_shard
 from node_agent.adapters.shard_maker import make_shard
@@ -210,14 +211,37 @@ def test_another_machine_makes_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert host.kept() != before
 
 
+def test_what_a_killed_process_left_goes_with_the_next_load(tmp_path: Path) -> None:
+    host = Host(tmp_path, ONNX)
+    first = host.answer()
+    left = packed_path(str(host.cache), host.manifest.digest, "tmp-1-2")
+    left.mkdir()
+    (left / "weights.bin").write_bytes(b"half")
+    assert host.answer() == first
+    assert not left.exists()
+    assert host.kept()
+
+
+def test_packed_weights_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = packed_path(str(tmp_path / "packed"), "a" * 64, "xnnpack")
+    with pytest.raises(ShardError), made_anew(target) as fresh:
+        fresh.write_text("half")
+        raise ShardError("died")
+    assert [*target.parent.iterdir()] == []
+    with made_anew(target) as fresh:
+        fresh.write_text("packed")
+        assert not target.exists()
+    assert [*target.parent.iterdir()] == [target]
+
+
 def test_the_oldest_go_when_there_are_many(tmp_path: Path) -> None:
-    for i in range(12):
-        packed = packed_path(str(tmp_path), f"{i:064x}"[::-1], "xnnpack")
-        make_room(str(tmp_path))
-        packed.write_text("packed")
-    packed.with_suffix(".json").write_text("a record stays")
-    assert len([*tmp_path.glob("*.xnnpack")]) == 8
-    assert packed.exists()
-    forget(str(tmp_path), f"{11:064x}"[::-1])
-    assert not packed.exists()
-    assert packed.with_suffix(".json").exists()
+    packed = [packed_path(str(tmp_path), f"{i:016x}", "xnnpack") for i in range(12)]
+    for i, path in enumerate(packed):
+        with made_anew(path) as fresh:
+            fresh.write_text("packed")
+        os.utime(path, (i, i))
+        path.with_suffix(".json").write_text("a record stays")
+    assert sorted(tmp_path.glob("*.xnnpack")) == packed[-8:]
+    assert len([*tmp_path.glob("*.json")]) == 12
+    forget(str(tmp_path), f"{11:016x}")
+    assert sorted(tmp_path.glob("*.xnnpack")) == packed[-8:-1]
