@@ -2,13 +2,16 @@
 
 A file's SHA-256 is half of what a load takes. One that was read whole and right is known again by size, inode and times, as git
 knows a file that it need not read: whoever writes to it changes its ctime, which no program sets. What was held to its whole test
-vector is known again by the bits of a few steps. Packed weights were made here: they are used as long as nobody wrote to them.
+vector is known again by the bits of a few steps. Packed weights were made here: they are used as long as nobody wrote to them, and
+no power cut may have taken what was written last, of which the bits of a few steps need not tell: rows of an embedding, say.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +44,8 @@ class _Record(msgspec.Struct, frozen=True):
     """With what the shard was held to its test vector: machine, packages, threads, and who computed which bits."""
     packed: dict[str, _File] = {}
     """By path."""
+    boot: str = ""
+    """Of the machine, in which packed weights were written; empty once they are on the disk."""
 
 
 class Proven:
@@ -75,7 +80,7 @@ class Proven:
 
     def knows(self, packed: Sequence[Path]) -> bool:
         """Whether packed weights are those that were kept with what the shard proved."""
-        return _all_seen(packed) == self._kept.packed
+        return _all_seen(packed) == self._kept.packed and self._kept.boot in ("", _boot())
 
     def held(self, provider: str, bits: str) -> bool:
         """Whether the shard was held to its test vector here, computed by ``provider``, and had these ``bits``."""
@@ -94,7 +99,24 @@ class Proven:
 
     def keep(self, packed: Sequence[Path]) -> None:
         """For the next load, with these packed weights; where it cannot be written that one proves all anew."""
-        record = _Record(self._files, self._held, _all_seen(packed))
+        seen = _all_seen(packed)
+        boot = self._kept.boot if seen == self._kept.packed else _boot()
+        self._write(_Record(self._files, self._held, seen, boot))
+
+    def settle(self, packed: Sequence[Path]) -> None:
+        """See that packed weights which were kept are on the disk; that may take seconds, so nobody waits for it."""
+        if not self._kept.boot or not self.knows(packed):
+            return
+        try:
+            for path in packed:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            log.warning("%s may not be on the disk, and is made anew after the next start: %s", path, error)
+            return
+        self._write(msgspec.structs.replace(self._kept, boot=""))
+
+    def _write(self, record: _Record) -> None:
         if self._path is None or record == self._kept:
             return
         try:
@@ -102,6 +124,14 @@ class Proven:
                 file.write(msgspec.json.encode(record))
         except (OSError, InputError) as error:
             log.warning("%s is not written, the next load verifies the shard anew: %s", self._path, error)
+
+
+def _boot() -> str:
+    """This start of the machine; where it has no name, another one each time."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex
 
 
 def _all_seen(packed: Sequence[Path]) -> dict[str, _File]:

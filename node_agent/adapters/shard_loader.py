@@ -49,7 +49,7 @@ class ShardLoader:
     ) -> None:
         """``data_dir``: of this agent alone."""
         self._config, self._store, self._capabilities = config, store, capabilities
-        self._data_dir = data_dir
+        self._cache = str(data_dir / "packed")
 
     async def find(self, key: ShardKey) -> ShardInfo:
         _, manifest = await asyncio.to_thread(self._find, key)
@@ -57,9 +57,13 @@ class ShardLoader:
 
     async def load(self, key: ShardKey, slots: int, capacity: int) -> Runtime:
         shard = await asyncio.to_thread(self._load, key, slots, capacity)
-        # A load leaves ten megabytes freed that the allocator keeps; nobody needs to wait until they are given back.
-        asyncio.get_running_loop().run_in_executor(None, trim_heap)
+        asyncio.get_running_loop().run_in_executor(None, self._tidy, shard.info.digest)
         return shard
+
+    def _tidy(self, digest: str) -> None:
+        """What nobody needs to wait for."""
+        trim_heap()  # a load leaves ten megabytes freed that the allocator keeps
+        Proven(record_path(self._cache, digest), 0).settle(packed_files(self._cache, digest))
 
     def _find(self, key: ShardKey) -> tuple[Path, ShardManifest]:
         form_of(key.runtime, key.quantization)
@@ -93,8 +97,7 @@ class ShardLoader:
         # Left to itself, ONNX Runtime pins its threads to cores: on cores that others use as well, that
         # costs a fifth of the rate.
         threads = self._config.threads or self._capabilities().cpu.cores
-        cache = str(self._data_dir / "packed")
-        options = RuntimeOptions(self._config.providers, threads, cache, self._config.delegate)
+        options = RuntimeOptions(self._config.providers, threads, self._cache, self._config.delegate)
         return load_shard(folder, manifest, slots=slots, capacity=capacity, options=options)
 
 

@@ -167,3 +167,44 @@ def test_other_bits_contradict_what_was_held_on_the_same_threads_alone(tmp_path:
     assert Proven(kept, 2).contradicts("XNNPACK", "a1")
     assert not Proven(kept, 1).contradicts("XNNPACK", "a1")
     assert not Proven(kept, 2).contradicts("CPUExecutionProvider", "a1")
+
+
+def test_packed_weights_outlive_a_start_of_the_machine_once_they_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, packed = tmp_path / "kept.json", [tmp_path / "graph", tmp_path / "weights"]
+    for path in packed:
+        path.write_bytes(b"packed")
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Proven(kept, 2).keep(packed)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_boot", lambda: "the next")
+        assert not Proven(kept, 2).knows(packed)
+    assert Proven(kept, 2).knows(packed)
+    synced.clear()
+    Proven(kept, 2).settle(packed)
+    assert synced[:2] == ["graph", "weights"]
+    assert Proven(kept, 2).knows(packed)
+    Proven(kept, 2).keep(packed)  # the next load knows them
+    monkeypatch.setattr(module, "_boot", lambda: "the next")
+    assert Proven(kept, 2).knows(packed)
+    packed[0].write_bytes(b"packed anew")
+    Proven(kept, 2).keep(packed)
+    monkeypatch.setattr(module, "_boot", lambda: "the one after")
+    assert not Proven(kept, 2).knows(packed)
+
+
+def test_packed_weights_that_are_gone_before_they_settle(tmp_path: Path) -> None:
+    kept, packed = tmp_path / "kept.json", [tmp_path / "weights"]
+    packed[0].write_bytes(b"packed")
+    Proven(kept, 2).keep(packed)
+    packed[0].unlink()
+    Proven(kept, 2).settle(packed)
+    assert not Proven(kept, 2).knows(packed)
