@@ -96,9 +96,7 @@ def _kept(graph: Path, options: RuntimeOptions, digest: str) -> ort.InferenceSes
     forget(options.cache, digest)
     try:
         return _keep(graph, options, folder)
-    except (
-        Exception
-    ) as error:  # a full disk, for one, of which the library says something in words of its own
+    except Exception as error:  # a full disk, for one: the library has words of its own for it
         log.warning("%s is not kept, the next load of %s takes longer: %s", folder, graph, error)
         return _plain(graph, options)
 
