@@ -141,7 +141,7 @@ def _all_seen(packed: Sequence[Path]) -> dict[str, _File]:
 
 
 def _seen(path: Path, sha256: str = "") -> _File | None:
-    """The file as it is, taken for what its manifest says; ``None`` where it cannot be looked at."""
+    """The file as it is, with the digest that a manifest says it has, if one does; ``None`` where it cannot be looked at."""
     try:
         found = path.stat()
     except OSError:
