@@ -31,10 +31,13 @@ from mesh.types import Address, NodeId
 from tests.agents import agent, until
 from tests.consul_server import ConsulServer, cluster_of_three, consul_binary
 
-pytestmark = pytest.mark.skipif(
-    consul_binary() is None,
-    reason="no Consul: none on the PATH, and tests/fetch_consul.sh could not fetch it",
-)
+pytestmark = [
+    pytest.mark.waits,
+    pytest.mark.skipif(
+        consul_binary() is None,
+        reason="no Consul: none on the PATH, and tests/fetch_consul.sh could not fetch it",
+    ),
+]
 SERVICE = "inference-mesh"
 HEALTH: dict[str, HealthServicer] = {}
 

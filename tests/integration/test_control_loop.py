@@ -24,6 +24,8 @@ from tests.agents import AgentProcess, agent, start_agent, until
 from tests.conftest import MODEL
 from tests.consul_server import ConsulServer, consul_binary
 
+pytestmark = pytest.mark.waits
+
 SMALL = {"memory": "130", "threads": "1"}
 """MiB: three such nodes hold the model between them, two do not."""
 

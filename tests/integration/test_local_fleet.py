@@ -16,6 +16,8 @@ import pytest
 
 from tests.consul_server import consul_binary
 
+pytestmark = pytest.mark.waits
+
 UP = Path(__file__).parents[2] / "jobs" / "local-fleet" / "up.sh"
 NOMAD = """#!/usr/bin/env bash
 case "$1 $2" in

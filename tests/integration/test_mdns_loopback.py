@@ -15,6 +15,8 @@ from mesh.adapters.discovery.mdns import TYPE, MdnsDiscovery
 from mesh.discovery import Advert, Sighting
 from mesh.types import Address, NodeId
 
+pytestmark = pytest.mark.waits
+
 HOST = "127.0.0.1"
 
 

@@ -17,6 +17,8 @@ import pytest
 
 from tests.agents import AgentProcess, agent, start_agent, until
 
+pytestmark = pytest.mark.waits
+
 
 def met(*agents: AgentProcess) -> bool:
     everybody = {a.node for a in agents}

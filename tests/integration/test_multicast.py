@@ -13,6 +13,8 @@ import pytest
 from tests.agents import AgentProcess, agent, start_agent, until
 from tests.lan import Lan, refused
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def lan() -> Iterator[Lan]:
