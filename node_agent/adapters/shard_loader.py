@@ -17,7 +17,7 @@ from mesh.errors import ShardError
 from mesh.forms import form_of
 from mesh.types import ShardInfo
 from node_agent.adapters.model_store import ModelStore
-from node_agent.adapters.packed_weights import forget, packed_files, record_path
+from node_agent.adapters.packed_weights import forget, packed_files, read_at_once, record_path
 from node_agent.adapters.pages import trim_heap
 from node_agent.adapters.proven import Proven
 from node_agent.config import AgentConfig
@@ -114,6 +114,7 @@ def load_shard(
         log.warning("packed weights of %s are not those that were kept: they are made anew", folder)
         forget(cache, digest)
         packed = []
+    read_at_once(packed)
     opened = partial(_opened, folder, manifest, slots, capacity, options, proven.again)
     shard, bits = opened()
     if packed and proven.contradicts(shard.provider, bits):

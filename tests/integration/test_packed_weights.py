@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ import node_agent.adapters.onnx_session as module
 import node_agent.adapters.shard_loader as loader
 from mesh.errors import ShardError
 from mesh.forms import parse_form
-from node_agent.adapters.packed_weights import forget, made_anew, packed_files, packed_path
+from node_agent.adapters.packed_weights import forget, made_anew, packed_files, packed_path, read_at_once
 from node_agent.adapters.proven import Proven
 from node_agent.adapters.shard_loader import load_shard
 from node_agent.adapters.shard_maker import make_shard
@@ -245,3 +248,69 @@ def test_the_oldest_go_when_there_are_many(tmp_path: Path) -> None:
     assert len([*tmp_path.glob("*.json")]) == 12
     forget(str(tmp_path), f"{11:016x}")
     assert sorted(tmp_path.glob("*.xnnpack")) == packed[-8:-1]
+
+
+def in_large_pages(path: Path) -> int:
+    """KiB of a file that this process gets in large pages when it maps and reads it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[::4096]
+        _, _, after = Path("/proc/self/smaps").read_text().partition(f"{path}\n")
+    found = re.search(r"FilePmdMapped:\s+(\d+) kB", after)
+    return int(found[1]) if found else 0
+
+
+WEIGHTS = os.urandom(1 << 20) * 6
+
+
+def in_small_pieces(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for begin in range(0, len(WEIGHTS), 1000):
+            file.write(WEIGHTS[begin : begin + 1000])
+
+
+@pytest.fixture
+def large_pages(tmp_path: Path) -> None:
+    """Skips where files lie in small pages, whatever one does."""
+    probe = tmp_path / "probe"
+    probe.write_bytes(WEIGHTS)
+    if not in_large_pages(probe):
+        pytest.skip("this kernel has no large pages for files of this file system")
+
+
+@pytest.mark.usefixtures("large_pages")
+def test_they_lie_in_large_pages(tmp_path: Path) -> None:
+    target = tmp_path / "packed" / "0.xnnpack"
+    with made_anew(target) as fresh:
+        in_small_pieces(fresh)
+        assert not in_large_pages(fresh)
+    assert target.read_bytes() == WEIGHTS
+    assert in_large_pages(target) >= 4096
+    assert [*target.parent.iterdir()] == [target]
+
+
+@pytest.mark.usefixtures("large_pages")
+def test_they_come_from_the_disk_in_large_pages(tmp_path: Path) -> None:
+    packed = tmp_path / "0.xnnpack"
+
+    def dropped() -> None:
+        with packed.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    in_small_pieces(packed)
+    dropped()
+    read_at_once([packed, tmp_path / "gone"])
+    assert in_large_pages(packed) >= 4096
+
+
+def test_where_they_cannot_be_written_over_again_they_stay_as_they_are(tmp_path: Path) -> None:
+    target = tmp_path / "packed" / "0.xnnpack"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with made_anew(target) as fresh:
+            in_small_pieces(fresh)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(WEIGHTS) // 2, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert target.read_bytes() == WEIGHTS
+    assert [*target.parent.iterdir()] == [target]
