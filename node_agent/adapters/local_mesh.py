@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,8 +26,9 @@ from mesh.forms import DEFAULT_RUNTIME
 from mesh.types import NodeId
 from node_agent.adapters.form_times import chosen_form
 from node_agent.adapters.model_pull import CATALOGUE, pull_model
-from node_agent.adapters.model_store import ModelStore, Progress
+from node_agent.adapters.model_store import ModelStore, Progress, make_folder
 from node_agent.adapters.shard_maker import demand_of, make_shard
+from node_agent.adapters.temporary_folder import temporary_folder
 from node_agent.config import AgentConfig, variable
 from node_agent.lease import ShardKey
 from protos.gen import agent_pb2 as pb
@@ -107,7 +107,7 @@ class LocalMesh:
         """Start one more agent; it knows nobody until ``join``."""
         options = self.options
         folder = options.work / f"node-{index + 1}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         log = folder / "agent.log"
         reading, writing = os.pipe()
         flags = {
@@ -343,9 +343,11 @@ async def temporary_mesh(
     nodes: int, home: Path, settings: dict[str, str] | None = None
 ) -> AsyncIterator[LocalMesh]:
     """A mesh whose data goes away with it."""
-    work = home / "run" / f"mesh-{os.getpid()}-{os.urandom(3).hex()}"
-    try:
+    with temporary_data(home) as work:
         async with LocalMesh(MeshOptions(nodes, home, work, settings=settings or {})) as mesh:
             yield mesh
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def temporary_data(home: Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder for the data of such a mesh."""
+    return temporary_folder(home / "run", "mesh")

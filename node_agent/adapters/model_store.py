@@ -69,10 +69,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet. Raises ``InputError``."""
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # something on the way is a file, or takes no folders
+        raise InputError(
+            f"the folder {folder} cannot be made: {error.strerror}; "
+            "set MESH_HOME, or --data-dir for what an agent keeps of itself"
+        ) from error
+
+
 def _temporary(target: Path) -> Path:
     import time
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     for stale in target.parent.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > _STALE_S:
@@ -128,7 +140,7 @@ class ModelStore:
         path = self.folder(name) / CARD_FILE
         try:
             return read_document(path.read_bytes(), ModelCard, str(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             known = ", ".join(self.names()) or "none"
             raise InputError(
                 f"the model {name!r} is not here (models in {self.root}: {known}); "

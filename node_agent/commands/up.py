@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -62,7 +60,7 @@ async def _run(args: argparse.Namespace) -> int:
     import asyncio
 
     from mesh.errors import InputError
-    from node_agent.adapters.local_mesh import LocalMesh, MeshOptions
+    from node_agent.adapters.local_mesh import LocalMesh, MeshOptions, temporary_data
     from node_agent.commands.show import progress_bars
     from node_agent.paths import default_home
 
@@ -91,10 +89,12 @@ async def _run(args: argparse.Namespace) -> int:
         settings[name.replace("-", "_")] = value
     home = Path(args.home) if args.home else default_home()
     # Nodes keep their identity from one start to the next, one set of them a port.
-    work = home / "run" / (f"up-{args.api_port}" if args.api_port else f"up-{os.getpid()}")
-    options = MeshOptions(args.nodes, home, work, args.api_port, args.port, settings=settings)
+    named = contextlib.nullcontext(home / "run" / f"up-{args.api_port}")
     try:
-        async with LocalMesh(options) as mesh:
+        async with contextlib.AsyncExitStack() as stack:
+            work = stack.enter_context(named if args.api_port else temporary_data(home))
+            options = MeshOptions(args.nodes, home, work, args.api_port, args.port, settings=settings)
+            mesh = await stack.enter_async_context(LocalMesh(options))
             with progress_bars() as progress:
                 placement = await mesh.serve(args.model, args.runtime, args.quantization, progress)
             running = mesh
@@ -105,9 +105,6 @@ async def _run(args: argparse.Namespace) -> int:
             print("\ndraining ...", file=sys.stderr, flush=True)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-    finally:
-        if not args.api_port:
-            shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

@@ -112,3 +112,24 @@ def test_a_full_disk_refuses_answers_and_says_so_until_there_is_room(
         )
         ballast.unlink()
         until(lambda: "choices" in asked(one), 40, "no answer although there is room again")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["ask --nodes 2 hi", "up --api-port 0", "model pull smollm2-135m", "model shard smollm2-135m", "agent"],
+)
+def test_a_home_that_is_no_folder_is_named(tmp_path: Path, command: str) -> None:
+    home = tmp_path / "home"
+    home.write_text("a file")
+    done = subprocess.run(
+        [sys.executable, "-m", "mesh", *command.split()],
+        env=os.environ | {"MESH_HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2, done.stderr
+    (said,) = done.stderr.strip().splitlines()
+    assert str(home) in said
+    assert "MESH_HOME" in said or "mesh model pull" in said
