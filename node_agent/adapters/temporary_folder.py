@@ -13,7 +13,8 @@ from pathlib import Path
 from node_agent.adapters.model_store import make_folder
 
 _YOUNG_S = 60
-"""One that was made just now may not be locked yet, and agents of a mesh that was killed just now may not have ended."""
+"""One that was made just now may not be locked yet, so nobody else locks it either; and agents of a mesh that was killed just now
+may not have ended."""
 
 
 @contextlib.contextmanager
@@ -42,8 +43,8 @@ def _remove_abandoned(folder: Path) -> None:
     except OSError:  # gone by now, or not ours
         return
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if time.time() - os.fstat(held).st_mtime > _YOUNG_S:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # somebody has it
         pass

@@ -89,20 +89,19 @@ async def _run(args: argparse.Namespace) -> int:
         settings[name.replace("-", "_")] = value
     home = Path(args.home) if args.home else default_home()
     # Nodes keep their identity from one start to the next, one set of them a port.
-    named = contextlib.nullcontext(home / "run" / f"up-{args.api_port}")
+    kept = contextlib.nullcontext(home / "run" / f"up-{args.api_port}")
     try:
-        async with contextlib.AsyncExitStack() as stack:
-            work = stack.enter_context(named if args.api_port else temporary_data(home))
+        with kept if args.api_port else temporary_data(home) as work:
             options = MeshOptions(args.nodes, home, work, args.api_port, args.port, settings=settings)
-            mesh = await stack.enter_async_context(LocalMesh(options))
-            with progress_bars() as progress:
-                placement = await mesh.serve(args.model, args.runtime, args.quantization, progress)
-            running = mesh
-            for node, reason in placement.idle:
-                print(f"{node} holds nothing: {reason}")
-            print(f"endpoint  {mesh.endpoint}/v1   model {args.model}   Ctrl-C stops\n", flush=True)
-            await _show(mesh, stop)
-            print("\ndraining ...", file=sys.stderr, flush=True)
+            async with LocalMesh(options) as mesh:
+                with progress_bars() as progress:
+                    placement = await mesh.serve(args.model, args.runtime, args.quantization, progress)
+                running = mesh
+                for node, reason in placement.idle:
+                    print(f"{node} holds nothing: {reason}")
+                print(f"endpoint  {mesh.endpoint}/v1   model {args.model}   Ctrl-C stops\n", flush=True)
+                await _show(mesh, stop)
+                print("\ndraining ...", file=sys.stderr, flush=True)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     return 0

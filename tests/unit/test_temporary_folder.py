@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def test_of_a_killed_maker_it_goes_with_the_next(tmp_path: Path) -> None:
     process.wait()
     with temporary_folder(tmp_path, "mesh") as mine:
         assert sorted(tmp_path.iterdir()) == sorted([mine, other])
+
+
+def test_what_was_just_made_is_not_even_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker would find it locked, go on without a lock, and lose its data to the next."""
+    young = tmp_path / "mesh-1-abcdef"
+    young.mkdir()
+    locked: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, _: locked.append(os.fstat(descriptor).st_ino))
+    with temporary_folder(tmp_path, "mesh") as mine:
+        assert locked == [mine.stat().st_ino]
 
 
 def test_what_was_just_made_stays(tmp_path: Path) -> None:
