@@ -60,6 +60,7 @@ class CompiledEngine:
         self._shared = packed is not None and packed.exists()
         smallest = by_bucket(self.names)[0]
         self._models = [self._compile(needed_first(self.names) if self._shared else smallest)]
+        self._in_use = _by_graph(self._models)
         self._worked_s = time.monotonic()
         self._changed = threading.Condition()
         """Guards what follows, and the models."""
@@ -156,13 +157,14 @@ class CompiledEngine:
 
     def _with(self, graph: str) -> CompiledModel:
         """The model in use that has the graph, which comes before all others that are wanted. Raises what its compilation raised."""
+        if not self._arrived and (found := self._in_use.get(graph)) is not None:
+            return found  # a step asks for it: no lock, and no look at every model
         asked = False
         with self._changed:
             while True:
                 self._take_over()
-                for model in self._models:
-                    if graph in model.signatures:
-                        return model
+                if (found := self._in_use.get(graph)) is not None:
+                    return found
                 if graph not in self.names:
                     raise ShardError(f"{self._graph} has no graph {graph!r}; make the shard again")
                 failed = self._failed.pop(graph, None)
@@ -182,6 +184,7 @@ class CompiledEngine:
             if covered:
                 self._aside(_close, covered)  # it takes as long as a step or two
         self._arrived.clear()
+        self._in_use = _by_graph(self._models)
 
     def ends(self, graph: str) -> Ends:
         found = self._with(graph).signatures[graph]
@@ -208,6 +211,10 @@ class CompiledEngine:
         for thread in self._background:
             thread.join()
         _close((*self._models, *self._arrived))
+
+
+def _by_graph(models: Iterable[CompiledModel]) -> dict[str, CompiledModel]:
+    return {name: model for model in models for name in model.signatures}
 
 
 def _close(models: Iterable[CompiledModel]) -> None:

@@ -87,12 +87,14 @@ class BoundGraph:
         inputs, outputs = engine.ends(name)
         self.following = list(following.values())
         self.hidden = pages((rows, manifest.boundary.width))
-        self.cos, self.sin = (pages((rows, 1, manifest.head_dim)) for _ in range(2))
+        group = manifest.heads // manifest.kv_heads
+        self.turns = arrays(2, (rows, 1, group + 2, manifest.head_dim))
+        """Cosines and sines of where each row stands."""
         self.out = pages((rows, manifest.boundary.width))
         names = kv_names(manifest)
         self.new = arrays(len(names), new)
         """The rows that a run adds to each array of KV memory."""
-        given = {"hidden": self.hidden, "cos": self.cos, "sin": self.sin}
+        given = {"hidden": self.hidden, "cos": self.turns[0], "sin": self.turns[1]}
         given |= {k: m.array for k, m in following.items()}
         self._given = {k: engine.bind(v) for k, v in given.items()}
         self._inputs = inputs
@@ -142,7 +144,7 @@ def _steps_graph(engine: Engine, manifest: ShardManifest, chunk: int, bucket: in
 
 def _batch_graph(engine: Engine, manifest: ShardManifest, rows: int, bucket: int) -> BoundGraph:
     masks = {f"mask.{row}": _Mask((1, 1, 1, bucket + 1), bucket) for row in range(rows)}
-    new = (rows, manifest.kv_heads, manifest.head_dim)
+    new = (rows, manifest.kv_heads, 1, manifest.head_dim)
     return BoundGraph(engine, manifest, batch_name(rows, bucket), rows, masks, new)
 
 

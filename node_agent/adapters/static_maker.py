@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048
 """Positions that a shard is made for, unless more are asked for."""
-_BUCKETS = (256, 512, 768, 1024, 2048)
+_BUCKETS = (256, 384, 512, 640, 768, 1024, 2048)
 _CHUNKS, _BATCHES, _HEADS = (1, 16, 64), (4, 8), (1, 8)
 STEPS = {"litert": STEPS_MAX}
 """By runtime: steps that a graph replays at once. (An execution provider may compute anything in its own order.)"""
@@ -53,9 +53,9 @@ _ONNX_CHUNKS = (1, 64)
 _OUTLIERS = 16
 """Columns of the head that stay in float32: a few channels before it are twenty times the others, and rounding to their
 range cost a third of what perplexity lost."""
-_OPERATORS_BYTES = {"litert": 74_000, "onnxstd": 11_000}
+_OPERATORS_BYTES = {"litert": 68_000, "onnxstd": 9_500}
 """By runtime: what a layer's operators and tensors take of a file, all graphs of a bucket together. It is the same whatever the
-model's width; measured on SmolLM2-135M (72 kB at ``int4``, 59 at ``int8``), and rather a little more, as a node that is asked for more than it has refuses."""
+model's width; measured on SmolLM2-135M (66 kB at ``int4``, 53 at ``int8``), and rather a little more, as a node that is asked for more than it has refuses."""
 _SHARD_BYTES = 200_000
 """Names, shapes and lists that a shard has whatever its layers, measured as well."""
 _CHANNEL_BYTES = 12
@@ -187,12 +187,11 @@ class StaticMaker:
 
     def _layer(self, layer: int) -> dict[str, Any]:
         spec, names = self._spec, layer_tensors(self._spec, layer)
-        q, k = self._matrix(names["q"]), self._matrix(names["k"])
-        order_q, order_k = _halves(spec.heads, spec), _halves(spec.kv_heads, spec)
+        order = _by_key(spec)
         made: dict[str, Any] = {
             "attn_norm": self._values(names["attn_norm"]),
             "ffn_norm": self._values(names["ffn_norm"]),
-            "qkv": _stacked([_ordered(q, order_q), _ordered(k, order_k), self._matrix(names["v"])]),
+            "qkv": _ordered(_stacked([self._matrix(names[role]) for role in "qkv"]), order),
             "gate_up": _stacked([self._matrix(names["gate"]), self._matrix(names["up"])]),
             "o": self._matrix(names["o"]),
             "down": self._matrix(names["down"]),
@@ -205,12 +204,7 @@ class StaticMaker:
                 made[norm] = made[norm] / np.repeat(factors, BLOCK)
                 made[matrix] = times_blocks(made[matrix], factors)
         if spec.qkv_bias:
-            parts = (
-                self._values(names["q_bias"])[order_q],
-                self._values(names["k_bias"])[order_k],
-                self._values(names["v_bias"]),
-            )
-            made["qkv.bias"] = np.concatenate(parts)
+            made["qkv.bias"] = np.concatenate([self._values(names[f"{role}_bias"]) for role in "qkv"])[order]
         return made
 
     def _head(self) -> Matrix | SplitInt8:
@@ -230,6 +224,15 @@ class StaticMaker:
         if tensor.kind_name == "Q8_0":
             return repack_q8_0(self._raw("token_embd.weight"), *tensor.shape)
         return quantize_int8(self._values("token_embd.weight"))
+
+
+def _by_key(spec: Architecture) -> NDArray[np.int64]:
+    """Rows of Q, K and V, one after the other, in the order in which ``static_network`` wants them."""
+    kv, dim = spec.kv_heads, spec.head_dim
+    keys = spec.heads * dim
+    values = keys + kv * dim
+    parts = (_halves(spec.heads, spec), keys + _halves(kv, spec), values + np.arange(kv * dim))
+    return np.concatenate([part.reshape(kv, -1, dim) for part in parts], axis=1).reshape(-1)
 
 
 def _halves(heads: int, spec: Architecture) -> NDArray[np.int64]:

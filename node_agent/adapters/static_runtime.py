@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from node_agent.adapters.static_slots import Slot
 from node_agent.bunches import Bunches
 from node_agent.shards.manifest import ShardManifest
 from node_agent.shards.static_names import graph_name
-from node_agent.shards.static_tables import read_tables
+from node_agent.shards.static_tables import Turns, read_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +73,9 @@ class StaticShard:
                 "make the shard again with --context, or lower the setting 'context'"
             )
         self._buckets = [b for i, b in enumerate(buckets) if i == 0 or buckets[i - 1] < wanted]
+        self._after = dict(pairwise(self._buckets))
         self._tables = read_tables(manifest.files, lambda name: np.load(folder / name, mmap_mode="r"))
+        self._turns = Turns(self._tables.turns, manifest.heads // manifest.kv_heads)
         self._graphs: dict[tuple[str, int, int], BoundGraph] = {}
         self._held: dict[int, Slot] = {}
         self._bunches: dict[int, Bunches] = {}
@@ -121,10 +124,7 @@ class StaticShard:
         for i in range(size):
             # Rows past the last are computed over its memory, for nobody.
             row = bunch[min(i, len(bunch) - 1)]
-            graph.cos[i, 0], graph.sin[i, 0] = (
-                self._tables.cos[row.position],
-                self._tables.sin[row.position],
-            )
+            graph.turns[:, i, 0] = self._turns.at(row.position)
             graph.following[i].open_to(row.position)
             memory |= {f"{name}.{i}": buffer for name, buffer in row.memory.bound.items()}
         graph.run(graph.inputs(memory))
@@ -211,9 +211,8 @@ class StaticShard:
         open as a step or two."""
         if bucket - end > max(size, _AHEAD):
             return
-        after = next((b for b in self._buckets if b > bucket), None)
-        if after is not None:
-            self._soon(kind, size, after)
+        if bucket in self._after:
+            self._soon(kind, size, self._after[bucket])
 
     def _soon(self, kind: str, size: int, bucket: int) -> None:
         if (kind, size, bucket) not in self._graphs:
@@ -223,8 +222,7 @@ class StaticShard:
         """What a chunk is given. Rows past its steps are computed for nobody."""
         steps = len(inputs)
         graph.hidden[:steps] = self._tables.embed(inputs) if self.info.first else inputs
-        graph.cos[:steps, 0] = self._tables.cos[position : position + steps]
-        graph.sin[:steps, 0] = self._tables.sin[position : position + steps]
+        graph.turns[:, :steps, 0] = self._turns.between(position, position + steps)
         for given in graph.following:
             given.open_to(position)
 
@@ -254,7 +252,7 @@ class StaticShard:
     def _memory(self, slot: int, position: int, steps: int) -> Slot:
         """A slot's memory, in the bucket for what comes."""
         held = self._held.get(slot)
-        bucket = next(b for b in self._buckets if b >= position + steps)
+        bucket = self._buckets[bisect_left(self._buckets, position + steps)]
         if held is None:
             held = self._held[slot] = Slot(self.engine, self.manifest, bucket)
             held.begin()
@@ -264,9 +262,8 @@ class StaticShard:
 
     def _near(self, slot: int, position: int) -> None:
         memory = self._held[slot]
-        after = next((b for b in self._buckets if b > memory.bucket), None)
-        if after is not None:
-            memory.near(position, after)
+        if memory.bucket in self._after:
+            memory.near(position, self._after[memory.bucket])
 
     def _graph(self, kind: str, size: int, bucket: int) -> BoundGraph:
         key = (kind, size, bucket)

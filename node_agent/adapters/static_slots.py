@@ -111,6 +111,6 @@ class Slot:
         self.memory[:, :, :, position : position + steps] = 0.0
 
     def write_row(self, new: Array, position: int, row: int) -> None:
-        """One of a step of several sessions, ``[arrays, sessions, kv_heads, head_dim]``."""
+        """One of a step of several sessions, ``[arrays, sessions, kv_heads, 1, head_dim]``."""
         self._written(position, 1)
-        self.memory[:, 0, :, position] = new[:, row]
+        self.memory[:, 0, :, position] = new[:, row, :, 0]

@@ -2,7 +2,8 @@
 
 A static context is paid for in full, so there is a graph for each *bucket* (positions of KV memory that it reads) and
 each *chunk* (positions that it computes). Inputs of ``run_{chunk}_{bucket}``: ``hidden`` float32 ``[chunk, width]``; ``cos``
-and ``sin`` float32 ``[chunk, 1, head_dim]`` (of the two halves of a head; the sine of the first one negated); ``mask``
+and ``sin`` float32 ``[chunk, 1, group + 2, head_dim]`` (of the two halves of a head; the sine of the first one negated), by what
+they turn: the queries that share a key, with their scale, the key, and the value, which one and zero leave as it is; ``mask``
 float32 ``[1, 1, rows, bucket + chunk]``, added to scores, ``rows`` being 1 or ``heads / kv_heads * chunk``; ``k.i`` and
 ``v.i`` float32 ``[1, kv_heads, bucket, head_dim]``. Outputs: ``hidden_out`` like ``hidden``, and of each layer the new
 rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever runs it writes them where they belong.
@@ -10,12 +11,12 @@ rows ``new_k.i`` and ``new_v.i``, ``[1, kv_heads, chunk, head_dim]``: whoever ru
 ``[1, 1, rows, bucket + 1]``, for each row what is before it and itself, and ``places`` float32 ``[1, kv_heads, chunk, bucket]`` has a one
 where a row's position is; there the caches hold zeros.
 ``batch_{rows}_{bucket}`` is a step of several sessions: ``mask.r``, ``k.i.r`` and ``v.i.r`` of each, and new rows
-``[rows, kv_heads, head_dim]``. A last shard has ``head`` as well, and ``head_{rows}`` for several rows: ``last`` ``[rows, width]`` to
+``[rows, kv_heads, 1, head_dim]``. A last shard has ``head`` as well, and ``head_{rows}`` for several rows: ``last`` ``[rows, width]`` to
 ``logits`` ``[rows, vocabulary]``.
 
-``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``, ``.gate_up``, ``.down`` (matrices ``[out, in]``, rows of Q and K
-in halves; ``.qkv.bias`` where the family has it; ``.down.limit`` where its input peaks: what is within and what is beyond are multiplied apart),
-and of a last shard ``output_norm`` and ``output``.
+``weights``: ``{layer}.attn_norm``, ``.qkv``, ``.o``, ``.ffn_norm``, ``.gate_up``, ``.down`` (matrices ``[out, in]``; ``.qkv`` by key: the rows
+of the queries that share it, its own and its value's, rows of Q and K in halves; ``.qkv.bias`` where the family has it; ``.down.limit`` where its
+input peaks: what is within and what is beyond are multiplied apart), and of a last shard ``output_norm`` and ``output``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from node_agent.shards.architecture import Architecture
 
 
-REVISION = 4
+REVISION = 5
 """Of static graphs and their weights: counts up where they compute something else than before, or there are more of them."""
 
 
@@ -131,7 +132,8 @@ def build_run(
     mask_rows = 1 if chunk == 1 else spec.heads // spec.kv_heads * chunk
     whose = [f".{row}" for row in range(sessions)] if sessions > 1 else [""]
     x = graph.given("hidden", [rows, spec.width])
-    turns = [graph.given(side, [rows, 1, spec.head_dim]) for side in ("cos", "sin")]
+    beside = spec.heads // spec.kv_heads + 2
+    turns = [graph.given(side, [rows, 1, beside, spec.head_dim]) for side in ("cos", "sin")]
     seen = bucket + (1 if steps else chunk)
     masks = [graph.given(f"mask{who}", [1, 1, mask_rows, seen]) for who in whose]
     places = None
@@ -204,54 +206,56 @@ def _attention(
     places: tuple[int, int] | None,
 ) -> tuple[int, list[int]]:
     """Of a chunk of one session, or of a step of several; and the new rows of the cache."""
-    p, rows = f"{layer}.", graph.shapes[qkv][0]
-    dim, kv = spec.head_dim, spec.kv_heads
-    q, k, v = _turned(graph, spec, p, qkv, turns)
+    p = f"{layer}."
+    chunk = graph.shapes[qkv][0] // len(pasts)
+    names = (f"{p}q", *(f"new_{side}.{layer}" if chunk == 1 else f"{p}{side}_rows" for side in "kv"))
+    q, k, v = _turned(graph, spec, p, qkv, turns, names)
+    if chunk > 1:
+        rows = [graph.transpose(x, [2, 1, 0, 3], f"new_{side}.{layer}") for side, x in (("k", k), ("v", v))]
+        return _attend(graph, spec, p, q, rows, masks[0], pasts[0], places), rows
     if len(pasts) == 1:
-        return _attend(graph, spec, p, (q, k, v), masks[0], pasts[0], places)
+        return _attend(graph, spec, p, q, [k, v], masks[0], pasts[0], places), [k, v]
     parts = []
     for row, past in enumerate(pasts):
-        own = tuple(graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v")))
-        parts.append(_attend(graph, spec, f"{p}{row}.", own, masks[row], past, None)[0])
-    flat = [graph.reshape(x, [rows, kv, dim], f"new_{s}.{layer}") for x, s in ((k, "k"), (v, "v"))]
-    return graph.joined(parts, 0, f"{p}attended_rows"), flat
+        own = [graph.part(x, 0, row, 1, f"{p}{s}.{row}") for x, s in ((q, "q"), (k, "k"), (v, "v"))]
+        parts.append(_attend(graph, spec, f"{p}{row}.", own[0], own[1:], masks[row], past, None))
+    return graph.joined(parts, 0, f"{p}attended_rows"), [k, v]
 
 
-def _turned(graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int]) -> tuple[int, int, int]:
-    """Queries, scaled, keys and values, ``[rows, heads, head_dim]``: rotated by where each row stands."""
+def _turned(
+    graph: Graph, spec: Architecture, p: str, qkv: int, turns: list[int], names: tuple[str, ...]
+) -> list[int]:
+    """Queries, scaled, keys and values, ``[rows, kv_heads, group or 1, head_dim]``, by ``names``: rotated by where each row stands."""
     rows, dim, kv = graph.shapes[qkv][0], spec.head_dim, spec.kv_heads
-    turned = spec.heads + kv
-    qkv = graph.reshape(qkv, [rows, turned + kv, dim], f"{p}qkv_heads")
-    qk = graph.part(qkv, 1, 0, turned, f"{p}qk")
-    first = graph.part(qk, 2, 0, dim // 2, f"{p}first")
-    second = graph.part(qk, 2, dim // 2, dim // 2, f"{p}second")
-    swapped = graph.joined([second, first], 2, f"{p}swapped")
-    qk = graph.add(graph.mul(qk, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}rotated")
-    scale = graph.constant("scale", np.array([dim**-0.5], dtype=np.float32))
-    q = graph.mul(graph.part(qk, 1, 0, spec.heads, f"{p}q"), scale, f"{p}q_scaled")
-    k = graph.part(qk, 1, spec.heads, kv, f"{p}k_rows")
-    return q, k, graph.part(qkv, 1, turned, kv, f"{p}v_rows")
+    group = spec.heads // kv
+    qkv = graph.reshape(qkv, [rows, kv, group + 2, dim], f"{p}qkv_heads")
+    # Engines take longer to come to an operator than to compute one of these: so values turn as well, by nothing.
+    swapped = graph.part(graph.joined([qkv, qkv], 3, f"{p}twice"), 3, dim // 2, dim, f"{p}swapped")
+    turned = graph.add(
+        graph.mul(qkv, turns[0], f"{p}cos"), graph.mul(swapped, turns[1], f"{p}sin"), f"{p}turned"
+    )
+    sizes = ((0, group), (group, 1), (group + 1, 1))
+    return [
+        graph.part(turned, 2, begin, size, name) for (begin, size), name in zip(sizes, names, strict=True)
+    ]
 
 
 def _attend(
     graph: Graph,
     spec: Architecture,
     p: str,
-    qkv: tuple[int, ...],
+    q: int,
+    new: list[int],
     mask: int,
     past: list[int],
     places: tuple[int, int] | None,
-) -> tuple[int, list[int]]:
-    """Of one session: ``[chunk, heads * head_dim]``, and its new keys and values ``[1, kv_heads, chunk, head_dim]``."""
-    q, k, v = qkv
+) -> int:
+    """Of one session: ``[chunk, heads * head_dim]``; ``q`` is ``[chunk, kv_heads, group, head_dim]``, ``new`` keys and values
+    ``[1, kv_heads, chunk, head_dim]``."""
     chunk, dim, kv, group = graph.shapes[q][0], spec.head_dim, spec.kv_heads, spec.heads // spec.kv_heads
     if chunk > 1:
-        q = graph.transpose(graph.reshape(q, [chunk, kv, group, dim], f"{p}q4"), [1, 2, 0, 3], f"{p}q_turned")
-        k = graph.transpose(k, [1, 0, 2], f"{p}k_turned")
-        v = graph.transpose(v, [1, 0, 2], f"{p}v_turned")
-    q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
-    # Of one session these are what the graph gives; a step of several gives them in one piece for each side.
-    new = [graph.reshape(x, [1, kv, chunk, dim], f"new_{side}.{p[:-1]}") for side, x in (("k", k), ("v", v))]
+        q = graph.transpose(q, [1, 2, 0, 3], f"{p}q_turned")
+        q = graph.reshape(q, [1, kv, group * chunk, dim], f"{p}q_grouped")
     if places is None:
         attended = _over_both(graph, p, q, new, mask, past)
     else:
@@ -259,7 +263,7 @@ def _attend(
     if chunk > 1:
         attended = graph.reshape(attended, [kv, group, chunk, dim], f"{p}attended4")
         attended = graph.transpose(attended, [2, 0, 1, 3], f"{p}attended_turned")
-    return graph.reshape(attended, [chunk, spec.heads * dim], f"{p}attended_flat"), new
+    return graph.reshape(attended, [chunk, spec.heads * dim], f"{p}attended_flat")
 
 
 def _over_both(graph: Graph, p: str, q: int, new: list[int], mask: int, past: list[int]) -> int:

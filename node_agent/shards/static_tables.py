@@ -19,28 +19,61 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+_TURNS_LEAST = 256
+"""Positions that are made at once, at least."""
 _ROPE, _EMBEDDING = "rope.npy", "embedding.npy"
 _BLOCKS = {part: f"embedding.{part}.npy" for part in ("values", "scales", "zeros")}
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """``cos`` and ``sin`` float32 ``[positions, head_dim]``, as the graph wants them; ``embedding`` of a first shard."""
+    """``turns`` float32 ``[2, positions, head_dim]``: cosines and sines, of the halves of a head, the first one's sines negated;
+    ``embedding`` of a first shard."""
 
-    cos: Array
-    sin: Array
+    turns: Array
     embedding: Array | QuantizedMatrix | None
 
     def embed(self, tokens: NDArray[np.int64]) -> Array:
         """Rows of the embedding, float32 ``[tokens, width]``."""
         table = self.embedding
         assert table is not None
+        # A step waits for its token's row, which is sooner looked at where it is than gathered.
+        which: Any = slice(tokens[0], tokens[0] + 1) if len(tokens) == 1 else tokens
         if not isinstance(table, QuantizedMatrix):
-            return np.asarray(table[tokens])
+            found: Array = table[which]
+            return found
         count, width = len(tokens), table.values.shape[1]
-        values = table.values[tokens].reshape(count, width // BLOCK, BLOCK).astype(np.float32)
-        rows: Array = (values - table.zeros[tokens][..., None]) * table.scales[tokens][..., None]
+        rows: Array = table.values[which].reshape(count, width // BLOCK, BLOCK).astype(np.float32)
+        rows -= table.zeros[which][..., None]
+        rows *= table.scales[which][..., None]
         return rows.reshape(count, width)
+
+
+class Turns:
+    """Cosines and sines as ``static_network`` wants them, ``[2, positions, group + 2, head_dim]``, of as many positions as sessions came
+    to: those of a whole context take megabytes, and to make a position's takes a step longer than to look it up."""
+
+    def __init__(self, turns: Array, group: int) -> None:
+        """``turns`` as tables have them; ``group``: queries that share a key."""
+        self._turns, self._group = turns, group
+        self._made = self._of(0)
+
+    def _of(self, positions: int) -> Array:
+        turns = self._turns[:, :positions, None]
+        made = np.zeros((2, turns.shape[1], self._group + 2, turns.shape[3]), dtype=np.float32)
+        made[:, :, : self._group] = turns * np.float32(turns.shape[3] ** -0.5)
+        made[:, :, self._group : -1] = turns
+        made[0, :, -1] = 1.0
+        return made
+
+    def between(self, begin: int, end: int) -> Array:
+        if end > self._made.shape[1]:
+            self._made = self._of(max(_TURNS_LEAST, 2 * end))
+        return self._made[:, begin:end]
+
+    def at(self, position: int) -> Array:
+        """Of one: ``[2, group + 2, head_dim]``."""
+        return self.between(position, position + 1)[:, 0]
 
 
 def table_files(
@@ -57,10 +90,13 @@ def table_files(
 
 def read_tables(files: Collection[str], read: Callable[[str], NDArray[Any]]) -> Tables:
     """``files``: of the shard; ``read`` gives the array in one of them, mapped: only the rows that are used are read."""
-    cos, sin = np.asarray(read(_ROPE))
+
+    def plain(file: str) -> NDArray[Any]:
+        return np.asarray(read(file))  # each operation on a ``memmap`` runs some of its class
+
     embedding: Array | QuantizedMatrix | None = None
     if _EMBEDDING in files:
-        embedding = read(_EMBEDDING)
+        embedding = plain(_EMBEDDING)
     elif _BLOCKS["values"] in files:
-        embedding = QuantizedMatrix(*(read(file) for file in _BLOCKS.values()))
-    return Tables(cos, sin, embedding)
+        embedding = QuantizedMatrix(*(plain(file) for file in _BLOCKS.values()))
+    return Tables(plain(_ROPE), embedding)

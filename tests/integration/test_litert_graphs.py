@@ -50,7 +50,7 @@ def test_graphs_come_when_they_are_wanted_and_their_buckets_others_when_nothing_
     tmp_path: Path,
 ) -> None:
     graph, packed = many_graphs(tmp_path)
-    engine = CompiledEngine(graph, 1, packed)
+    engine, others = CompiledEngine(graph, 1, packed), ("_384", "_640", "_768")
     engine.quiet_s = NEVER
     assert engine.loaded == {"run_1_256", "head"}  # a shard that is known here is known again by them
     engine.prepare(["run_16_256", "run_64_256", "run_16_300"], ["run_1_512"])
@@ -64,14 +64,15 @@ def test_graphs_come_when_they_are_wanted_and_their_buckets_others_when_nothing_
     assert engine.loaded == {n for n in engine.names if n in SMALLEST or n.endswith("_512")}
     assert "new_k.0" in engine.ends("run_16_1024").outputs  # nobody said that it would be wanted
     at_rest(engine)
-    assert engine.loaded == {n for n in engine.names if not n.endswith("_768")}
+    assert engine.loaded == {n for n in engine.names if not n.endswith(others)}
     engine.ends("head")
     assert len(engine._models) == 3  # one of each bucket
     engine.spare_bytes = 1 << 60
-    engine.prepare([], ["run_1_768"])
+    engine.prepare([], ["run_1_384", "run_1_640", "run_1_768"])
     until(lambda: not engine._at_work, 30)
-    assert engine.loaded == {n for n in engine.names if not n.endswith("_768")}
-    engine.ends("run_1_768")
+    assert engine.loaded == {n for n in engine.names if not n.endswith(others)}
+    for other in others:
+        engine.ends(f"run_1{other}")
     at_rest(engine)
     assert engine.loaded == {*engine.names}
     engine.close()
@@ -95,19 +96,19 @@ def test_a_session_finds_the_next_buckets_graph_compiled(tmp_path: Path) -> None
     shard.engine.quiet_s = NEVER
     shard.prefill(0, 0, text(191))
     at_rest(shard.engine)
-    assert "run_64_512" not in shard.engine.loaded
+    assert "run_64_384" not in shard.engine.loaded
     shard.prefill(1, 0, text(192))
-    until(lambda: "run_64_512" in shard.engine.loaded, 30)
+    until(lambda: "run_64_384" in shard.engine.loaded, 30)
     shard.decode(0, [238], np.array([5]))
     at_rest(shard.engine)
-    assert "run_1_512" not in shard.engine.loaded
+    assert "run_1_384" not in shard.engine.loaded
     shard.decode(0, [239], np.array([5]))
-    until(lambda: "run_1_512" in shard.engine.loaded, 30)
+    until(lambda: "run_1_384" in shard.engine.loaded, 30)
     shard.decode(0, [239] * 4, np.array([5] * 4))
-    until(lambda: "batch_4_512" in shard.engine.loaded, 30)
-    assert shard.engine.loaded.isdisjoint(["run_16_512", "batch_8_512", "run_1_768"])
+    until(lambda: "batch_4_384" in shard.engine.loaded, 30)
+    assert shard.engine.loaded.isdisjoint(["run_16_384", "batch_8_384", "run_1_640"])
     shard.prefill(2, 0, text(600))
-    until(lambda: "run_1_768" in shard.engine.loaded, 30)  # what follows a prompt
+    until(lambda: "run_1_640" in shard.engine.loaded, 30)  # what follows a prompt
     shard.close()
 
 

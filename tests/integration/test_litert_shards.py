@@ -72,8 +72,8 @@ def noted_runs(shard: Any) -> list[str]:
 def test_buckets_are_close_up_to_1k_and_double_beyond_until_a_context_fits() -> None:
     assert buckets_for(100) == (256,)
     assert buckets_for(256) == (256,)
-    assert buckets_for(257) == (256, 512)
-    assert buckets_for(8192) == (256, 512, 768, 1024, 2048, 4096, 8192)
+    assert buckets_for(257) == (256, 384)
+    assert buckets_for(8192) == (256, 384, 512, 640, 768, 1024, 2048, 4096, 8192)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_sessions_of_different_lengths_step_with_those_of_their_bucket(tmp_path:
     ran = noted_runs(shard)
     for row, wanted in zip(shard.decode(0, positions, tokens), alone, strict=True):
         assert relative_error(row, wanted) < 1e-5
-    assert ran == ["batch_4_256", "batch_4_512", "run_1_768", "head_8"]
+    assert ran == ["batch_4_256", "batch_4_384", "run_1_640", "head_8"]
 
 
 def test_a_head_of_several_rows_gives_what_it_gives_one(tmp_path: Path) -> None:
