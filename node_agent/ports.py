@@ -92,6 +92,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Do what the last run left for when its result is on its way; whatever is called next does it else."""
+        ...
+
     def copy(self, source: int, target: int, positions: int) -> None:
         """Give slot ``target`` the first ``positions`` of slot ``source``, and nothing else."""
         ...

@@ -120,6 +120,9 @@ class ModelledRuntime:
             raise AssertionError(f"{positions} positions of {len(self._chains[source])} were to be copied")
         self._chains[target] = self._chains[source][:positions]
 
+    def settle(self) -> None:
+        """Nothing is left for later."""
+
     def release(self, slot: int) -> None:
         if self._chains:  # a run that ends after the close gives its slots back as well
             self._chains[slot] = []

@@ -131,6 +131,7 @@ class CompiledModel:
         is not. Raises ``LibraryError``."""
         self._model, self._compiled, self._data = c_void_p(), c_void_p(), data
         self._workers = WorkerThreads()
+        self._run = _library().LiteRtRunCompiledModel  # every step asks for it
         words = f"num_threads = {threads}\n"
         if packed is not None:
             words += f"weight_cache_file_path = {json.dumps(str(packed), ensure_ascii=False)}\n"
@@ -155,7 +156,9 @@ class CompiledModel:
     def run(self, number: int, inputs: Any, outputs: Any) -> None:
         """Compute a signature over ``tensor_buffers``. Raises ``LibraryError``."""
         self._workers.make_room()
-        _call("RunCompiledModel", self._compiled, number, len(inputs), inputs, len(outputs), outputs)
+        status = self._run(self._compiled, number, len(inputs), inputs, len(outputs), outputs)
+        if status:
+            raise LibraryError(f"LiteRtRunCompiledModel failed with status {status}")
 
     def close(self) -> None:
         """Let go of weights and memory; again is nothing."""

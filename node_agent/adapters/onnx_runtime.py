@@ -146,6 +146,9 @@ class OnnxShard:
             for buffer in layer:
                 buffer[target, :, :positions] = buffer[source, :, :positions]
 
+    def settle(self) -> None:
+        """A run writes where its rows belong."""
+
     def release(self, slot: int) -> None:
         for layer in self.cache:
             for buffer in layer:

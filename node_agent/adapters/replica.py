@@ -175,7 +175,7 @@ class Replica:
         if run.known is not None:
             self._loop.call_soon(self._done, run, [run.known], now, now)
         elif not self._brief(run):
-            self.compute.submit(partial(self._attempt, run), partial(self._done, run))
+            self.compute.submit(partial(self._attempt_all, run), partial(self._done, run))
         elif self._nested:
             # Two turns on: the token that led here is shown first, not a whole step later.
             self._loop.call_soon(self._loop.call_soon, self._run_here, run)
@@ -217,6 +217,15 @@ class Replica:
             return self._run(run)
         except Exception as error:  # the replica must live; the sessions of this run do not
             return error
+
+    def _attempt_all(self, run: Run) -> list[Any] | Exception:
+        """With what is left for later: it may be long, and the event loop does not wait for it."""
+        outcome = self._attempt(run)
+        try:
+            self.runtime.settle()
+        except Exception as error:
+            return error
+        return outcome
 
     def _run(self, run: Run) -> list[Any]:
         """Outputs by row: activations ``[length, width]`` or tokens, as ``Computed`` has them."""
@@ -288,8 +297,17 @@ class Replica:
             results.append(Computed(session, frame, output, queue_us, compute_us))
         if results:
             self._forward(results)
+        self._settle(run)
         self._measured(run, compute_us, started, ended)
         self.dispatch()
+
+    def _settle(self, run: Run) -> None:
+        try:
+            self.runtime.settle()
+        except Exception as error:  # as of a run: its sessions do not live on
+            log.error("run failed: %s", error, exc_info=error)
+            for _, session, _ in run.live:
+                self._failed(session, Cause.RUNTIME, f"{type(error).__name__}: {error}")
 
     def _measured(self, run: Run, compute_us: int, started: int, ended: int) -> None:
         first = next(run.live)[2]

@@ -48,6 +48,15 @@ class _Row(NamedTuple):
     memory: Slot
 
 
+class _Due(NamedTuple):
+    """A run whose new rows are not in its session's memory yet."""
+
+    graph: BoundGraph
+    memory: Slot
+    position: int
+    steps: int
+
+
 class StaticShard:
     """A shard of static graphs; see ``node_agent.ports.Runtime``."""
 
@@ -78,6 +87,7 @@ class StaticShard:
         self._turns = Turns(self._tables.turns, manifest.heads // manifest.kv_heads)
         self._graphs: dict[tuple[str, int, int], BoundGraph] = {}
         self._held: dict[int, Slot] = {}
+        self._due: _Due | None = None
         self._bunches: dict[int, Bunches] = {}
         """By bucket."""
         heads = sorted(int(m[1] or 1) for m in map(_HEAD.fullmatch, engine.names) if m)
@@ -88,9 +98,7 @@ class StaticShard:
         self, slot: int, positions: Sequence[int], inputs: NDArray[Any], logits: bool = True
     ) -> NDArray[Any]:
         if len(positions) == 1:
-            found = self._chunk(slot, positions[0], inputs, int(logits))
-            self._near(slot, positions[0])
-            return found
+            return self._chunk(slot, positions[0], inputs, int(logits))
         rows = [_Row(i, p, self._memory(slot + i, p, 1)) for i, p in enumerate(positions)]
         hidden = np.empty((len(rows), self.manifest.boundary.width), dtype=np.float32)
         for bucket in sorted({row.memory.bucket for row in rows}):
@@ -101,8 +109,9 @@ class StaticShard:
                 begun = time.perf_counter_ns()
                 self._step(size, bunch, inputs, hidden)
                 bunches.took(size, time.perf_counter_ns() - begun)
+        self.settle()
         for row in rows:
-            self._near(slot + row.number, row.position)
+            self._near(row.memory, row.position)
         if not self.info.last:
             return hidden
         return self._logits_of(hidden) if logits else self._no_logits
@@ -198,13 +207,21 @@ class StaticShard:
         return self._no_logits if self.info.last else graph.out[:steps].copy()
 
     def _ran(self, kind: str, size: int, memory: Slot, position: int, inputs: NDArray[Any]) -> BoundGraph:
-        """A graph that computed ``inputs`` of one session, whose new rows are in its memory."""
+        """A graph that computed ``inputs`` of one session, whose new rows are due in its memory."""
+        self.settle()  # of a step of several sessions, the one before
         graph = self._graph(kind, size, memory.bucket)
         self._place(graph, position, inputs)
         memory.run(graph)
-        memory.write(graph.new, position, len(inputs))
+        self._due = _Due(graph, memory, position, len(inputs))
         self._ahead(kind, size, memory.bucket, position + len(inputs))
         return graph
+
+    def settle(self) -> None:
+        due, self._due = self._due, None
+        if due is not None:
+            due.memory.write(due.graph.new, due.position, due.steps)
+            if due.steps == 1:
+                self._near(due.memory, due.position)
 
     def _ahead(self, kind: str, size: int, bucket: int, end: int) -> None:
         """A session stands at ``end``: as it goes on, it may want the next bucket's graph of this kind, which takes as long to
@@ -251,6 +268,7 @@ class StaticShard:
 
     def _memory(self, slot: int, position: int, steps: int) -> Slot:
         """A slot's memory, in the bucket for what comes."""
+        self.settle()
         held = self._held.get(slot)
         bucket = self._buckets[bisect_left(self._buckets, position + steps)]
         if held is None:
@@ -260,8 +278,7 @@ class StaticShard:
             held = self._held[slot] = held.moved(min(position, held.bucket), bucket)
         return held
 
-    def _near(self, slot: int, position: int) -> None:
-        memory = self._held[slot]
+    def _near(self, memory: Slot, position: int) -> None:
         if memory.bucket in self._after:
             memory.near(position, self._after[memory.bucket])
 
@@ -272,11 +289,12 @@ class StaticShard:
         return self._graphs[key]
 
     def copy(self, source: int, target: int, positions: int) -> None:
-        self.release(target)
+        self.release(target)  # which settles
         bucket = next(b for b in self._buckets if b >= positions)
         self._held[target] = self._held[source].copied(positions, bucket)
 
     def release(self, slot: int) -> None:
+        self.settle()
         held = self._held.pop(slot, None)
         if held is not None:
             held.close()

@@ -194,6 +194,35 @@ def test_sessions_of_different_lengths_step_with_those_of_their_bucket(tmp_path:
     assert ran == ["batch_4_256", "batch_4_384", "run_1_640", "head_8"]
 
 
+def test_what_a_step_leaves_for_later_is_there_for_whoever_comes_next(tmp_path: Path) -> None:
+    """Another step, a copy, a chunk, a step beside others, a larger bucket: settled before or not, they give the same bits."""
+    shard, tokens = load(tmp_path, slots=4), text(250)
+
+    def story(settled: bool) -> list[Any]:
+        given = []
+
+        def step(slot: int, positions: list[int]) -> None:
+            given.append(shard.decode(slot, positions, np.full(len(positions), 5)).copy())
+            if settled:
+                shard.settle()
+
+        shard.prefill(0, 0, tokens)
+        for position in range(250, 256):
+            step(0, [position])
+        shard.copy(0, 1, 256)
+        step(1, [256])
+        step(0, [256])
+        step(0, [257, 257])
+        given.append(shard.prefill(1, 258, tokens[:20]).copy())
+        step(0, [100])
+        shard.release(0)
+        shard.release(1)
+        return given
+
+    for one, other in zip(story(True), story(False), strict=True):
+        assert np.array_equal(one, other)
+
+
 def test_a_head_of_several_rows_gives_what_it_gives_one(tmp_path: Path) -> None:
     shard, tokens = load(tmp_path), text(40)
     one = [shard.prefill(0, 0, tokens[: i + 1])[0].copy() for i in range(21, 40)]

@@ -68,6 +68,9 @@ class CountingRuntime:
     def copy(self, source: int, target: int, positions: int) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def release(self, slot: int) -> None:
         pass
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,6 +48,8 @@ class Echo:
         return True
 
     def copy(self, source: int, target: int, positions: int) -> None: ...
+
+    def settle(self) -> None: ...
 
     def release(self, slot: int) -> None: ...
 
@@ -281,5 +284,37 @@ def test_a_node_that_only_keeps_what_is_over_rests_until_there_is_work() -> None
             while watch.looks == before:
                 await asyncio.sleep(0.01)
         task.cancel()
+
+    run(story)
+
+
+def test_what_a_run_leaves_for_later_is_done_when_its_result_is_on_its_way() -> None:
+    async def story(bench: Bench) -> None:
+        gone: list[int] = []
+        replica: Any = bench.host.replicas[HERE.shard]
+        replica.runtime.settle = lambda: gone.append(len(bench.replayed()))
+        bench.open(0, Epoch(1, OWNER))
+        await bench.compute(4, 1, 1)  # the last one on the event loop: the one before was brief
+        assert gone[-3:] == [1, 2, 3]
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "well"), [((4,), 0), ((4, 1, 1), 4)], ids=["on the thread", "on the event loop"]
+)
+def test_a_session_whose_run_cannot_be_settled_is_lost_here_and_the_replica_lives(
+    lengths: tuple[int, ...], well: int
+) -> None:
+    async def story(bench: Bench) -> None:
+        replica: Any = bench.host.replicas[HERE.shard]
+        # On the thread a run is settled there, and looked at again where its result goes out.
+        replica.runtime.settle = Mock(side_effect=[None] * well + [MemoryError("no room"), None])
+        bench.open(0, Epoch(1, OWNER))
+        await bench.compute(*lengths)
+        lost = [(m.cause, m.detail) for _, m in bench.sent if isinstance(m, HopLost)]
+        assert lost == [(Cause.RUNTIME, "MemoryError: no room")]
+        assert not replica.working
+        assert SESSION not in replica.book.sessions
 
     run(story)
