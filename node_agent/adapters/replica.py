@@ -279,7 +279,6 @@ class Replica:
         return tuple(found)
 
     def _done(self, run: Run, outcome: list[Any] | Exception, started: int, ended: int) -> None:
-        self._busy = False
         self.runs += 1
         compute_us = (ended - started) // 1000
         results = []
@@ -295,9 +294,12 @@ class Replica:
                 session.sampled.extend(t.token for t in output)
             queue_us = max(0, (started - frame.arrived_ns) // 1000)
             results.append(Computed(session, frame, output, queue_us, compute_us))
-        if results:
-            self._forward(results)
-        self._settle(run)
+        try:
+            if results:
+                self._forward(results)
+            self._settle(run)
+        finally:
+            self._busy = False  # not before: what the results lead to may be computed on the thread
         self._measured(run, compute_us, started, ended)
         self.dispatch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -296,6 +297,38 @@ def test_what_a_run_leaves_for_later_is_done_when_its_result_is_on_its_way() -> 
         bench.open(0, Epoch(1, OWNER))
         await bench.compute(4, 1, 1)  # the last one on the event loop: the one before was brief
         assert gone[-3:] == [1, 2, 3]
+
+    run(story)
+
+
+def test_nothing_is_computed_until_a_run_is_settled() -> None:
+    """Its result may bring the next run about at once, which would read what is not there yet."""
+
+    async def story(bench: Bench) -> None:
+        events: list[str] = []
+        replica: Any = bench.host.replicas[HERE.shard]
+        forward, prefill = replica._forward, replica.runtime.prefill
+
+        def followed(results: Any) -> None:
+            forward(results)
+            if len(bench.replayed()) == 3:
+                payload = np.zeros((4, Echo.info.model.width), dtype=np.float32)
+                bench.host.received(bench, [frame(6, 4, payload=payload, stage=1, sample=False)])
+
+        def settle() -> None:
+            time.sleep(0.05)
+            events.append("settled")
+
+        def next_run(*given: Any) -> Any:
+            events.append("computed")
+            return prefill(*given)
+
+        bench.open(0, Epoch(1, OWNER))
+        await bench.compute(4, 1)
+        replica._forward, replica.runtime.settle, replica.runtime.prefill = followed, settle, next_run
+        await bench.compute(4, 1, 1)
+        assert bench.replayed()[-1] == (6, 4, False)
+        assert events[:2] == ["settled", "computed"]
 
     run(story)
 
