@@ -107,7 +107,10 @@ def _library() -> Any:
 
 
 def _call(name: str, *given: Any) -> None:
-    status = getattr(_library(), f"LiteRt{name}")(*given)
+    _check(name, getattr(_library(), f"LiteRt{name}")(*given))
+
+
+def _check(name: str, status: int) -> None:
     if status:
         raise LibraryError(f"LiteRt{name} failed with status {status}")
 
@@ -157,8 +160,7 @@ class CompiledModel:
         """Compute a signature over ``tensor_buffers``. Raises ``LibraryError``."""
         self._workers.make_room()
         status = self._run(self._compiled, number, len(inputs), inputs, len(outputs), outputs)
-        if status:
-            raise LibraryError(f"LiteRtRunCompiledModel failed with status {status}")
+        _check("RunCompiledModel", status)
 
     def close(self) -> None:
         """Let go of weights and memory; again is nothing."""

@@ -175,7 +175,7 @@ class Replica:
         if run.known is not None:
             self._loop.call_soon(self._done, run, [run.known], now, now)
         elif not self._brief(run):
-            self.compute.submit(partial(self._attempt_all, run), partial(self._done, run))
+            self.compute.submit(partial(self._attempt, run, True), partial(self._done, run))
         elif self._nested:
             # Two turns on: the token that led here is shown first, not a whole step later.
             self._loop.call_soon(self._loop.call_soon, self._run_here, run)
@@ -212,20 +212,15 @@ class Replica:
         finally:
             self._nested = False
 
-    def _attempt(self, run: Run) -> list[Any] | Exception:
+    def _attempt(self, run: Run, settled: bool = False) -> list[Any] | Exception:
+        """``settled``: with what it leaves for later, for which the event loop must not wait after a long run."""
         try:
-            return self._run(run)
+            outcome = self._run(run)
+            if settled:
+                self.runtime.settle()
+            return outcome
         except Exception as error:  # the replica must live; the sessions of this run do not
             return error
-
-    def _attempt_all(self, run: Run) -> list[Any] | Exception:
-        """With what is left for later: it may be long, and the event loop does not wait for it."""
-        outcome = self._attempt(run)
-        try:
-            self.runtime.settle()
-        except Exception as error:
-            return error
-        return outcome
 
     def _run(self, run: Run) -> list[Any]:
         """Outputs by row: activations ``[length, width]`` or tokens, as ``Computed`` has them."""

@@ -188,7 +188,7 @@ class StaticShard:
         while done < steps:
             at = position + done
             # Each bucket's positions are computed in it, as they were one by one.
-            border = next(b for b in self._buckets if b > at)
+            border = self._bucket(at + 1)
             left = inputs[done : done + min(self._steps, border - at)]
             run = self._at_once if len(left) >= _STEPS_LEAST else self._one_by_one
             parts.append(run(slot, at, left))
@@ -270,13 +270,17 @@ class StaticShard:
         """A slot's memory, in the bucket for what comes."""
         self.settle()
         held = self._held.get(slot)
-        bucket = self._buckets[bisect_left(self._buckets, position + steps)]
+        bucket = self._bucket(position + steps)
         if held is None:
             held = self._held[slot] = Slot(self.engine, self.manifest, bucket)
             held.begin()
         elif held.bucket < bucket or (held.bucket > bucket and position <= held.filled):
             held = self._held[slot] = held.moved(min(position, held.bucket), bucket)
         return held
+
+    def _bucket(self, positions: int) -> int:
+        """The smallest that holds them."""
+        return self._buckets[bisect_left(self._buckets, positions)]
 
     def _near(self, memory: Slot, position: int) -> None:
         if memory.bucket in self._after:
@@ -290,7 +294,7 @@ class StaticShard:
 
     def copy(self, source: int, target: int, positions: int) -> None:
         self.release(target)  # which settles
-        bucket = next(b for b in self._buckets if b >= positions)
+        bucket = self._bucket(positions)
         self._held[target] = self._held[source].copied(positions, bucket)
 
     def release(self, slot: int) -> None:
